@@ -48,7 +48,7 @@ def project_then_gather(x, offsets, weight, bias):
     "Deformable 3x3 convolution of `x` (B, C, H, W) with the projection first: best when channels shrink."
     b, c, h, w = x.shape
     n = weight.shape[0]
-    projected = F.conv2d(x, weight.permute(2, 3, 0, 1).reshape(9 * n, c, 1, 1)).view(b * 9, n, h, w)
+    projected = F.conv2d(x, weight.permute(2, 3, 0, 1).reshape(9 * n, c, 1, 1)).reshape(b * 9, n, h, w)
     y, x = sampling_points(offsets).unbind(2)
     grid = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1], -1).view(b * 9, h, w, 2)
     return F.grid_sample(projected, grid, align_corners=False).view(b, 9, n, h, w).sum(1) + bias.view(1, n, 1, 1)

@@ -116,7 +116,7 @@ def relation_fields(boxes, relations,  # (N, 4) float32 in cells; (R, 3) int64: 
     p, h, w = shape
     fields = np.zeros((p, 9, h * w), np.float32)
     subject, target, predicate = relations.T
-    centre, scale = (boxes[:, :2] + boxes[:, 2:]) / 2, 0.1 * (boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf)
+    centre, scale = (boxes[:, :2] + boxes[:, 2:]) / 2, 0.1 * (boxes[:, 2:] - boxes[:, :2]).min(1)
     a, b = centre[subject], centre[target]
     relation, cell = relation_cells(a, b - a)
     inside = ((cell >= 0) & (cell < (w, h))).all(1)

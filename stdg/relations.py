@@ -154,7 +154,7 @@ def relate(pairs):
     bound = carried | carried.T
     hanging = p.free & (apart <= .02) & (p.drop >= -.03) & ~bound
     linked = bound | hanging | hanging.T
-    over = p.fixed & (p.rise > 0) & (p.side < 0)
+    over = p.fixed & (p.rise > 0) & (p.side < -.08)
     under = p.within & (p.beneath >= -.01) & ~linked
     overlapping = (p.cover >= .1) & (p.shared > 0) & (p.side > -.02) & ~linked
     held_up = p.fixed & p.fixed.T
@@ -162,7 +162,7 @@ def relate(pairs):
         'in': p.held, 'on': p.rests, 'hanging from': hanging, 'under': under, 'over': over & ~linked,
         'against': (p.side >= -.005) & (p.side <= .02) & (p.shared >= .5) & ~linked & ~held_up,
         'near': (p.level < .05) & (p.side > .02) & (p.side <= .25) & ~linked & ~p.fixed & ~p.fixed.T,
-        'above': (p.rise >= 0) & (p.rise <= .8) & (p.side <= .4) & (p.column >= .5) & ~linked & ~over & ~under.T,
+        'above': (p.rise >= 0) & (p.rise <= .8) & (p.side <= .25) & (p.column >= .5) & ~linked & ~over & ~under.T,
         'behind': overlapping & (p.further > .15), 'in front of': overlapping & (p.further < -.15)}
     different = ~np.eye(len(p.side), dtype=bool)
     return {name: rules[name] & different for name in PREDICATES}

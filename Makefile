@@ -1,0 +1,38 @@
+# Two commands: `make train` and `make test`. Everything else is help for those who work on the notebooks.
+SHELL := bash
+PYTHON ?= python3
+PY := .venv/bin/python
+BIN := .venv/bin
+RUN ?= default
+CI_ENV := OMP_NUM_THREADS=1 MPLBACKEND=agg
+
+.PHONY: train train-full test check lab hooks clean help
+
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+.venv/installed: setup.py settings.ini constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: .venv/installed  ## the whole method at small size, about 20 minutes on 2 cores
+	@mkdir -p runs/$(RUN)
+	$(BIN)/papermill --log-output --no-progress-bar nbs/train.ipynb runs/$(RUN)/train.ipynb $(ARGS)
+	@echo "Done. The executed notebook: runs/$(RUN)/train.ipynb; the figures: runs/$(RUN)/results.json; the networks: runs/$(RUN)/*.safetensors"
+
+train-full: .venv/installed  ## the same at a larger size, about two hours on 2 cores or minutes on a GPU
+	@$(MAKE) train RUN=full ARGS="-f nbs/configs/full.yaml"
+
+test: .venv/installed  ## everything that CI runs
+	@bash tests/run.sh
+
+lab: .venv/installed  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+hooks: .venv/installed  ## git hooks that clean notebooks and merge them
+	$(BIN)/nbdev_install_hooks
+
+clean:  ## remove what was made; data and runs stay
+	rm -rf .venv build *.egg-info .pytest_cache

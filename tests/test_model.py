@@ -1,0 +1,107 @@
+"The network against outputs of the released code, and what must hold of teacher and student."
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stdg.checkpoint import from_released, load
+from stdg.losses import teaching_loss
+from stdg.model import STDG
+
+golden = Path(__file__).parent/'golden'
+layouts = json.loads((golden/'state_dicts.json').read_text())
+outputs = np.load(golden/'model.npz')
+
+
+def weights(layout):
+    "The state dict of a layout: every tensor is drawn by its name alone."
+    state = {}
+    for key, (shape, dtype) in layout.items():
+        if 'int' in dtype:
+            state[key] = torch.zeros(shape, dtype=torch.int64)
+            continue
+        x = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
+        if key.endswith('running_var'): x = .5 + abs(x)
+        elif key.endswith('running_mean'): x = .1 * x
+        elif key.endswith('bias'): x = .05 * x
+        elif len(shape) <= 1: x = 1 + .1 * x
+        else: x = x / np.sqrt(np.prod(shape[1:]))
+        state[key] = torch.tensor(x, dtype=torch.float32)
+    return state
+
+
+def close(ours, name):
+    theirs = torch.tensor(outputs[name]).float()
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4, name
+
+
+@pytest.mark.parametrize('config', ['resnet50_rgb', 'resnet50_combine', 'swin_s_rgb'])
+def test_outputs_equal_released(config):
+    model, image = from_released(weights(layouts[config])), torch.tensor(outputs['image'])
+    with torch.no_grad():
+        (detection, relation), offsets = model(image), model.offsets(image)
+        close(detection[None] if detection.ndim == 3 else detection, f'{config}_detection')
+        close(relation, f'{config}_relation')
+        for ours, head in zip(offsets, ('detection', 'relation')): close(ours, f'{config}_offsets_{head}')
+        if model.teacher is not None:
+            taught = model.teacher.offsets(image.flip(1))
+            for ours, head in zip(taught, ('detection', 'relation')): close(ours, f'{config}_teacher_offsets_{head}')
+            assert float(teaching_loss(offsets, taught)) == pytest.approx(float(outputs[f'{config}_teaching_loss']), rel=1e-4)
+
+
+@pytest.mark.parametrize('config', sorted(layouts))
+def test_every_layout_is_recognised(config):
+    model = from_released({key: torch.zeros(shape, dtype=getattr(torch, dtype.removeprefix('torch.'))) for key, (shape, dtype) in layouts[config].items()})
+    assert model.mode in config and model.config['head_norm'] == config.endswith('_bn') and config.startswith(model.config['backbone'])
+
+
+@pytest.mark.parametrize('backbone,stride', [('resnet18', 8), ('mobilenetv3_small_100', 16), ('convnext_atto', 4), ('resnet18', 32)])
+def test_any_timm_backbone(backbone, stride):
+    model = STDG(backbone, n_objects=5, n_predicates=3, pretrained=False, stride=stride).eval()
+    with torch.no_grad(): detection, relation = model(torch.zeros(1, 3, 64, 96))
+    assert detection.shape == (1, 9, 64 // stride, 96 // stride) and relation.shape == (1, 3, 7, 64 // stride, 96 // stride)
+
+
+def test_pretrained_weights_come_from_the_package():
+    model, bare = STDG('small', n_objects=3, n_predicates=2), STDG('small', n_objects=3, n_predicates=2, pretrained=False)
+    first, other = (m.network.backbone.body.conv_stem.weight for m in (model, bare))
+    assert not torch.equal(first, other) and torch.equal(first, STDG('small', n_objects=3, n_predicates=2).network.backbone.body.conv_stem.weight)
+
+
+def test_pretrained_from_a_local_file(tmp_path):
+    "timm's own loading, from a file made here: nothing is fetched."
+    import timm
+    from safetensors.torch import save_file
+    donor = timm.create_model('resnet18', pretrained=False)
+    save_file(donor.state_dict(), tmp_path/'resnet18.safetensors')
+    body = timm.create_model('resnet18', features_only=True, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path/'resnet18.safetensors')))
+    assert torch.equal(body.conv1.weight, donor.conv1.weight)
+
+
+def test_teacher_never_changes():
+    model = STDG('small', 'combine', n_objects=4, n_predicates=3, pretrained=False).train()
+    before = {k: v.clone() for k, v in model.teacher.state_dict().items()}
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=.1, weight_decay=.1)
+    for _ in range(3):
+        detection, relation, offsets, taught = model.taught(*torch.randn(2, 2, 3, 64, 64))
+        assert not any(t.requires_grad for t in taught)
+        optimiser.zero_grad()
+        (detection.mean() + relation.mean() + teaching_loss(offsets, taught)).backward()
+        optimiser.step()
+        model.train()
+    assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
+    assert not any(m.training for m in model.teacher.modules())
+    assert all(torch.equal(before[k], v) for k, v in model.teacher.state_dict().items())
+
+
+def test_save_and_load_every_mode(tmp_path):
+    for mode in ('rgb', 'depth', 'combine'):
+        model = STDG('small', mode, n_objects=4, n_predicates=3, pretrained=False, head_norm=True).eval()
+        model.save(tmp_path/f'{mode}.safetensors')
+        image, again = torch.randn(1, 3, 64, 64), load(tmp_path/f'{mode}.safetensors')
+        with torch.no_grad(): assert all(torch.equal(a, b) for a, b in zip(model(image), again(image)))
+        assert again.mode == mode and sorted(p.suffix for p in tmp_path.glob(f'{mode}.*')) == ['.json', '.safetensors']
