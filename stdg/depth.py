@@ -6,7 +6,6 @@
 __all__ = ['camera_matrix', 'stereo_motorcycle', 'read_pfm', 'write_pfm', 'inverse_depth_from', 'pseudo_depth']
 
 # %% ../nbs/03_depth.ipynb #imports
-import math
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +47,13 @@ def read_pfm(path):
     if kind != [b'Pf']: raise ValueError(f"{path} is not a PFM file: its first line isn't Pf")
     try:
         width, height = map(int, size)
-        order = '<' if float(*scale) < 0 else '>'
-        if min(width, height) < 1: raise ValueError
-    except (TypeError, ValueError): raise ValueError(f"{path} has a broken PFM header; write it anew") from None
+        scale, = map(float, scale)
+        if min(width, height) < 1 or not abs(scale) > 0: raise ValueError
+    except ValueError: raise ValueError(f"{path} has a broken PFM header; write it anew") from None
     if len(data) != 4*width*height:
         problem = 'is truncated' if len(data) < 4*width*height else 'is too long'
         raise ValueError(f"{path} {problem}: {width} x {height} pixels need {4*width*height} bytes, it holds {len(data)}. Write it anew")
-    rows = np.frombuffer(data, order + 'f4').reshape(height, width)
+    rows = np.frombuffer(data, '<f4' if scale < 0 else '>f4').reshape(height, width)
     return np.ascontiguousarray(rows[::-1], np.float32)
 
 # %% ../nbs/03_depth.ipynb #write-pfm
