@@ -27,12 +27,12 @@ from .visual_genome import Database
 # %% ../nbs/05_data.ipynb #hha-of
 SOURCES = ('metric', 'relative')
 
-def hha_of(distance, camera, source='metric', image_id=0, noise=.02, blur=1.5):
-    "HHA (H, W, 3) uint8 of one depth map in metres; `relative` sees it through a simulated monocular estimator, seeded by `image_id`."
+def hha_of(distance, camera, source='metric', image_id=0, **simulation):
+    "HHA (H, W, 3) uint8 of one depth map in metres; `relative` sees it through a simulated monocular estimator, seeded by `image_id`; `simulation` goes to `stdg.depth.inverse_depth_from`."
     if source not in SOURCES: raise ValueError(f"depth source {source!r} is unknown; there are {SOURCES}")
     if source == 'metric': return hha.encode(distance, camera)
     h, w = distance.shape
-    inverse = depth.inverse_depth_from(distance, noise=noise, blur=blur, rng=np.random.default_rng(int(image_id)))
+    inverse = depth.inverse_depth_from(distance, rng=np.random.default_rng(int(image_id)), **simulation)
     pseudo, camera = depth.pseudo_depth(inverse, size=max(h, w))
     return hha.encode(pseudo, camera)[:h, :w]
 
