@@ -230,6 +230,15 @@ def average_precision(predictions,  # `Prediction` of each image
     def mean(values): return float(np.nanmean(values)) if not np.isnan(values).all() else math.nan
     return dict(AP50=mean(precision[0]), AP=mean(precision), AP50_per_class=[mean(p) for p in precision[0].T])
 
+# %% ../nbs/11_metrics.ipynb #count
+def _count(prior, labels, relations):
+    "Add one image with objects of classes `labels` (N,) and `relations` (R, 3) to a `FrequencyPrior`."
+    present, often = np.unique(labels, return_counts=True)
+    prior.pairs[np.ix_(present, present)] += np.outer(often, often) - np.diag(often)
+    subject, object, predicate = relations.T
+    np.add.at(prior.counts, (labels[subject], labels[object], predicate), 1)
+    prior.predicates += np.bincount(predicate, minlength=len(prior.predicates))
+
 # %% ../nbs/11_metrics.ipynb #frequency-prior
 class FrequencyPrior:
     "How often an ordered pair of object classes carries each predicate, learnt by counting; predicts relations on true boxes (PredCls)."
@@ -240,13 +249,7 @@ class FrequencyPrior:
 
     def fit(self, graphs):
         "Count an iterable of training `SceneGraph`s; may be called again with more. Returns the prior itself."
-        for graph in graphs:
-            labels = graph.labels.cpu().numpy()
-            present, count = np.unique(labels, return_counts=True)
-            self.pairs[np.ix_(present, present)] += np.outer(count, count) - np.diag(count)
-            subject, object, predicate = np.unique(graph.relations.cpu().numpy(), axis=0).T
-            np.add.at(self.counts, (labels[subject], labels[object], predicate), 1)
-            self.predicates += np.bincount(predicate, minlength=len(self.predicates))
+        for graph in graphs: _count(self, graph.labels.cpu().numpy(), np.unique(graph.relations.cpu().numpy(), axis=0))
         return self
 
     def frequencies(self, subject, object):
@@ -277,38 +280,34 @@ def _rows(results, task, columns):
     rows = {name: {**tasks[task], 'AP50': tasks.get('AP50', math.nan)} for name, tasks in results.items() if task in tasks}
     return list(rows), np.array([[float(row.get(c, math.nan)) for c in columns] for row in rows.values()])
 
+# %% ../nbs/11_metrics.ipynb #blocks
+def _blocks(results):
+    "For each task with figures: title, names of columns and models, figures as text, and which is the best of its column."
+    for task, title in _TITLES.items():
+        columns = [f'{kind}@{k}' for kind in ('R', 'ng-R', 'mR', 'ng-mR') for k in TOP] + ['AP50'] * (task == 'sgdet')
+        names, values = _rows(results, task, columns)
+        if not names: continue
+        best = (values == np.where(np.isnan(values), -1, values).max(0)) & (len(names) > 1)
+        yield title, columns, names, [['–' if np.isnan(v) else f'{100 * v:.1f}' for v in row] for row in values], best
+
+def _markdown_table(title, columns, names, cells, best):
+    lines = [f"| {title} | {' | '.join(columns)} |", '|---|' + '---:|' * len(columns)]
+    for name, row, marks in zip(names, cells, best):
+        lines.append(f"| {_markdown(name)} | {' | '.join(f'**{c}**' if m else c for c, m in zip(row, marks))} |")
+    return '\n'.join(lines) + '\n'
+
+def _html_table(title, columns, names, cells, best):
+    head = ''.join(f'<th>{c}</th>' for c in [title, *columns])
+    rows = [''.join(f'<td>{f"<b>{c}</b>" if m else c}</td>' for c, m in zip(row, marks)) for row, marks in zip(cells, best)]
+    body = ''.join(f'<tr><td style="text-align:left">{escape(one_line(name))}</td>{row}</tr>' for name, row in zip(names, rows))
+    return f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
 # %% ../nbs/11_metrics.ipynb #results-table-class
 class ResultsTable:
     "The figures of several models, shown as a table. Made by `results_table`."
     def __init__(self, results): self.results = results
-
-    def _blocks(self):
-        for task, title in _TITLES.items():
-            columns = [f'{kind}@{k}' for kind in ('R', 'ng-R', 'mR', 'ng-mR') for k in TOP] + ['AP50'] * (task == 'sgdet')
-            names, values = _rows(self.results, task, columns)
-            if not names: continue
-            best = values == np.nanmax(np.where(np.isnan(values), -1, values), 0) if len(names) > 1 else np.zeros(values.shape, bool)
-            cells = [['–' if np.isnan(v) else f'{100 * v:.1f}' for v in row] for row in values]
-            yield title, columns, names, cells, best
-
-    def _repr_markdown_(self):
-        lines = []
-        for title, columns, names, cells, best in self._blocks():
-            lines += [f"| {title} | {' | '.join(columns)} |", '|---|' + '---:|' * len(columns)]
-            for name, row, marks in zip(names, cells, best):
-                lines.append(f"| {_markdown(name)} | {' | '.join(f'**{c}**' if m else c for c, m in zip(row, marks))} |")
-            lines.append('')
-        return '\n'.join(lines)
-
-    def _repr_html_(self):
-        parts = []
-        for title, columns, names, cells, best in self._blocks():
-            head = ''.join(f'<th>{c}</th>' for c in [title, *columns])
-            body = [''.join(f'<td>{f"<b>{c}</b>" if m else c}</td>' for c, m in zip(row, marks)) for row, marks in zip(cells, best)]
-            rows = ''.join(f'<tr><td style="text-align:left">{escape(one_line(name))}</td>{row}</tr>' for name, row in zip(names, body))
-            parts.append(f'<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>')
-        return ''.join(parts)
-
+    def _repr_markdown_(self): return '\n'.join(_markdown_table(*block) for block in _blocks(self.results))
+    def _repr_html_(self): return ''.join(_html_table(*block) for block in _blocks(self.results))
     __str__ = _repr_markdown_
 
 # %% ../nbs/11_metrics.ipynb #results-table-function

@@ -91,6 +91,7 @@ class Pairs:
     held: np.ndarray  # bool, subject lies in an interior of the object
     free: np.ndarray  # (N,1) bool, nothing carries the subject from below, nor wall nor ceiling
     fixed: np.ndarray  # (N,1) bool, wall or ceiling holds the subject
+    based: np.ndarray  # (N,1) bool, the subject stands on the floor, or wall or ceiling holds it
     beneath: np.ndarray  # subject's top below the object's lowest surface, metres
     drop: np.ndarray  # object's top over the subject's top, metres
     further: np.ndarray  # depth of the subject's centre behind that of the object
@@ -135,11 +136,11 @@ def measure(
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     shared_x, shared_y = _overlap(boxes[:, 0], boxes[:, 2]), _overlap(boxes[:, 1], boxes[:, 3])
     smaller = lambda values: np.maximum(np.minimum(values[:, None], values), 1e-6)
-    grounded = (low < .01) & ~bodies.fixed
+    based = (low < .01) | bodies.fixed
     return Pairs(
         side=gap(prints, prints), rise=low[:, None] - high, level=np.abs(low[:, None] - low),
         shared=_overlap(low, high) / smaller(high - low), within=within, rests=rests & ~held, held=held,
-        free=~(rests.any(1) | held.any(1) | grounded | bodies.fixed)[:, None], fixed=bodies.fixed[:, None],
+        free=~(rests.any(1) | held.any(1) | based)[:, None], fixed=bodies.fixed[:, None], based=based[:, None],
         beneath=load - high[:, None], drop=high - high[:, None], further=depth[:, None] - depth,
         cover=shared_x * shared_y / smaller(width * height), column=shared_x / smaller(width))
 
@@ -155,7 +156,7 @@ def relate(pairs):
     hanging = p.free & (apart <= .02) & (p.drop >= -.03) & ~bound
     linked = bound | hanging | hanging.T
     over = p.fixed & (p.rise > 0) & (p.side < -.08)
-    under = p.within & (p.beneath >= -.01) & ~linked
+    under = p.within & (p.beneath >= -.01) & p.based.T & ~linked
     overlapping = (p.cover >= .1) & (p.shared > 0) & (p.side > -.02) & ~linked
     held_up = p.fixed & p.fixed.T
     rules = {

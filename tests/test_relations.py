@@ -130,3 +130,8 @@ def test_annotator_is_seeded(crowd):
     dense, pairs = relations(*crowd)
     first, second, other = (annotate(dense, pairs, crowd[1], np.random.default_rng(s)) for s in (1, 1, 2))
     assert np.array_equal(first, second) and not np.array_equal(first, other)
+
+
+def test_under_the_table_not_under_the_cup():
+    cup, low = block(.1, 0, .7, .4, .4, .2), block(.1, 0, 0, .3, .3, .4)
+    assert names(low, TABLE, cup) == {'under'} and 'under' not in names(low, TABLE, cup, pair=(0, 2))

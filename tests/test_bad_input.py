@@ -1,0 +1,88 @@
+"Each thing that users hand us broken: one clear error that names the file and the mend, and nothing already written lost."
+import os
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+
+from stdg import hha
+from stdg.data import SceneGraphs, prepare_hha
+from stdg.files import atomic_path
+from stdg.graph import SceneGraph, Vocabulary
+from stdg.visual_genome import Database, write_annotations, write_images
+
+names = Vocabulary(['cup', 'table'], ['near', 'on'])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "A whole database of four pictures; the last has no objects, the third no relations."
+    boxes = [[4, 4, 20, 20], [0, 18, 60, 50]]
+    graphs = [SceneGraph(boxes, [0, 1], [[0, 1, 1]], (64, 64))] * 2 + [SceneGraph(boxes, [0, 1], [], (64, 64)), SceneGraph([], [], [], (64, 64))]
+    rng = np.random.default_rng(0)
+    records = [dict(image=rng.integers(0, 255, (64, 64, 3), dtype=np.uint8), image_id=i + 1, depth=rng.uniform(1, 3, (64, 64)),
+                    camera=[[60, 0, 32.5], [0, 60, 32.5], [0, 0, 1]]) for i in range(4)]
+    write_annotations(tmp_path/'db', graphs, [0] * 4, names, 64)
+    write_images(tmp_path/'db', records, 4, 64)
+    return tmp_path/'db'
+
+
+def edit(path, name, row, value):
+    with h5py.File(path, 'r+') as file: file[name][row] = value
+
+
+@pytest.mark.parametrize('name', ['VG-SGG.h5', 'VG-SGG-dicts.json', 'imdb_64.h5'])
+def test_missing_file(folder, name):
+    (folder/name).unlink()
+    with pytest.raises(FileNotFoundError, match=r'(imdb_<size>|VG-SGG.*)\.\w+ is missing.*make_rooms'): Database(folder)
+
+
+@pytest.mark.parametrize('name', ['VG-SGG.h5', 'imdb_64.h5'])
+def test_truncated_h5(folder, name):
+    os.truncate(folder/name, (folder/name).stat().st_size // 2)
+    with pytest.raises(ValueError, match=f'{name} is not a whole HDF5 file.*cut off'): Database(folder)
+
+
+def test_foreign_h5(folder):
+    shutil.copy(folder/'imdb_64.h5', folder/'VG-SGG.h5')
+    with pytest.raises(ValueError, match="VG-SGG.h5 has no dataset 'labels'.*another kind of file"): Database(folder)
+    (folder/'VG-SGG.h5').write_text('<html>404</html>')
+    with pytest.raises(ValueError, match='VG-SGG.h5 is not a whole HDF5 file'): Database(folder)
+
+
+def test_image_without_boxes_or_relations_is_left_out(folder):
+    database = Database(folder)
+    assert len(database) == 4 and len(database.graph(3)) == 0
+    assert SceneGraphs(database, 'train').rows == [0, 1]
+
+
+def test_relation_to_a_missing_object(folder):
+    edit(folder/'VG-SGG.h5', 'relationships', 1, [0, 1])  # boxes of the first image, in the second
+    with pytest.raises(ValueError, match=r'VG-SGG.h5: relationships row 1 \[0, 1\] points to an object that is not in its image'): Database(folder)
+
+
+@pytest.mark.parametrize('name,value', [('labels', 3), ('labels', 0), ('predicates', 9)])
+def test_label_outside_the_vocabulary(folder, name, value):
+    edit(folder/'VG-SGG.h5', name, 0, value)
+    with pytest.raises(ValueError, match=f'VG-SGG.h5: {name} row 0 is {value}, outside 1..2 of VG-SGG-dicts.json'): Database(folder)
+
+
+def test_nan_in_depth(folder):
+    edit(folder/'imdb_64.h5', 'depth', 2, np.float16('nan'))
+    with pytest.raises(ValueError, match='imdb_64.h5: the depth of image 3 has NaN.*write 0 where it is missing'): prepare_hha(Database(folder), progress=False)
+    assert not [p for p in folder.iterdir() if 'hha' in p.name], 'no half of an HHA file is left'
+    with pytest.raises(ValueError, match='NaN'): hha.encode(np.full((8, 8), np.nan, np.float32), np.eye(3))
+
+
+def test_unwritable_folder(folder):
+    (folder/'a-file').touch()
+    with pytest.raises(OSError, match='nothing can be written in .*a-file.*Choose another folder'): write_annotations(folder/'a-file'/'db', [], [], names, 64)
+
+
+def test_full_disk_keeps_what_was_there(tmp_path):
+    if not os.path.exists('/dev/full'): pytest.skip('needs /dev/full')
+    (tmp_path/'log').write_text('good')
+    with pytest.raises(OSError, match='log could not be written: No space left on device'):
+        with atomic_path(tmp_path/'log'), open('/dev/full', 'w') as file: file.write('x' * 10_000); file.flush()
+    assert (tmp_path/'log').read_text() == 'good' and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,292 @@
+"""Pictures: what is drawn is what was given, hostile labels stay text, and everything works without graphviz' program."""
+import json
+import shutil
+import xml.etree.ElementTree as ElementTree
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyArrowPatch, Rectangle
+
+from stdg import draw
+from stdg.graph import Prediction, SceneGraph, Vocabulary
+
+VG = Vocabulary.visual_genome()
+HOSTILE = ['<script>alert(1)</script>', ']]>', '"quoted\\" & \'single\'', '\\N \\G', '$\\frac{$', '$x_$', '<<b>bold</b>>', 'tab\tline\nnull\x00\ud800',
+           'x' * 10_000, 'ça Ω 猫']
+needs_dot = pytest.mark.skipif(shutil.which('dot') is None, reason="graphviz' program dot is not installed")
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close('all')
+
+
+@pytest.fixture(params=['dot', 'no dot'])
+def program(request, monkeypatch):
+    "With graphviz' program, and without it."
+    if request.param == 'no dot': monkeypatch.setenv('PATH', '')
+    elif shutil.which('dot') is None: pytest.skip("graphviz' program dot is not installed")
+
+
+def scene(size=(120, 160)):
+    labels = [VG.object_index(name) for name in ('cup', 'table', 'chair', 'chair')]
+    truth = SceneGraph([[20, 20, 50, 50], [10, 45, 110, 100], [100, 40, 150, 110], [0, 60, 20, 110]], labels, size=size, relations=[
+        [0, 1, VG.predicate_index('on')], [2, 1, VG.predicate_index('near')], [2, 1, VG.predicate_index('near')], [3, 1, VG.predicate_index('near')]])
+    predicates = np.zeros((3, 50))
+    for row, (name, score) in zip(predicates, [('on', .9), ('behind', .8), ('near', .02)]): row[VG.predicate_index(name)] = score
+    boxes = np.vstack([truth.boxes[:3].numpy() + 1, [[60, 0, 90, 20]]])
+    prediction = Prediction(boxes, [*labels[:3], VG.object_index('lamp')], [.9, 1, .8, .1], [[0, 1], [2, 1], [3, 1]], predicates, size)
+    return np.full((*size, 3), 200, np.uint8), truth, prediction
+
+
+def texts(ax): return [text.get_text() for text in ax.texts]
+
+
+def parse(svg):
+    "All text of an SVG, which must be well-formed and hold no script."
+    root = ElementTree.fromstring(svg)
+    assert not [e for e in root.iter() if str(e.tag).endswith('script')]
+    return ' '.join(root.itertext())
+
+
+# Images
+
+@pytest.mark.parametrize('image', [np.zeros((120, 160, 3), np.uint8), np.full((120, 160, 3), 1.5), torch.rand(3, 120, 160), torch.rand(1, 120, 160), np.zeros((120, 160))])
+def test_images_of_every_kind(image):
+    assert draw.as_picture(image).shape[:2] == (120, 160)
+    draw.image_boxes(image, scene()[1], VG).figure.canvas.draw()
+
+
+def test_odd_images_are_refused():
+    for shape in [(2, 5, 5), (5,), (1, 3, 5, 5)]:
+        with pytest.raises(ValueError, match='an image has shape'): draw.as_picture(np.zeros(shape))
+
+
+def test_a_class_keeps_its_colour():
+    assert draw.class_colour('cup') == draw.class_colour('cup')
+    colours = [draw.class_colour(name) for name in VG.objects]
+    assert len(set(colours)) > 50
+    for colour in colours:
+        linear = np.array([c / 12.92 if c < .04 else ((c + .055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(colour)])
+        assert 1.05 / (linear @ (.2126, .7152, .0722) + .05) > 2, f'white letters cannot be read on {colour}'
+
+
+def test_depth_map_leaves_missing_grey():
+    depth = np.array([[0, 1], [np.nan, 3], [-1, np.inf]])
+    ax = draw.depth_map(depth)
+    assert ax.images[0].get_array().mask.tolist() == [[True, False], [True, False], [True, True]]
+    assert matplotlib.colors.to_hex(ax.images[0].cmap.get_bad()) == '#bfbfbf'
+    draw.depth_map(np.zeros((4, 4))).figure.canvas.draw()  # nothing measured at all
+
+
+def test_hha_and_rgbd(tmp_path):
+    hha = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    axes = draw.hha_channels(hha)
+    assert np.array_equal(axes[0].images[0].get_array(), hha[..., 0] - 38.) and np.array_equal(axes[2].images[0].get_array(), hha[..., 2])
+    figure = draw.rgbd(hha, np.ones((12, 16)), hha)
+    figure.savefig(tmp_path / 'rgbd.pdf')
+    assert (tmp_path / 'rgbd.pdf').stat().st_size > 1000
+    with pytest.raises(ValueError, match='HHA has shape'): draw.hha_channels(hha[..., :2])
+
+
+def test_figures_do_not_pile_up():
+    image, truth, prediction = scene()
+    for _ in range(3): draw.side_by_side(image, truth, prediction, VG)
+    assert not plt.get_fignums()
+
+
+# Boxes
+
+def test_boxes_are_where_they_are():
+    image, truth, prediction = scene()
+    ax = draw.image_boxes(image, truth, VG)
+    drawn = [[p.get_x(), p.get_y(), p.get_x() + p.get_width(), p.get_y() + p.get_height()] for p in ax.patches if isinstance(p, Rectangle)]
+    assert np.allclose(drawn, truth.boxes) and texts(ax) == ['cup', 'table', 'chair #1', 'chair #2']
+    assert matplotlib.colors.to_hex(ax.patches[0].get_edgecolor()) == draw.class_colour('cup')
+    own = plt.subplots()[1]
+    assert draw.image_boxes(image, prediction, VG, ax=own) is own and texts(own) == ['table 1.00', 'cup 0.90', 'chair 0.80']
+    assert texts(draw.image_boxes(image, prediction, VG, min_score=0, top=2)) == ['table 1.00', 'cup 0.90']
+
+
+def test_labels_stay_inside_and_apart():
+    image = np.zeros((200, 400, 3), np.uint8)
+    boxes = [[max(0, 45 * i - 10), 0, 45 * i + 40, 150] for i in range(9)]
+    ax = draw.image_boxes(image, SceneGraph(boxes, [VG.object_index('motorcycle')] * 9, []), VG)
+    ax.figure.canvas.draw()
+    frames = np.array([text.get_window_extent().extents for text in ax.texts])
+    shared = draw._overlap(frames, frames)
+    assert (shared - np.diag(shared.diagonal())).sum() < .1 * shared.diagonal().sum()
+    assert (frames[:, :2] >= ax.bbox.min - 2).all() and (frames[:, 2:] <= ax.bbox.max + 2).all()
+
+
+def test_graphs_of_another_vocabulary_are_refused():
+    image, truth, prediction = scene()
+    small = Vocabulary(['cup'], ['on'])
+    for one in (truth, prediction):
+        with pytest.raises(ValueError, match='vocabulary'): draw.image_boxes(image, one, small)
+        with pytest.raises(ValueError, match='vocabulary'): draw.graph(one, small)
+        with pytest.raises(ValueError, match='vocabulary'): draw.side_by_side(image, truth, prediction, small)
+
+
+def test_empty_graphs_can_be_drawn(program):
+    image, nothing = scene()[0], Prediction([], [], [], [], torch.zeros(0, 50))
+    empty = SceneGraph([], [], [])
+    for one in (nothing, empty):
+        assert not texts(draw.image_boxes(image, one, VG))
+        assert draw.graph(one, VG).svg() and draw.graph(one, VG).png()
+    draw.side_by_side(image, empty, nothing, VG).canvas.draw()
+    draw.side_by_side(image, scene()[1], nothing, VG).canvas.draw()
+
+
+# Fields and offsets
+
+def test_fields_show_target_and_prediction():
+    names = Vocabulary(['cup', 'table'], ['on', 'near', '$bad'])
+    target, predicted = [(torch.zeros(2, 4, 5), torch.zeros(3, 4, 5)) for _ in range(2)]
+    target[0][1, 2, 3], target[1][2, 1, 1], predicted[0][1, 2, 2] = 1, 1, .7
+    figure = draw.fields(torch.rand(3, 64, 80), target, predicted, names, count=1)
+    shown = [ax for ax in figure.axes if len(ax.images) == 2]
+    assert [ax.get_title() for ax in shown] == ['table', '$bad', '', '']
+    alpha = [np.asarray(ax.images[1].get_array())[..., 3] for ax in shown]
+    assert alpha[0].argmax() == 2 * 5 + 3 and alpha[2].argmax() == 2 * 5 + 2 and alpha[3].max() == 0
+    chosen = draw.fields(np.zeros((64, 80)), target, predicted, names, classes=['cup'], predicates=['on', 'near'])
+    assert [ax.get_title() for ax in chosen.axes[:3]] == ['cup', 'on', 'near']
+    figure.canvas.draw()
+    with pytest.raises(ValueError, match='for 2 names'): draw.fields(np.zeros((64, 80)), target[::-1], predicted[::-1], names)
+
+
+def test_offsets_are_drawn_in_pixels():
+    teacher, student = torch.zeros(36, 6, 8), torch.zeros(36, 6, 8)
+    teacher[2 * 4, 1, 2], teacher[2 * 4 + 1, 1, 2] = .5, -1  # dy, dx of the middle tap in block 2
+    teacher[18:] = 9  # block 1
+    figure = draw.offsets(np.zeros((96, 128, 3)), teacher, student, cells=[(1, 2)])
+    arrows = figure.axes[0].collections[0]
+    assert len(arrows.U) == 9 and (arrows.U[4], arrows.V[4]) == (-16, 8) and not arrows.U[[0, 1, 2, 3, 5, 6, 7, 8]].any()
+    assert arrows.get_offsets()[4].tolist() == [40, 24]
+    assert not figure.axes[1].collections[0].U.any()
+    mean = figure.axes[2].collections[0]
+    assert np.allclose(mean.U.reshape(6, 8)[1, 2], -16 / 9) and len(mean.U) == 48
+    first = draw.offsets(np.zeros((96, 128, 3)), teacher, student, cells=[(1, 2)], block=1)
+    assert (first.axes[0].collections[0].U == 9 * 16).all()
+    draw.offsets(np.zeros((96, 128, 3)), teacher, student).canvas.draw()
+    with pytest.raises(ValueError, match='offsets have shape'): draw.offsets(np.zeros((96, 128)), teacher[:18], student)
+    with pytest.raises(ValueError, match='field of 6 x 8'): draw.offsets(np.zeros((96, 128)), teacher, student, cells=[(6, 0)])
+
+
+# Graphs
+
+def test_graph_of_truth_and_prediction():
+    _, truth, prediction = scene()
+    picture = draw.graph(truth, VG)
+    assert [label for label, _ in picture.nodes] == ['cup', 'table', 'chair #1', 'chair #2']
+    assert [(s, o, label) for s, o, label, _ in picture.edges] == [(0, 1, 'on'), (2, 1, 'near'), (3, 1, 'near')]  # repeated once
+    picture = draw.graph(prediction, VG, min_score=.1)
+    assert [label for label, _ in picture.nodes] == ['cup', 'table', 'chair']
+    assert [label for *_, label, _ in picture.edges] == ['on 0.81', 'behind 0.64']
+    assert len(draw.graph(prediction, VG, top=1).edges) == 1
+    alone = draw.graph(SceneGraph(truth.boxes, truth.labels, []), VG)
+    assert len(alone.nodes) == 4 and not alone.edges
+    with pytest.raises(ValueError, match="engine 'neat0' is not one of"): draw.graph(truth, VG, engine='neat0')
+
+
+def test_graph_picture_shows_itself(program, tmp_path):
+    picture = draw.graph(scene()[1], VG)
+    parse(picture._repr_svg_())
+    assert picture._repr_png_().startswith(b'\x89PNG') and picture.source.startswith('digraph')
+    for kind, magic in (('svg', b'<?xml'), ('png', b'\x89PNG'), ('pdf', b'%PDF')):
+        assert picture.save(tmp_path / f'graph.{kind}').read_bytes().startswith(magic)
+    with pytest.raises(ValueError, match='saved as .svg, .png or .pdf'): picture.save(tmp_path / 'graph')
+    with pytest.raises(FileNotFoundError, match='does not exist; make it first'): picture.save(tmp_path / 'no' / 'graph.svg')
+
+
+@needs_dot
+def test_dot_draws_every_label():
+    text = parse(draw.graph(scene()[1], VG).svg())
+    assert all(word in text for word in ('cup', 'table', 'chair #1', 'chair #2', 'on', 'near'))
+
+
+def test_matplotlib_draws_the_same_graph():
+    picture = draw.graph(scene()[1], VG)
+    ax = picture.draw()
+    assert sorted(texts(ax)) == sorted([label for label, _ in picture.nodes] + [label for *_, label, _ in picture.edges])
+    assert len([p for p in ax.patches if isinstance(p, FancyArrowPatch)]) == len(picture.edges)
+    centres = np.array([text.get_position() for text in ax.texts[:4]])
+    assert min(np.linalg.norm(a - b) for i, a in enumerate(centres) for b in centres[:i]) > .2
+    assert centres[3, 0] < centres[1, 0] < centres[2, 0]  # left in the picture, left in the graph
+
+
+def test_objects_at_one_place_and_self_relations(program):
+    graph = SceneGraph([[0, 0, 10, 10]] * 5, range(5), [[0, 0, 1], [0, 1, 2], [0, 1, 3], [1, 0, 2]])
+    picture = draw.graph(graph, VG)
+    parse(picture.svg())
+    ax = picture.draw()
+    ax.figure.canvas.draw()
+    assert np.isfinite([text.get_position() for text in ax.texts]).all()
+
+
+@pytest.mark.filterwarnings('ignore:Glyph')  # the default font has no such letters
+@pytest.mark.parametrize('label', HOSTILE)
+def test_hostile_labels_stay_text(program, label):
+    image = np.zeros((80, 80, 3), np.uint8)
+    vocabulary = Vocabulary([label, 'cup'], [label + ' ', 'on'])
+    truth = SceneGraph([[0, 0, 30, 30], [40, 40, 70, 70]], [0, 1], [[0, 1, 0], [1, 0, 1]])
+    prediction = Prediction(truth.boxes, [0, 1], [.9, .9], [[0, 1]], [[.8, .1]])
+    for one in (truth, prediction):
+        picture = draw.graph(one, vocabulary)
+        svg = picture.svg()
+        text = parse(svg)
+        assert '<script' not in svg and ']]>' not in svg and 'xxxx' * 20 not in svg and len(picture.source) < 3000
+        assert len(picture.nodes) == 2 and picture.png().startswith(b'\x89PNG')
+        if picture.has_program() and len(label) < 28 and label.isprintable(): assert label in text.replace('\xa0', ' ')
+    draw.image_boxes(image, prediction, vocabulary).figure.canvas.draw()
+    draw.side_by_side(image, truth, prediction, vocabulary).canvas.draw()
+    draw.fields(image, *[(torch.rand(2, 5, 5), torch.rand(2, 5, 5))] * 2, vocabulary).canvas.draw()
+
+
+def test_side_by_side_tells_hits_from_misses(program, tmp_path):
+    image, truth, prediction = scene()
+    figure = draw.side_by_side(image, truth, prediction, VG, min_score=.05)
+    hex = matplotlib.colors.to_hex
+    colours = [{text.get_text(): hex(text.get_bbox_patch().get_facecolor()) for text in ax.texts} for ax in figure.axes[:2]]
+    assert colours[0] == {'cup': draw.HIT, 'table': draw.HIT, 'chair #1': draw.HIT, 'chair #2': draw.MISS}
+    assert colours[1] == {'table 1.00': draw.HIT, 'cup 0.90': draw.HIT, 'chair 0.80': draw.HIT, 'lamp 0.10': draw.MISS}
+    left, right = draw._compare(truth, prediction, .05, 12)
+    assert left[3] == [draw.HIT, draw.MISS, draw.MISS]  # on; near, near
+    assert right[3] == [draw.HIT, draw.MISS]  # on; behind
+    assert [text.get_text() for text in figure.legends[0].texts] == ['in both', 'in one only']
+    for kind in ('png', 'pdf', 'svg'):
+        figure.savefig(tmp_path / f'pair.{kind}')
+        assert (tmp_path / f'pair.{kind}').stat().st_size > 5000
+
+
+# Loss curves
+
+def test_loss_curves_from_file_and_records(tmp_path):
+    records = [dict(step=s, stage=stage, loss=2. / (s + 1), heatmap=1., lr=.1, **({'teaching': .5} if stage == 'student' else {}))
+               for stage in ('teacher', 'student') for s in range(60)]
+    records.insert(3, dict(stage='teacher', event='validation', AP50=.2))
+    path = tmp_path / 'log.jsonl'
+    path.write_text(''.join(json.dumps(r) + '\n' for r in records))
+    for log in (path, str(path), records):
+        figure = draw.loss_curves(log)
+        assert [ax.get_title() for ax in figure.axes[:3]] == ['loss', 'heatmap', 'teaching']
+        assert [t.get_text() for t in figure.axes[0].get_legend().texts] == ['teacher', 'student']
+        assert np.allclose(figure.axes[0].lines[0].get_ydata(), [2. / (s + 1) for s in range(60)])
+    figure.savefig(tmp_path / 'loss.png')
+    draw.loss_curves([dict(step=0, loss=1.)]).canvas.draw()
+    draw.loss_curves([dict(step=0, stage='$\\frac{$', loss=1.)] * 2).canvas.draw()
+
+
+def test_broken_logs(tmp_path):
+    path = tmp_path / 'log.jsonl'
+    with pytest.raises(FileNotFoundError, match='log.jsonl: there is no such log'): draw.loss_curves(path)
+    path.write_text('')
+    with pytest.raises(ValueError, match='log.jsonl: no record has a step and a loss'): draw.loss_curves(path)
+    path.write_text('{"step": 0, "loss": 1}\n{"step"')
+    with pytest.raises(ValueError, match='log.jsonl, line 2: not JSON'): draw.loss_curves(path)
