@@ -9,8 +9,8 @@ __all__ = ['FURNITURE', 'table', 'chair', 'bench', 'shelf', 'cabinet', 'bed', 'l
 # %% ../nbs/02a_furniture.ipynb #imports
 import numpy as np
 
-from .forms import (Material, any_color, arc, assemble, ball, block, color, cushion, dark, join, lathe, metal, on_top, paint, patterned, picture, plain,
-                        rectangle, sheet, slab, tube, turn, white, wood)
+from .forms import (Material, any_color, arc, assemble, ball, block, color, cushion, dark, join, lathe, metal, mirror, on_top, paint,
+                        patterned, plain, rectangle, sheet, shift, slab, stretch, tube, turn, white, wood)
 
 # %% ../nbs/02a_furniture.ipynb #table
 def _legs(width, depth, height, thick, material, splay=0.):
@@ -20,61 +20,61 @@ def _legs(width, depth, height, thick, material, splay=0.):
     if splay == 0: return join([block((thick, thick, height), (i * x, j * y, 0), material) for i, j in corners])
     return join([tube([(i * (x + splay), j * (y + splay), 0), (i * x, j * y, height)], [thick * .4, thick * .65], material) for i, j in corners])
 
+def _round_table(rng, height, thick, top_wood, leg_wood):
+    radius = rng.uniform(.38, .58)
+    top = lathe([(0, height - thick), (radius, height - thick), (radius, height), (0, height)], top_wood, 28)
+    support = [(height, *(radius * .68 * np.array([-1, -1, 1, 1])))]
+    if rng.random() < .5: legs = _legs(radius * 1.3, radius * 1.3, height - thick, .05, leg_wood, .08)
+    else: legs = lathe([(radius * .62, 0), (radius * .58, .03), (.07, .07), (.045, height * .4), (.07, height - thick)], leg_wood)
+    return assemble('table', [top, legs], support=support)
+
 def table(rng):
     "Round on one foot, round on four legs, or rectangular, with an apron or without."
-    height, thick = rng.uniform(.55, .76), rng.uniform(.03, .05)
-    top_wood = wood(rng)
+    height, thick, top_wood = rng.uniform(.55, .76), rng.uniform(.03, .05), wood(rng)
     leg_wood = top_wood if rng.random() < .5 else metal(rng) if rng.random() < .4 else wood(rng, 2)
-    round_top, pedestal = rng.random() < .4, rng.random() < .5
-    if round_top:
-        radius = rng.uniform(.38, .58)
-        top = lathe([(0, height - thick), (radius, height - thick), (radius, height), (0, height)], top_wood, 28)
-        support = [(height, *(radius * .68 * np.array([-1, -1, 1, 1])))]
-        if pedestal:
-            foot = [(radius * .62, 0), (radius * .58, .03), (.07, .07), (.045, height * .4), (.07, height - thick)]
-            return assemble('table', [top, lathe(foot, leg_wood)], support=support)
-        return assemble('table', [top, _legs(radius * 1.3, radius * 1.3, height - thick, .05, leg_wood, .08)], support=support)
+    if rng.random() < .4: return _round_table(rng, height, thick, top_wood, leg_wood)
     width, depth = rng.uniform(.8, 1.35), rng.uniform(.55, .8)
     top = block((width, depth, thick), (0, 0, height - thick), top_wood)
     parts = [top, _legs(width, depth, height - thick, rng.uniform(.04, .07), leg_wood, rng.choice([0, .05]))]
     if rng.random() < .6: parts.append(block((width - .1, depth - .1, .07), (0, 0, height - thick - .07), leg_wood))
     return assemble('table', parts, support=[on_top(top)])
 
-# %% ../nbs/02a_furniture.ipynb #chair
+# %% ../nbs/02a_furniture.ipynb #soft-chairs
 def _armchair(rng):
-    cloth, width, depth, seat = patterned(rng, kinds=('plain', 'stripes', 'checks', 'dots')), rng.uniform(.68, .85), .7, .36
+    cloth, width, depth = patterned(rng, kinds=('plain', 'stripes', 'checks', 'dots')), rng.uniform(.68, .85), .7
     parts = [block((width, depth - .1, .2), (0, .05, .08), cloth), cushion((width - .3, depth - .16, .18), (0, -.02, .24), cloth),
-             cushion((width, .2, rng.uniform(.75, .95) - .08), (0, depth / 2 - .05, .08), cloth, power=4), _legs(width, depth - .1, .09, .05, wood(rng, 2))]
-    for side in (-1, 1): parts.append(cushion((.17, depth - .05, .5), (side * (width / 2 - .085), 0, .08), cloth, power=5))
+             cushion((width, .2, rng.uniform(.67, .87)), (0, depth / 2 - .05, .08), cloth, power=4),
+             *mirror([cushion((.17, depth - .05, .5), (width / 2 - .085, 0, .08), cloth, power=5)]), _legs(width, depth - .1, .09, .05, wood(rng, 2))]
     return assemble('chair', parts, support=[(.41, -width / 2 + .18, -.25, width / 2 - .18, .18)])
 
 def _office_chair(rng):
     cloth, steel = patterned(rng, kinds=('plain', 'plain', 'dots')), dark(rng)
-    feet = [tube([(0, 0, .11), (.29 * np.cos(a), .29 * np.sin(a), .05)], [.03, .02], steel, 6) for a in np.radians(np.arange(5) * 72 + 18)]
-    wheels = [ball(.035, (.29 * np.cos(a), .29 * np.sin(a), .035), steel, 1) for a in np.radians(np.arange(5) * 72 + 18)]
-    arms = [tube([(s * .25, .12, .46), (s * .29, .12, .66), (s * .29, -.14, .66)], .018, steel, 6) for s in (-1, 1)]
+    ends = [(.29 * np.cos(a), .29 * np.sin(a)) for a in np.radians(np.arange(5) * 72 + 18)]
+    frame = [tube([(0, 0, .11), (x, y, .05)], [.03, .02], steel, 6) for x, y in ends] + [ball(.035, (x, y, .035), steel, 0) for x, y in ends]
+    frame += mirror([tube([(.25, .12, .46), (.29, .12, .66), (.29, -.14, .66)], .018, steel, 6)])
+    frame += [tube([(0, 0, .1), (0, 0, .44)], .03, steel), tube([(0, .1, .45), (0, .27, .5), (0, .28, .7)], .025, steel)]
     seat = cushion((.5, .48, .1), (0, 0, .42), cloth, power=4)
     back = turn([cushion((.46, .09, rng.uniform(.5, .65)), (0, .22, .56), cloth, power=4)], 0, -8, (0, .22, .56))
-    return assemble('chair', [join(feet + wheels + arms + [tube([(0, 0, .1), (0, 0, .44)], .03, steel), tube([(0, .1, .45), (0, .27, .5), (0, .28, .7)], .025, steel)]), seat, *back],
-                    support=[(.52, -.16, -.16, .16, .14)])
+    return assemble('chair', [join(frame), seat, *back], support=[(.52, -.16, -.16, .16, .14)])
 
+# %% ../nbs/02a_furniture.ipynb #chair
 def chair(rng):
-    "Wooden with slats or a solid back, an armchair, or an office chair."
-    kind = rng.choice(['slats', 'ladder', 'solid', 'arm', 'office'], p=(.25, .2, .2, .2, .15))
+    "Wooden with slats, rungs or a solid back, an armchair, or an office chair."
+    kind = rng.choice(['slats', 'rungs', 'solid', 'arm', 'office'], p=(.25, .2, .2, .2, .15))
     if kind == 'arm': return _armchair(rng)
     if kind == 'office': return _office_chair(rng)
-    frame, width, height = wood(rng, 2), rng.uniform(.4, .5), rng.uniform(.82, 1.05)
-    seat_height, post = rng.uniform(.42, .47), .042
+    frame, width, height, post = wood(rng, 2), rng.uniform(.4, .5), rng.uniform(.82, 1.05), .042
+    seat_height = rng.uniform(.42, .47)
     pad = patterned(rng) if rng.random() < .5 else frame
-    seat = block((width, width, .05), (0, 0, seat_height - .05), pad)
-    back = [block((post, post, height - seat_height), (s * (width - post) / 2, (width - post) / 2, seat_height), frame) for s in (-1, 1)]
     y, rise = (width - post) / 2, height - seat_height
+    back = mirror([block((post, post, rise), (y, y, seat_height), frame)])
     if kind == 'slats':
         back += [block((.035, .02, rise - .08), (x, y, seat_height), frame) for x in np.linspace(-.32, .32, 4) * width]
         back.append(block((width, post, .08), (0, y, height - .08), frame))
-    elif kind == 'ladder': back += [block((width - post, .02, .07), (0, y, seat_height + rise * f), frame) for f in (.25, .53, .81)]
-    else: back.append(block((width - post, .025, rise * .62), (0, y, seat_height + rise * .36), pad))
-    parts = [seat, join(back), _legs(width, width, seat_height - .05, post, frame, rng.choice([0, .02]))]
+    elif kind == 'rungs': back += [block((width - post, .02, .07), (0, y, seat_height + rise * f), frame) for f in (.25, .53, .81)]
+    parts = [block((width, width, .05), (0, 0, seat_height - .05), pad), join(back)]
+    if kind == 'solid': parts.append(block((width - post, .025, rise * .62), (0, y, seat_height + rise * .36), pad))
+    parts.append(_legs(width, width, seat_height - .05, post, frame, rng.choice([0, .02])))
     return assemble('chair', parts, support=[(seat_height, -width / 2 + .03, -width / 2 + .02, width / 2 - .03, width / 2 - .08)])
 
 # %% ../nbs/02a_furniture.ipynb #bench
@@ -90,7 +90,9 @@ def bench(rng):
         y = depth / 2 + .01
         stands += [block((.05, .04, .42), (x, y, seat - .06), iron) for x in ends]
         planks += [block((length, .03, .09), (0, y - .03, seat + h), boards) for h in (.1, .24)]
-        if rng.random() < .5: stands += [tube([(x, -depth / 2 + .04, 0), (x, -depth / 2 + .03, seat + .2), (x, y, seat + .22)], .025, iron, 6) for x in ends]
+        if rng.random() < .5:
+            x, front = ends[1], -depth / 2 + .04
+            stands += mirror([tube([(x, front, 0), (x, front - .01, seat + .2), (x, y, seat + .22)], .025, iron, 6)])
     return assemble('bench', [join(planks), join(stands)], support=[(seat, -length / 2 + .15, -depth / 2 + .02, length / 2 - .15, depth / 2 - .06)])
 
 # %% ../nbs/02a_furniture.ipynb #shelf
@@ -100,34 +102,39 @@ def shelf(rng):
     n, thick = int(rng.integers(3, 5)), rng.uniform(.02, .035)
     levels = np.linspace(.04, height - thick, n + (height > 1.2))
     boards = [block((width - .02, depth, thick), (0, 0, z), material) for z in levels]
-    if rng.random() < .65: sides = [block((thick, depth, height), (s * (width - thick) / 2, 0, 0), material) for s in (-1, 1)]
-    else: sides = [block((.035, .035, height), (i * (width - .035) / 2, j * (depth - .035) / 2, 0), dark(rng)) for i in (-1, 1) for j in (-1, 1)]
-    parts = [join(boards), join(sides)]
-    if rng.random() < .6: parts.append(block((width - .01, .01, height), (0, depth / 2 - .005, 0), material if rng.random() < .5 else paint(rng)))
+    if rng.random() < .65: sides = join(mirror([block((thick, depth, height), ((width - thick) / 2, 0, 0), material)]))
+    else: sides = _legs(width, depth, height, .035, dark(rng))
+    parts = [join(boards), sides]
+    if rng.random() < .6:
+        parts.append(block((width - .01, .01, height), (0, depth / 2 - .005, 0), material if rng.random() < .5 else paint(rng)))
     inner = width / 2 - .05
     return assemble('shelf', parts, support=[(z + thick, -inner, -depth / 2 + .01, inner, depth / 2 - .02) for z in levels])
 
 # %% ../nbs/02a_furniture.ipynb #cabinet
+def _fronts(rng, width, height, low):
+    "Doors and drawers of a cabinet: list of (x, z, width, height)."
+    columns, drawers = int(rng.integers(2, 4)) if width > .8 else 2, rng.choice([0, 1, 3, 4])
+    tall, wide = height - low - .07, (width - .03) / columns
+    if drawers >= 3: return [(0, low + .02 + tall / drawers * k, width - .05, tall / drawers - .02) for k in range(drawers)]
+    doors = tall * (.72 if drawers else 1)
+    fronts = [(0, low + .02, wide - .02, doors - .02)]
+    if drawers: fronts.append((0, low + .02 + doors, wide - .02, tall - doors - .02))
+    return [(x, *front[1:]) for front in fronts for x in (np.arange(columns) - (columns - 1) / 2) * wide]
+
 def cabinet(rng):
     "Doors, drawers or both, with knobs, on short feet."
-    body, width, depth, height = wood(rng, 2), rng.uniform(.6, 1.05), rng.uniform(.38, .46), rng.uniform(.62, 1.05)
-    front = body if rng.random() < .35 else wood(rng, 2) if rng.random() < .5 else paint(rng)
-    knob, foot = metal(rng) if rng.random() < .6 else dark(rng), rng.uniform(.05, .1)
+    body, width, depth, height, low = wood(rng, 2), rng.uniform(.6, 1.05), rng.uniform(.38, .46), rng.uniform(.62, 1.05), rng.uniform(.05, .1)
+    face = body if rng.random() < .35 else wood(rng, 2) if rng.random() < .5 else paint(rng)
+    knob, y = metal(rng) if rng.random() < .6 else dark(rng), -depth / 2
     top = block((width + .03, depth + .02, .03), (0, -.01, height - .03), body)
-    parts = [top, block((width, depth, height - foot - .03), (0, 0, foot), body), _legs(width, depth, foot, .05, body)]
-    y, tall = -depth / 2 - .009, height - foot - .07
-    columns = int(rng.integers(2, 4)) if width > .8 else 2
-    drawers = rng.choice([0, 1, 3, 4])
-    if drawers >= 3: cells = [(0, foot + .02 + tall / drawers * k, width - .05, tall / drawers - .02) for k in range(drawers)]
-    else:
-        high = tall * (.72 if drawers else 1)
-        xs = (np.arange(columns) - (columns - 1) / 2) * (width - .03) / columns
-        cells = [(x, foot + .02, (width - .03) / columns - .02, high - .02) for x in xs]
-        if drawers: cells += [(x, foot + .02 + high, (width - .03) / columns - .02, tall - high - .02) for x in xs]
-    parts.append(join([block((w, .018, h), (x, y, z), front) for x, z, w, h in cells]))
-    knobs = [ball(.022, (x + (w / 2 - .05) * (np.sign(-x) if not w > .55 else s), y - .02, z + h * (.5 if h < .4 else .62)), knob, 1)
-             for x, z, w, h in cells for s in ((-.5, .5) if w > .55 else (1,))]
-    return assemble('cabinet', [*parts, join(knobs)], support=[on_top(top)])
+    fronts, knobs = _fronts(rng, width, height, low), []
+    for x, z, w, h in fronts:
+        if w > .55: spots = [(x - w / 4, z + h / 2), (x + w / 4, z + h / 2)]  # a wide drawer has two
+        else: spots = [(x + (w / 2 - .05) * np.sign(-x) if h > .3 else x, z + h * (.62 if h > .3 else .5))]
+        knobs += [ball(.022, (kx, y - .028, kz), knob, 1) for kx, kz in spots]
+    parts = [top, block((width, depth, height - low - .03), (0, 0, low), body), _legs(width, depth, low, .05, body),
+             join([block((w, .018, h), (x, y - .009, z), face) for x, z, w, h in fronts]), join(knobs)]
+    return assemble('cabinet', parts, support=[on_top(top)])
 
 # %% ../nbs/02a_furniture.ipynb #bed
 def bed(rng):
@@ -148,37 +155,34 @@ def bed(rng):
 # %% ../nbs/02a_furniture.ipynb #lamp
 def _glow(rng): return plain(color(rng.uniform(.08, .15), rng.uniform(.05, .55), 1), emission=.55)
 
-def lamp(rng):
-    "A shade on a turned foot, a bent desk lamp, or a globe."
-    kind = rng.choice(['shade', 'shade', 'desk', 'globe'])
-    foot = paint(rng, .5) if rng.random() < .6 else metal(rng)
-    height = rng.uniform(.36, .52)
-    if kind == 'desk':
-        hood = turn([lathe([(.1, 0), (.085, .06), (.035, .12), (0, .13)], foot), ball(.045, (0, 0, .01), plain([1, .9, .6], emission=1.5), 1)], 1, -25)
-        hood = [p for p in hood]
-        for p in hood: p.vertices = p.vertices + [.16, 0, height * .78]
-        arm = tube([(-.02, 0, .02), (-.12, 0, height * .5), (.03, 0, height), (.12, 0, height * .92)], .012, metal(rng))
-        return assemble('lamp', [lathe([(.11, 0), (.11, .02), (.02, .035), (0, .035)], foot), arm, *hood], 'surface')
-    base = rng.choice(['urn', 'stick', 'cone'])
-    profile = {'urn': [(.07, 0), (.07, .015), (.04, .03), (.09, .1), (.085, .15), (.03, .22), (.015, height * .6)],
-               'stick': [(.1, 0), (.1, .015), (.015, .03), (.012, height * .62)], 'cone': [(.1, 0), (.03, .2), (.012, height * .62)]}[base]
-    if kind == 'globe': return assemble('lamp', [lathe(profile, foot), ball(.12, (0, 0, height * .6 + .1), _glow(rng))], 'surface')
-    wide, narrow = rng.uniform(.15, .2), rng.uniform(.07, .15)
-    shade = lathe([(wide, height * .58), (narrow, height)], _glow(rng) if rng.random() < .6 else plain(any_color(rng, (.3, .8), (.7, 1)), emission=.35), 20)
-    return assemble('lamp', [lathe(profile, foot), shade], 'surface')
+def _bulb(radius, z): return ball(radius, (0, 0, z), plain([1, .92, .65], emission=1.6), 1)
 
+def _desk_lamp(height, skin, steel):
+    hood = turn([lathe([(.1, 0), (.085, .06), (.035, .12), (0, .13)], skin), _bulb(.045, .01)], 1, -25)
+    arm = tube([(-.02, 0, .02), (-.12, 0, height * .5), (.03, 0, height), (.12, 0, height * .92)], .012, steel)
+    return assemble('lamp', [lathe([(.11, 0), (.11, .02), (.02, .035), (0, .035)], skin), arm, *shift(hood, (.16, 0, height * .78))], 'surface')
+
+def lamp(rng):
+    "A shade on a turned foot, a globe on a foot, or a bent desk lamp."
+    kind, skin, height = rng.choice(['shade', 'shade', 'desk', 'globe']), paint(rng, .5) if rng.random() < .6 else metal(rng), rng.uniform(.36, .52)
+    if kind == 'desk': return _desk_lamp(height, skin, metal(rng))
+    neck = (.013, height * .62)
+    urn = [(.07, 0), (.07, .015), (.04, .03), (.09, .1), (.085, .15), (.03, .22), neck]
+    foot = lathe([urn, [(.1, 0), (.1, .015), (.015, .03), neck], [(.1, 0), (.03, .2), neck]][rng.integers(3)], skin)
+    if kind == 'globe': return assemble('lamp', [foot, ball(.12, (0, 0, height * .6 + .1), _glow(rng))], 'surface')
+    cloth = _glow(rng) if rng.random() < .6 else plain(any_color(rng, (.3, .8), (.7, 1)), emission=.35)
+    return assemble('lamp', [foot, lathe([(rng.uniform(.15, .2), height * .58), (rng.uniform(.07, .15), height)], cloth, 20)], 'surface')
+
+# %% ../nbs/02a_furniture.ipynb #light
 def light(rng):
-    "A pendant: cone, dome, globe or drum on a cord."
-    kind, cord = rng.choice(['cone', 'dome', 'globe', 'drum']), rng.uniform(.25, .5)
-    width = rng.uniform(.16, .24)
-    profile = dict(cone=[(width, -.22), (.03, 0)], dome=[(width, -.18), (width * .95, -.11), (width * .7, -.04), (.03, 0)],
-                   drum=[(width, -.2), (width, -.01), (.01, 0)], globe=[(0, 0)])[kind]
+    "A pendant: cone, dome, drum or globe on a cord."
+    kind, cord, width = rng.choice(['cone', 'dome', 'drum', 'globe']), rng.uniform(.25, .5), rng.uniform(.16, .24)
     parts = [tube([(0, 0, 0), (0, 0, cord)], .007, dark(rng), 6), lathe([(.05, cord - .03), (.05, cord), (0, cord)], metal(rng), 10)]
-    if kind == 'globe': parts.append(ball(width * .75, (0, 0, -width * .7), _glow(rng)))
-    else:
-        parts.append(lathe(profile, paint(rng, .5) if kind != 'drum' else plain(any_color(rng), emission=.4), 20))
-        parts.append(ball(.065, (0, 0, profile[0][1] - .005), plain([1, .92, .65], emission=1.6), 1))
-    return assemble('light', parts, 'hang')
+    if kind == 'globe': return assemble('light', [*parts, ball(width * .75, (0, 0, -width * .7), _glow(rng))], 'hang')
+    skin = plain(any_color(rng), emission=.4) if kind == 'drum' else paint(rng, .5)
+    profile = dict(cone=[(width, -.22), (.03, 0)], dome=[(width, -.18), (width * .95, -.11), (width * .7, -.04), (.03, 0)],
+                   drum=[(width, -.2), (width, -.01), (.01, 0)])[kind]
+    return assemble('light', [*parts, lathe(profile, skin, 20), _bulb(.065, profile[0][1] - .005)], 'hang')
 
 # %% ../nbs/02a_furniture.ipynb #clock
 def _upright(parts): return turn(parts, 0, 90)
@@ -192,7 +196,8 @@ def clock(rng):
     outline = lambda r: arc((0, 0), r * (1.25 if sides == 4 else 1), 180 / sides, 360 + 180 / sides, sides + 1)[:-1]
     parts = [slab(outline(radius), .03, rim), slab(outline(radius * .86), .034, face)]
     marks = [turn([block((.012 if k % 3 else .02, radius * .14, .003), (0, radius * .7, .034), ink)], 2, 30 * k)[0] for k in range(12)]
-    hands = [turn([block((w, radius * r, .004), (0, radius * r * .42, h), ink)], 2, a)[0] for w, r, h, a in ((.022, .5, .038, rng.uniform(0, 360)), (.015, .72, .043, rng.uniform(0, 360)))]
+    hands = [turn([block((w, radius * long, .004), (0, radius * long * .42, z), ink)], 2, rng.uniform(0, 360))[0]
+             for w, long, z in ((.022, .5, .038), (.015, .72, .043))]
     return assemble('clock', _upright([*parts, join(marks), join(hands), ball((.018, .018, .008), (0, 0, .045), rim, 1)]), 'wall')
 
 # %% ../nbs/02a_furniture.ipynb #window
@@ -200,8 +205,8 @@ def window(rng):
     "Frame, bars and sill before a bright sky; now and then with curtains."
     frame, width, height = white(rng) if rng.random() < .6 else wood(rng), rng.uniform(.6, .95), rng.uniform(.7, 1.05)
     columns, rows, bar = int(rng.integers(2, 4)), int(rng.integers(2, 4)), .03
-    sky = Material('sky', [color(.58, rng.uniform(.35, .65), 1), color(.55, .1, 1), color(rng.uniform(.22, .33), .6, .45)], height, emission=.9)
-    sky.seed = int(rng.integers(1 << 30))
+    air, haze, hill = color(.58, rng.uniform(.35, .65), 1), color(.55, .1, 1), color(rng.uniform(.22, .33), .6, .45)
+    sky = Material('sky', [air, haze, hill], height, int(rng.integers(1 << 30)), emission=.9)
     parts = [block((width, .01, height), (0, -.005, 0), sky)]
     bars = [block((.06, .05, height + .06), (s * width / 2, -.025, -.03), frame) for s in (-1, 1)]
     bars += [block((width + .06, .05, .06), (0, -.025, z - .03), frame) for z in (0, height)]
@@ -222,40 +227,44 @@ def door(rng):
     cells = [((c - (columns - 1) / 2) * (w + .08), .1 + r * (h + .1)) for c in range(columns) for r in range(rows)]
     parts.append(join([block((w, .006, h), (x, -.032, z), darker) for x, z in cells]))
     parts.append(join([block((w - .05, .012, h - .05), (x, -.036, z + .025), leaf) for x, z in cells]))
-    parts.append(join([block((.08, .06, height + .08), (s * (width / 2 + .04), -.03, 0), frame) for s in (-1, 1)] + [block((width, .06, .08), (0, -.03, height), frame)]))
+    posts = mirror([block((.08, .06, height + .08), (width / 2 + .04, -.03, 0), frame)])
+    parts.append(join([*posts, block((width, .06, .08), (0, -.03, height), frame)]))
     side, z = rng.choice([-1, 1]) * (width / 2 - .07), height * .47
     parts.append(join([ball((.04, .035, .04), (side, -.08, z), steel, 1), block((.07, .012, .2), (side, -.04, z - .1), steel)]))
     return assemble('door', parts, 'wall')
 
-# %% ../nbs/02a_furniture.ipynb #sign
-_FONT = dict(S='111100111001111', T='111010010010010', O='111101101101111', P='111101111100100', E='111100110100111', X='101101010101101', I='111010010010111',
-             A='010101111101101', R='110101110101101')
+# %% ../nbs/02a_furniture.ipynb #letters
+_FONT = dict(S='111100111001111', T='111010010010010', O='111101101101111', P='111101111100100', E='111100110100111',
+             X='101101010101101', I='111010010010111', A='010101111101101', R='110101110101101')
 
 def _letters(word, size, z, material):
     "Letters of 3 by 5 squares in the xy-plane, at height `z`, as one part."
-    squares = [(i * 4 + k % 3 - len(word) * 2 + .5, 2 - k // 3) for i, letter in enumerate(word) for k, bit in enumerate(_FONT[letter]) if bit == '1']
-    flat = lambda x, y: sheet([[(x * size, y * size, z), ((x + 1) * size, y * size, z)], [(x * size, (y + 1) * size, z), ((x + 1) * size, (y + 1) * size, z)]], material)
-    return join([flat(x, y - .5) for x, y in squares])
+    bits = [(i, k) for i, letter in enumerate(word) for k, bit in enumerate(_FONT[letter]) if bit == '1']
+    squares = [(i * 4 + k % 3 - len(word) * 2 + .5, 1.5 - k // 3) for i, k in bits]
+    square = np.array([[[0, 0, 0], [1, 0, 0]], [[0, 1, 0], [1, 1, 0]]])
+    return join([sheet((square + [x, y, 0]) * size + [0, 0, z], material) for x, y in squares])
+
+# %% ../nbs/02a_furniture.ipynb #sign
+def _plaque(outline, rim, face): return [slab(outline, .012, rim), slab(outline * .88, .016, face)]
+
+def _warning(paper, ink):
+    mark = [slab([[-.11, .5], [.11, .5], [.06, -.1], [-.06, -.1]], .019, ink), slab(arc((0, -.29), .09, 0, 315, 8), .019, ink)]
+    return [*_plaque(arc((0, 0), 1.15, 90, 330, 3), plain(color(0, .9, .8)), paper), *mark]
+
+def _arrow(paper, blue, degrees):
+    arrow = [slab([[.65, 0], [0, .5], [0, -.5]], .019, paper), block((.7, .3, .019), (-.3, 0, 0), paper)]
+    return _plaque(arc((0, 0), 1, 0, 350, 28), paper, blue) + turn(arrow, 2, degrees)
 
 def sign(rng):
-    "Stop, warning triangle, arrow on a disc, or a word on a board."
-    kind, radius, paper, ink = rng.choice(['stop', 'warning', 'arrow', 'word']), rng.uniform(.17, .24), plain(color(0, 0, .95)), dark(rng)
-    layers = lambda outline, rim, face: [slab(outline, .012, rim), slab(outline * .88, .016, face)]
-    if kind == 'stop': parts = layers(arc((0, 0), radius, 22.5, 337.5, 8), paper, plain(color(0, .9, .75))) + [_letters('STOP', radius * .1, .018, paper)]
-    elif kind == 'warning':
-        outline = arc((0, 0), radius * 1.15, 90, 330, 3)
-        parts = layers(outline, plain(color(0, .9, .8)), plain(color(.14, .9, .98)) if rng.random() < .5 else paper)
-        parts.append(slab(np.array([[-.022, .1], [.022, .1], [.012, -.02], [-.012, -.02]]) * radius / .2, .019, ink))
-        parts.append(slab(arc((0, -.058 * radius / .2), .018 * radius / .2, 0, 315, 8), .019, ink))
-    elif kind == 'arrow':
-        parts = layers(arc((0, 0), radius, 0, 350, 28), paper, plain(color(rng.choice([.6, .0, .35]), .85, .7)))
-        arrow = [slab(np.array([[.13, 0], [0, .1], [0, -.1]]) * radius / .2, .019, paper), block((.14 * radius / .2, .06 * radius / .2, .019), (-.06 * radius / .2, 0, 0), paper)]
-        parts += turn(arrow, 2, rng.choice([0, 90, 180]))
+    "Stop, a warning triangle, an arrow on a disc, or a word on a board."
+    kind, radius, paper = rng.choice(['stop', 'warning', 'arrow', 'word']), rng.uniform(.17, .24), plain(color(0, 0, .95))
+    if kind == 'stop': parts = [*_plaque(arc((0, 0), 1, 22.5, 337.5, 8), paper, plain(color(0, .9, .75))), _letters('STOP', .1, .018, paper)]
+    elif kind == 'warning': parts = _warning(plain(color(.14, .9, .98)) if rng.random() < .5 else paper, dark(rng))
+    elif kind == 'arrow': parts = _arrow(paper, plain(color(rng.choice([.6, 0, .35]), .85, .7)), rng.choice([0, 90, 180]))
     else:
-        word = rng.choice(['EXIT', 'PARIS', 'TAXI', 'STOP', 'POST'])
-        board = rectangle(radius * 2.6, radius * 1.05, .02)
-        parts = layers(board, paper, plain(color(rng.choice([.4, .6, 0, .14]), .85, .55))) + [_letters(word, radius * 2.1 / (4 * len(word)), .018, paper)]
-    return assemble('sign', _upright(parts), 'wall')
+        word, board = rng.choice(['EXIT', 'PARIS', 'TAXI', 'STOP', 'POST']), plain(color(rng.choice([.4, .6, 0, .14]), .85, .55))
+        parts = [*_plaque(rectangle(2.6, 1.05, .1), paper, board), _letters(word, 2.1 / (4 * len(word)), .018, paper)]
+    return assemble('sign', _upright(stretch(parts, [radius, radius, 1])), 'wall')
 
 # %% ../nbs/02a_furniture.ipynb #towel
 def towel(rng):
@@ -266,7 +275,8 @@ def towel(rng):
     fold = .012 * np.sin(u * rng.uniform(14, 22) + rng.uniform(0, 6)) * v
     front = np.stack([u * width * (1 - .06 * v), -.085 - .01 * v + fold, -v * drop], 2)
     back = np.stack([u * width, -.05 + fold * .5, -v * drop * .7], 2)
-    over = np.stack([np.stack([u[0] * width, np.full(17, -.0675 + .0175 * np.cos(a)), np.full(17, .0175 * np.sin(a))], 1) for a in np.radians(np.linspace(0, 180, 5))])
+    bend = arc((-.0675, 0), .0175, 0, 180, 5)[:, None]
+    over = np.concatenate([np.broadcast_to(u[:1, :, None] * width, (5, 17, 1)), np.broadcast_to(bend, (5, 17, 2))], 2)
     border = sheet(front[-2:] + [0, -.001, 0], white(rng, 0))
     rail = [tube([(-width / 2 - .06, -.0675, 0), (width / 2 + .06, -.0675, 0)], .012, steel)]
     rail += [tube([(s * (width / 2 + .05), -.0675, 0), (s * (width / 2 + .05), 0, 0)], .014, steel) for s in (-1, 1)]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 import stdg
 from .files import atomic_path, read_json, writable_folder, write_json
 from .graph import SceneGraph, Vocabulary
@@ -344,7 +344,7 @@ def make_rooms(
     shards = range(-(-total // SHARD))
     missing = [k for k in shards if _read_shard(folder, settings, k) is None]
     there = total - sum(len(_shard_rooms(settings, k)) for k in missing)
-    with tqdm(total=total, initial=there, desc='rooms', unit='room') as bar:
+    with tqdm(total=total, initial=there, desc='rooms', unit='room', mininterval=1) as bar:
         _render_all(folder, settings, missing, workers or _cores(), bar.update)
     _assemble(folder, settings, len(shards))
     return folder

@@ -10,10 +10,11 @@ import numpy as np
 
 from .forms import Material, Part, Shape
 from .furniture import FURNITURE
+from .kitchen import KITCHEN
 from .objects import OBJECTS
 
 # %% ../nbs/02a_shapes.ipynb #make
-CATEGORIES = {**FURNITURE, **OBJECTS}
+CATEGORIES = {**FURNITURE, **KITCHEN, **OBJECTS}
 
 def make(
     category,  # a name in `CATEGORIES`
