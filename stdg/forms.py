@@ -112,16 +112,16 @@ def on_top(part, inset=.02):
 
 # %% ../nbs/02a_forms.ipynb #grid
 @lru_cache(maxsize=256)
-def _grid_faces(rows, columns):
-    "Triangles `(2(rows-1)(columns-1),3)` of a grid of vertices."
-    a = (np.arange(rows - 1)[:, None] * columns + np.arange(columns - 1)).ravel()
-    b = a + columns
-    return np.concatenate([np.stack([a, a + 1, b + 1], 1), np.stack([a, b + 1, b], 1)])
+def _grid_faces(rows, columns, closed):
+    "Triangles `(F,3)` of a grid of vertices, two for each cell."
+    start, column = np.arange(rows - 1)[:, None] * columns, np.arange(columns if closed else columns - 1)
+    a, b = (start + column).ravel(), (start + (column + 1) % columns).ravel()
+    return np.concatenate([np.stack([a, b, b + columns], 1), np.stack([a, b + columns, a + columns], 1)])
 
-def sheet(points, material):
-    "A smooth surface through a grid of `points` `(rows, columns, 3)`."
+def sheet(points, material, closed=False):
+    "A smooth surface through a grid of `points` `(rows, columns, 3)`; if `closed`, the last column joins the first."
     points = np.asarray(points, float)
-    return Part(points.reshape(-1, 3), _grid_faces(*points.shape[:2]), material)
+    return Part(points.reshape(-1, 3), _grid_faces(*points.shape[:2], closed), material)
 
 def join(parts):
     "Several parts as one, with the material of the first."
@@ -149,13 +149,13 @@ def _sharpen(profile, degrees=35):
     return [profile[a:b + 1] for a, b in zip(cuts, cuts[1:])]
 
 def lathe(profile, material, n=16, at=(0, 0, 0), wave=None):
-    "Turn a `profile` of (radius, height) about the vertical through `at`, in `n` sections; `wave` (n+1,) scales the radius around."
-    angle = np.linspace(0, 2 * np.pi, n + 1)
+    "Turn a `profile` of (radius, height) about the vertical through `at`, in `n` sections; `wave` (n,) scales the radius around."
+    angle = np.arange(n) * 2 * np.pi / n
     around = np.stack([np.cos(angle), np.sin(angle)], 1) * (1 if wave is None else np.asarray(wave)[:, None])
     pieces = []
     for piece in _sharpen(np.asarray(profile, float)):
-        points = np.concatenate([piece[:, None, :1] * around, np.broadcast_to(piece[:, None, 1:], (len(piece), n + 1, 1))], 2)
-        pieces.append(sheet(points + np.asarray(at, float), material))
+        points = np.concatenate([piece[:, None, :1] * around, np.broadcast_to(piece[:, None, 1:], (len(piece), n, 1))], 2)
+        pieces.append(sheet(points + np.asarray(at, float), material, True))
     return join(pieces)
 
 def arc(center, radius, start, stop, n=6):
@@ -172,11 +172,11 @@ def tube(path, radius, material, n=8):
     along /= np.linalg.norm(along, axis=1, keepdims=True)
     side = np.cross(along, np.eye(3)[np.abs(along).mean(0).argmin()])
     side /= np.linalg.norm(side, axis=1, keepdims=True)
-    other, angle = np.cross(along, side), np.linspace(0, 2 * np.pi, n + 1)
+    other, angle = np.cross(along, side), np.arange(n) * 2 * np.pi / n
     ring = np.cos(angle)[:, None] * side[:, None] + np.sin(angle)[:, None] * other[:, None]
     points = path[:, None] + ring * radius[:, None, None]
-    ends = [sheet(np.stack([points[k], np.broadcast_to(path[k], (n + 1, 3))]), material) for k in (0, -1)]
-    return join([sheet(points, material), *ends])
+    ends = [sheet(np.stack([points[k], np.broadcast_to(path[k], (n, 3))]), material, True) for k in (0, -1)]
+    return join([sheet(points, material, True), *ends])
 
 # %% ../nbs/02a_forms.ipynb #ball
 @lru_cache

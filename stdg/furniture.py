@@ -12,7 +12,7 @@ import numpy as np
 from .forms import (Material, any_color, arc, assemble, ball, block, color, cushion, dark, join, lathe, metal, mirror, on_top, paint,
                         patterned, plain, rectangle, sheet, shift, slab, stretch, tube, turn, white, wood)
 
-# %% ../nbs/02a_furniture.ipynb #table
+# %% ../nbs/02a_furniture.ipynb #legs
 def _legs(width, depth, height, thick, material, splay=0.):
     "Four legs whose feet stand `splay` metres further out, as one part."
     corners = [(x, y) for x in (-1, 1) for y in (-1, 1)]
@@ -20,6 +20,7 @@ def _legs(width, depth, height, thick, material, splay=0.):
     if splay == 0: return join([block((thick, thick, height), (i * x, j * y, 0), material) for i, j in corners])
     return join([tube([(i * (x + splay), j * (y + splay), 0), (i * x, j * y, height)], [thick * .4, thick * .65], material) for i, j in corners])
 
+# %% ../nbs/02a_furniture.ipynb #table
 def _round_table(rng, height, thick, top_wood, leg_wood):
     radius = rng.uniform(.38, .58)
     top = lathe([(0, height - thick), (radius, height - thick), (radius, height), (0, height)], top_wood, 28)
@@ -177,7 +178,7 @@ def lamp(rng):
 def light(rng):
     "A pendant: cone, dome, drum or globe on a cord."
     kind, cord, width = rng.choice(['cone', 'dome', 'drum', 'globe']), rng.uniform(.25, .5), rng.uniform(.16, .24)
-    parts = [tube([(0, 0, 0), (0, 0, cord)], .007, dark(rng), 6), lathe([(.05, cord - .03), (.05, cord), (0, cord)], metal(rng), 10)]
+    parts = [tube([(0, 0, 0), (0, 0, cord)], .011, dark(rng), 6), lathe([(.05, cord - .03), (.05, cord), (0, cord)], metal(rng), 10)]
     if kind == 'globe': return assemble('light', [*parts, ball(width * .75, (0, 0, -width * .7), _glow(rng))], 'hang')
     skin = plain(any_color(rng), emission=.4) if kind == 'drum' else paint(rng, .5)
     profile = dict(cone=[(width, -.22), (.03, 0)], dome=[(width, -.18), (width * .95, -.11), (width * .7, -.04), (.03, 0)],

@@ -33,7 +33,8 @@ def _flower(x, y, z, petals):
 def _cactus(rng, green):
     ribs = Material('stripes', [green, green * .6], .02, 0, 0)
     body = lathe([(.04, 0), (.055, .06), (.055, .17), *arc((0, .18), .055, 20, 90, 4)], ribs)
-    arms = [tube([(s * .04, 0, z), (s * .1, 0, z + .01), (s * .105, 0, z + .09)], [.022, .026, .02], plain(green, .2)) for s, z in ((1, .08), (-1, .05))]
+    arms = [tube([(side * .04, 0, z), (side * .1, 0, z + .01), (side * .105, 0, z + .09)], [.022, .026, .02], plain(green, .2))
+            for side, z in ((1, .08), (-1, .05))]
     return turn([body, *arms, ball(.022, (0, 0, .245), plain(color(.93, .7, .95)), 1)], 2, rng.uniform(-35, 35))
 
 # %% ../nbs/02a_objects.ipynb #plant
@@ -84,7 +85,7 @@ def bear(rng):
     body += mirror([ball((.032, .018, .032), (.065, 0, .3), fur, 1), *arm, ball((.038, .085, .038), (.075, -.08, .038), fur, 1)])
     light = [ball((.04, .03, .032), (0, -.077, .222), pale, 1), ball((.055, .02, .065), (0, -.064, .1), pale, 1)]
     light += mirror([ball((.026, .012, .028), (.078, -.158, .04), pale, 0), ball((.018, .01, .018), (.066, -.013, .301), pale, 0)])
-    face = [ball((.016, .012, .012), (0, -.106, .236), ink, 1), *mirror([ball(.0115, (.034, -.076, .262), ink, 0)])]
+    face = [ball((.016, .012, .012), (0, -.106, .236), ink, 0), *mirror([ball(.0115, (.034, -.076, .262), ink, 0)])]
     parts = [join(body), join(light), join(face)]
     if rng.random() < .5:
         bow = paint(rng)
@@ -98,8 +99,8 @@ def _felt(rng, kind):
         high = rng.uniform(.15, .2)
         return dark(rng) if rng.random() < .7 else paint(rng, .1), .165, [(.095, .012), (.09, high * .5), (.1, high), (0, high)]
     if kind == 'straw':
-        h = rng.uniform(.1, .13)
-        straw = Material('stripes', [color(h, .5, .95), color(h, .6, .75)], .014, 0, 2) if rng.random() < .7 else patterned(rng, kinds=('plain', 'noise'))
+        h, plaited = rng.uniform(.1, .13), rng.random() < .7
+        straw = Material('stripes', [color(h, .5, .95), color(h, .6, .75)], .014) if plaited else patterned(rng, kinds=('plain', 'noise'))
         return straw, rng.uniform(.2, .23), [(.1, .012), (.095, .07), (.075, .1), (.035, .115), (0, .118)]
     felt = plain(color(rng.uniform(.05, .1), rng.uniform(.4, .7), rng.uniform(.3, .7)))
     return felt, .19, [(.1, .012), (.09, .09), (.07, .125), (.035, .118), (0, .11)]
@@ -114,9 +115,9 @@ def hat(rng):
     (r0, z0), (r1, z1) = crown[:2]
     band = [(r0 + f * (r1 - r0) + .002, z0 + f * (z1 - z0)) for f in (.02, .42)]
     brim = sheet(np.stack([r * np.cos(t), r * np.sin(t), .012 + lift], 2), felt)
-    return assemble('hat', [brim, lathe(crown, felt, 20), lathe(band, paint(rng, .1), 20)], SMALL)
+    return assemble('hat', stretch([brim, lathe(crown, felt, 20), lathe(band, paint(rng, .1), 20)], rng.uniform(.9, 1.1)), SMALL)
 
-# %% ../nbs/02a_objects.ipynb #bag
+# %% ../nbs/02a_objects.ipynb #bag-kinds
 def _loop(width, height, z, y, radius, material):
     "A carrying handle: half an oval in the xz-plane."
     t = np.linspace(0, np.pi, 11)
@@ -131,7 +132,8 @@ def _handbag(rng, cloth, trim):
 def _shopping_bag(rng, cloth, trim):
     w, h, d = rng.uniform(.24, .3), rng.uniform(.27, .34), .13
     body = [block((w, d, h), (0, 0, 0), cloth, 1.05), block((w * 1.03, d * .95, .004), (0, 0, h - .001), dark(rng))]
-    return [*body, block((w * .55, .004, h * .35), (0, -d * .52, h * .32), picture(rng, .04)), *(_loop(w * .4, .11, h - .005, y, .007, trim) for y in (-d / 2, d / 2))]
+    loops = [_loop(w * .4, .11, h - .005, y, .007, trim) for y in (-d / 2, d / 2)]
+    return [*body, *loops, block((w * .55, .004, h * .35), (0, -d * .52, h * .32), picture(rng, .04))]
 
 def _rucksack(rng, cloth, trim):
     w, h, d = rng.uniform(.27, .31), rng.uniform(.34, .4), .16
@@ -140,12 +142,13 @@ def _rucksack(rng, cloth, trim):
     strap = np.array([[w * .28, d * .4, h * .9], [w * .3, d * .78, h * .7], [w * .3, d * .7, h * .3], [w * .36, d * .42, .06]])
     return [*body, zip_, *mirror([tube(strap, .016, trim, 6)]), _loop(.08, .05, h - .01, d * .2, .009, trim)]
 
+# %% ../nbs/02a_objects.ipynb #bag
 def bag(rng):
     "A handbag, a shopping bag or a rucksack."
     cloth, trim = patterned(rng, kinds=('plain', 'plain', 'checks', 'stripes', 'dots')), dark(rng) if rng.random() < .5 else paint(rng)
     return assemble('bag', (_handbag, _shopping_bag, _rucksack)[rng.integers(3)](rng, cloth, trim), SMALL)
 
-# %% ../nbs/02a_objects.ipynb #shoe
+# %% ../nbs/02a_objects.ipynb #shoe-form
 def _sole(length, width, n=24):
     "Outline of a foot whose toe points to -y."
     t = np.linspace(0, 2 * np.pi, n, endpoint=False)
@@ -158,6 +161,7 @@ def _upper(foot, length, high):
     z = high * f * np.interp(foot[:, 1], np.array([-.5, -.3, 0, .15, .5]) * length, [.38, .48, .85, 1, 1])
     return np.stack([foot[:, 0] * (1 - .55 * f**2.2), foot[:, 1] * (1 - .5 * f**2) + length * .2 * f**1.6, z], 2)
 
+# %% ../nbs/02a_objects.ipynb #shoe
 def shoe(rng):
     "A sneaker or a leather shoe, with laces."
     length, width, sneaker = rng.uniform(.27, .31), rng.uniform(.105, .12), rng.random() < .65
@@ -165,9 +169,9 @@ def shoe(rng):
     rubber, lace = (white(rng, .1), white(rng, 0)) if sneaker else (dark(rng), dark(rng))
     thick, high = (.028, rng.uniform(.098, .12)) if sneaker else (.016, rng.uniform(.085, .105))
     foot = _sole(length, width)
-    rings = _upper(np.concatenate([foot, foot[:1]]), length, high) + [0, 0, thick]
+    rings = _upper(foot, length, high) + [0, 0, thick]
     inside = np.stack([rings[-1], rings[-1] * [.2, .6, 1] + [0, length * .08, -.02]])
-    parts = [slab(foot * 1.06, thick, rubber), sheet(rings, skin), sheet(inside, dark(rng))]
+    parts = [slab(foot * 1.06, thick, rubber), sheet(rings, skin, True), sheet(inside, dark(rng), True)]
     if sneaker: parts.append(sheet(rings[:3, [*range(20, 24), *range(5)]] * [1.03, 1.02, 1] + [0, -.001, .001], rubber))
     else: parts.append(block((width * .75, length * .22, thick + .012), (0, length * .36, 0), rubber))
     y = np.linspace(-.14, .03, 4) * length
@@ -175,7 +179,7 @@ def shoe(rng):
     laces = [tube([(-.026, a, b), (0, a - .004, b + .012), (.026, a, b)], .0055, lace, 5) for a, b in zip(y, height)]
     return assemble('shoe', turn([*parts, join(laces)], 2, rng.uniform(25, 110) * rng.choice([-1, 1])), SMALL)
 
-# %% ../nbs/02a_objects.ipynb #umbrella
+# %% ../nbs/02a_objects.ipynb #umbrella-form
 def _hook(z, grip):
     "The handle: a straight piece and a hook below `z`."
     bend = arc((.04, z), .04, 180, 360, 7)
@@ -187,23 +191,25 @@ def _canopy(radius, ribs, one, two):
     for k in range(ribs):
         t, f = np.meshgrid(np.linspace(0, angle, 5), np.linspace(0, 1, 6))
         sag = .1 * f**2 * np.sin(t / angle * np.pi)
-        r = f * radius * (1 - sag)
-        panels.append(sheet(np.stack([r * np.cos(t + k * angle), r * np.sin(t + k * angle), .62 - .2 * f**1.9 - .2 * sag], 2), plain(two if k % 2 else one, .1)))
+        r, around = f * radius * (1 - sag), t + k * angle
+        points = np.stack([r * np.cos(around), r * np.sin(around), .62 - .2 * f**1.9 - .2 * sag], 2)
+        panels.append(sheet(points, plain(two if k % 2 else one, .1)))
     return [join(panels[::2]), join(panels[1::2])]
 
+# %% ../nbs/02a_objects.ipynb #umbrella
 def umbrella(rng):
     "Open and resting on its rim, or closed and upright."
     one, steel, grip = any_color(rng, (.6, .9), (.5, .95)), metal(rng), wood(rng, 2)
     two = one if rng.random() < .4 else color(0, 0, .95) if rng.random() < .5 else any_color(rng)
-    if rng.random() < .4:
-        fold = 1 + .18 * np.cos(np.linspace(0, 2 * np.pi, 25) * 8)
+    if rng.random() < .3:
+        fold = 1 + .18 * np.cos(np.arange(24) * 2 * np.pi / 24 * 8)
         cloth = lathe([(.02, .2), (.065, .32), (.05, .6), (.012, .82)], plain(one, .1), 24, wave=fold)
         parts = [_hook(.06, grip), tube([(0, 0, .1), (0, 0, .9)], .008, steel, 6), cloth, lathe([(.062, .42), (.06, .45)], plain(two), 12)]
         return assemble('umbrella', turn(parts, 1, 180))
     parts = [*_canopy(rng.uniform(.36, .44), 8, one, two), tube([(0, 0, .05), (0, 0, .7)], .009, steel, 6), _hook(0, grip)]
     return assemble('umbrella', turn(turn(parts, 0, rng.uniform(48, 62)), 2, rng.choice([-1, 1]) * rng.uniform(75, 125)))
 
-# %% ../nbs/02a_objects.ipynb #box
+# %% ../nbs/02a_objects.ipynb #box-kinds
 def _open_box(w, d, h, card, rng):
     t = .006
     walls = [block((w, t, h), (0, y, 0), card) for y in (-(d - t) / 2, (d - t) / 2)] + mirror([block((t, d, h), ((w - t) / 2, 0, 0), card)])
@@ -227,8 +233,10 @@ def _present(w, d, h, card, rng):
     t = np.linspace(0, 2 * np.pi, 9)
     loop = np.stack([.055 * np.sin(t / 2) * (1.35 - .3 * np.cos(t)), 0 * t, h * 1.03 + .02 + .035 * np.sin(t)], 1)
     bow = [*mirror([tube(loop, .012, ribbon, 5)]), ball(.02, (0, 0, h * 1.03 + .015), ribbon, 1)]
-    return assemble('box', [block((w, d, h), (0, 0, 0), paper), block((w + .012, d + .012, h * .22), (0, 0, h * .8), lid), join(bands), join(bow)], SMALL)
+    body = [block((w, d, h), (0, 0, 0), paper), block((w + .012, d + .012, h * .22), (0, 0, h * .8), lid)]
+    return assemble('box', [*body, join(bands), join(bow)], SMALL)
 
+# %% ../nbs/02a_objects.ipynb #box
 def box(rng):
     "An open carton, a closed one with tape, or a present with a bow."
     w, d, h = rng.uniform(.2, .34), rng.uniform(.18, .26), rng.uniform(.14, .24)
@@ -240,8 +248,8 @@ def _closed_book(width, height, thick, cover, title):
     "A closed book that lies on its back, spine at -x, as parts."
     pages = Material('stripes', [[.85, .82, .74], [.55, .52, .46]], .006, 0, 2)
     boards = [block((width, height, .006), (0, 0, z), cover) for z in (0, thick - .006)] + [block((.007, height, thick), (-width / 2, 0, 0), cover)]
-    label = [block((width * .66, height * .2, .001), (0, height * .2, thick), title), block((width * .4, height * .1, .001), (0, -height * .25, thick), title)]
-    return [join(boards), block((width - .012, height - .016, thick - .012), (-.004, 0, .006), pages), join(label)]
+    labels = [block((width * w, height * h, .001), (0, height * y, thick), title) for w, h, y in ((.66, .2, .2), (.4, .1, -.25))]
+    return [join(boards), block((width - .012, height - .016, thick - .012), (-.004, 0, .006), pages), join(labels)]
 
 def _open_book(w, h, cover):
     u, v = np.meshgrid(np.linspace(0, 1, 7), [-.5, .5])
@@ -250,24 +258,17 @@ def _open_book(w, h, cover):
     edges = join([sheet(np.stack([edge, edge * [1, 1, 0] + [0, 0, .006]]), plain([.75, .72, .62])) for edge in page])
     return [*mirror([leaf, edges]), block((2 * w + .02, h + .016, .006), (0, 0, 0), cover)]
 
-def _standing_book(w, h, cover, title, opening):
-    board, label = block((w, .007, h), (w / 2, 0, 0), cover), block((w * .66, .002, h * .2), (w / 2, -.004, h * .6), title)
-    boards = turn([board, label], 2, -opening) + turn(turn([board, label], 0, 180, (0, 0, h / 2)), 2, opening)
-    page = block((w - .01, .004, h - .014), (w / 2, 0, .006), plain([.8, .77, .68]))
-    pages = join([turn([page], 2, angle)[0] for angle in np.linspace(-.75, .75, 5) * opening])
-    return [*boards, pages, tube([(0, 0, 0), (0, 0, h)], .01, cover, 6)]
-
 # %% ../nbs/02a_objects.ipynb #book
 def book(rng):
-    "Lying, a pile of two or three, standing a little open, or open."
+    "Lying, a pile of two or three, standing, or open."
     kind = rng.choice(['lying', 'pile', 'standing', 'open'])
     w, h, thick = rng.uniform(.18, .22), rng.uniform(.25, .3), rng.uniform(.035, .055)
     cover = patterned(rng, kinds=('plain', 'plain', 'plain', 'stripes', 'dots'))
     title = white(rng, 0) if rng.random() < .6 else paint(rng, 0)
     if kind == 'open': return assemble('book', _open_book(w, h, cover), SMALL)
     if kind == 'standing':
-        parts = _standing_book(w, h, cover, title, rng.uniform(12, 30))
-        return assemble('book', turn(parts, 2, rng.uniform(-25, 25) + rng.choice([60, 120, -90])), SMALL)
+        upright = turn(_closed_book(w, h, thick, cover, title), 0, 90 - rng.uniform(0, 12))
+        return assemble('book', turn(upright, 2, rng.choice([-1, 1]) * rng.uniform(15, 50)), SMALL)
     parts, n = [], 1 if kind == 'lying' else int(rng.integers(2, 4))
     for k in range(n):
         one = _closed_book(w * .9**k, h * .9**k, thick, cover if k == 0 else paint(rng, .1), title)
@@ -276,6 +277,13 @@ def book(rng):
     return assemble('book', parts, SMALL, support=[(thick * n, -reach, -reach, reach, reach)])
 
 # %% ../nbs/02a_objects.ipynb #laptop
+def _display(rng, height):
+    "A lit picture: windows of a program, or a landscape."
+    if rng.random() < .5: return picture(rng, height * .25, .75)
+    h = rng.random()
+    scene = [color(h, .6, .95), color(h + .06, .25, 1), color(h + rng.uniform(.2, .8), .7, .6)]
+    return Material('sky', scene, height, int(rng.integers(1 << 30)), emission=.75)
+
 def _keys(width, depth, rows, columns, z, material):
     "A field of keys in the xy-plane, as one part."
     x, y = (np.arange(columns) - (columns - 1) / 2) * width / columns, (np.arange(rows) - (rows - 1) / 2) * depth / rows
@@ -287,7 +295,7 @@ def laptop(rng):
     keys = dark(rng) if shell.colors.mean() > .06 else plain([.35, .35, .36])
     pad = block((w * .3, d * .24, .002), (0, -d * .3, .0155), plain(shell.colors * .6))
     base = [slab(rectangle(w, d, .015), .016, shell), _keys(w * .86, d * .46, 4, 10, .016, keys), pad]
-    lid = [block((w, .01, d * .95), (0, 0, 0), shell), block((w - .024, .004, d * .95 - .03), (0, -.006, .018), picture(rng, .06, .7))]
+    lid = [block((w, .01, d * .95), (0, 0, 0), shell), block((w - .024, .004, d * .95 - .03), (0, -.006, .018), _display(rng, d))]
     hinge = (0, d / 2, .014)
     return assemble('laptop', base + turn(shift(lid, hinge), 0, -rng.uniform(8, 30), hinge), SMALL)
 
@@ -297,7 +305,8 @@ def _flat_screen(w, h, shell, image):
     return [*foot, block((w, .03, h), (0, 0, .1), shell), block((w - .03, .004, h - .03), (0, -.016, .115), image)]
 
 def _television(w, h, shell, image):
-    case = [block((w, .16, h), (0, 0, .03), shell), *shift(turn([block((w * .96, h * .96, .16), (0, 0, 0), shell, .6)], 0, -90), (0, .08, .03 + h / 2))]
+    back = turn([block((w * .96, h * .96, .16), (0, 0, 0), shell, .6)], 0, -90)
+    case = [block((w, .16, h), (0, 0, .03), shell), *shift(back, (0, .08, .03 + h / 2))]
     knobs = [ball((.022, .014, .022), (w * .385, -.082, .03 + h * z), plain([.4, .4, .4], .8), 1) for z in (.8, .62)]
     rods = mirror([tube([(.02, 0, h + .02), (.14, 0, h + .17)], .006, plain([.4, .4, .4], .9), 5)])
     feet = mirror([block((.04, .1, .03), (w * .38, 0, 0), shell)])
@@ -307,13 +316,14 @@ def screen(rng):
     "A flat display on a foot, or an old television with a deep case and aerials."
     shell, w = dark(rng) if rng.random() < .7 else metal(rng), rng.uniform(.42, .56)
     form = _flat_screen if rng.random() < .7 else _television
-    return assemble('screen', form(w, w * rng.uniform(.56, .66), shell, picture(rng, .09, .8)), SMALL)
+    return assemble('screen', form(w, w * rng.uniform(.56, .66), shell, _display(rng, w * .7)), SMALL)
 
 # %% ../nbs/02a_objects.ipynb #phone
 def _telephone(rng):
     skin, ink = paint(rng, .7) if rng.random() < .75 else dark(rng), white(rng)
     body = [block((.21, .2, .07), (0, 0, 0), skin, (.8, .62)), block((.1, .06, .035), (0, .03, .068), skin, .8)]
-    holes = [lathe([(.0105, 0), (.0105, .013), (0, .013)], dark(rng), 6, (*(.043 * np.array([np.cos(a), np.sin(a)])), 0)) for a in np.radians(np.arange(10) * 30 - 20)]
+    spots = np.column_stack([arc((0, 0), .043, -20, 250, 10), np.zeros(10)])
+    holes = [lathe([(.0105, 0), (.0105, .013), (0, .013)], dark(rng), 6, spot) for spot in spots]
     dial = [lathe([(.062, 0), (.062, .01), (0, .01)], ink, 20), join(holes), lathe([(.022, 0), (.022, .014), (0, .014)], skin, 12)]
     t = np.linspace(-1, 1, 9)
     receiver = [tube(np.stack([t * .125, np.full(9, .03), .128 - .02 * t**2], 1), .016 + .004 * t**4, skin, 7)]

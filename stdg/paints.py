@@ -27,9 +27,11 @@ def noise(p):
 def _hash(*cells):
     "Pseudo-random numbers between 0 and 1 for integer cells."
     h = np.zeros(cells[0].shape, np.uint32)
-    for cell, prime in zip(cells, (374761393, 668265263, 2246822519)): h = (h ^ cell.astype(np.int64).astype(np.uint32)) * np.uint32(prime) ^ (h >> np.uint32(13))
+    for cell, prime in zip(cells, (374761393, 668265263, 2246822519)):
+        h = (h ^ cell.astype(np.int64).astype(np.uint32)) * np.uint32(prime) ^ (h >> np.uint32(13))
     return ((h ^ (h >> np.uint32(15))) * np.uint32(2654435761) >> np.uint32(8)) / np.float32(1 << 24)
 
+# %% ../nbs/02b_paints.ipynb #ramps
 def _ramp(distance, width): return np.clip(distance / width + .5, 0, 1)
 
 def _wave(x, width):
@@ -37,7 +39,6 @@ def _wave(x, width):
     share = _ramp(.25 - np.abs(x - np.floor(x) - .5), width)
     return share + (.5 - share) * np.clip(width * 2 - 1, 0, 1)
 
-# %% ../nbs/02b_paints.ipynb #kinds
 def _mix(c, share): return c[:, 0] + (c[:, 1] - c[:, 0]) * share[:, None]
 
 def _on_face(p, normal):
@@ -46,6 +47,7 @@ def _on_face(p, normal):
     rows = np.arange(len(p))
     return np.stack([p[rows, np.array([1, 0, 0])[axis]], p[rows, np.array([2, 2, 1])[axis]]], 1)
 
+# %% ../nbs/02b_paints.ipynb #lines
 def _wood(c, p, axis, normal, width):
     grain = np.where(np.arange(3) == axis[:, None], .12, 1).astype(np.float32)
     q = p * grain
@@ -60,6 +62,7 @@ def _checks(c, p, axis, normal, width):
 
 def _noise(c, p, axis, normal, width): return _mix(c, np.clip((noise(p * 2) - .5) * 1.8 + .5, 0, 1))
 
+# %% ../nbs/02b_paints.ipynb #fields
 def _tiles(c, p, axis, normal, width):
     q = _on_face(p, normal)
     cell = np.floor(q)
@@ -78,6 +81,7 @@ def _print(c, p, axis, normal, width):
     chosen = (_hash(cell[:, 0], cell[:, 1]) * 4).astype(int)
     return np.take_along_axis(c, chosen[:, None, None], 1)[:, 0]
 
+# %% ../nbs/02b_paints.ipynb #sky
 def _sky(c, p, axis, normal, width):
     high = np.clip(p[:, 2:3], 0, 1)
     hill = _ramp(.28 + .14 * noise(p * 2) - high[:, 0], width)[:, None]
@@ -85,7 +89,9 @@ def _sky(c, p, axis, normal, width):
     air = c[:, 1] + (c[:, 0] - c[:, 1]) * high
     return (air + (.95 - air) * cloud) * (1 - hill) + c[:, 2] * hill
 
-_PATTERNS = dict(plain=lambda c, p, axis, normal, width: c[:, 0], wood=_wood, stripes=_stripes, checks=_checks, noise=_noise, tiles=_tiles, dots=_dots, print=_print, sky=_sky)
+def _plain(c, p, axis, normal, width): return c[:, 0]
+
+_PATTERNS = dict(plain=_plain, wood=_wood, stripes=_stripes, checks=_checks, noise=_noise, tiles=_tiles, dots=_dots, print=_print, sky=_sky)
 
 # %% ../nbs/02b_paints.ipynb #paints
 class Paints:
@@ -93,7 +99,7 @@ class Paints:
     def __init__(self, materials):
         self.kind = np.array([KINDS.index(m.kind) for m in materials])
         self.colors = np.stack([m.colors[np.arange(4) % len(m.colors)] for m in materials]).astype(np.float32)
-        self.scale, self.gloss, self.emission = (np.array([getattr(m, name) for m in materials], np.float32) for name in ('scale', 'gloss', 'emission'))
+        self.scale, self.gloss, self.emission = np.array([(m.scale, m.gloss, m.emission) for m in materials], np.float32).T
         self.axis, seed = np.array([m.axis for m in materials]), np.array([m.seed for m in materials])
         self.offset = np.stack([seed % 89, seed % 97, seed % 83], 1).astype(np.float32) * .731
         self.offset[self.kind == KINDS.index('sky'), 2] = 0
