@@ -68,9 +68,10 @@ class DeformConv(nn.Conv2d):
 # %% ../nbs/07_deform.ipynb #deformblock
 class DeformBlock(nn.Module):
     "Offsets from a plain convolution, then a deformable one, an optional norm and a ReLU."
-    def __init__(self, in_channels, out_channels, norm=False):
+    def __init__(self, in_channels, out_channels, norm=False, zero=False):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, 18, 3, padding=1)
+        if zero: nn.init.zeros_(self.conv.weight), nn.init.zeros_(self.conv.bias)
         self.deform = DeformConv(in_channels, out_channels)
         self.norm = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
 
@@ -81,9 +82,9 @@ class DeformBlock(nn.Module):
 # %% ../nbs/07_deform.ipynb #prehead
 class PreHead(nn.Module):
     "Two deformable blocks; returns features (B, C, H, W) and offsets (B, 36, H, W), second block first. Source: method spec 3.2."
-    def __init__(self, in_channels, channels=256, norm=False):
+    def __init__(self, in_channels, channels=256, norm=False, zero=False):
         super().__init__()
-        self.blocks = nn.ModuleList([DeformBlock(in_channels, channels, norm), DeformBlock(channels, channels, norm)])
+        self.blocks = nn.ModuleList([DeformBlock(in_channels, channels, norm, zero), DeformBlock(channels, channels, norm, zero)])
 
     def forward(self, x):
         x, first = self.blocks[0](x)

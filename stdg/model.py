@@ -25,8 +25,8 @@ from .files import atomic_path, write_json
 CONFIGURATIONS = dict(
     resnet50=dict(timm_name='resnet50.tv_in1k', stride=16, fpn=0, channels=256, transformer=False),
     swin_s=dict(timm_name='swin_small_patch4_window7_224.ms_in1k', stride=16, fpn=768, channels=256, transformer=True, drop_path_rate=.2),
-    small=dict(timm_name='tf_efficientnet_lite0.in1k', stride=8, fpn=96, channels=64, transformer=False, prior=.02))
-OTHER = dict(stride=16, fpn=128, channels=128, transformer=False, prior=.02)
+    small=dict(timm_name='tf_efficientnet_lite0.in1k', stride=8, fpn=96, channels=64, transformer=False, head_norm=True, zero_offsets=True, prior=.02, frozen=3))
+OTHER = dict(stride=16, fpn=128, channels=128, transformer=False, head_norm=True, zero_offsets=True, prior=.02)
 
 # %% ../nbs/08_model.ipynb #lite0-weights
 def _lite0_weights():
@@ -77,12 +77,22 @@ class FPN(nn.Module):
         for conv, level in zip(self.lateral[-2::-1], levels[-2::-1]): x = conv(level) + F.interpolate(x, size=level.shape[2:], mode='nearest')
         return self.refine(x)
 
+# %% ../nbs/08_model.ipynb #frozen
+def _first_levels(body, levels):
+    "The modules of a timm feature extractor up to and with its level number `levels`."
+    if not levels: return []
+    last = body.feature_info.info[levels - 1]['module']
+    if last not in dict(body.named_modules()): last = last.replace('.', '_')  # as timm's flattened extractors name it
+    modules = [(name, module) for name, module in body.named_modules() if name and not last.startswith(name + '.')]
+    end = max(i for i, (name, _) in enumerate(modules) if name == last or name.startswith(last + '.'))
+    return [module for _, module in modules[:end + 1]]
+
 # %% ../nbs/08_model.ipynb #backbone
 class Backbone(nn.Module):
     """A timm backbone at one stride: pictures (B, 3, H, W) to features (B, `channels`, ceil(H/stride), ceil(W/stride)).
 
     Raises `ValueError` when the backbone has no level of that stride. Source: method spec 3.1."""
-    def __init__(self, timm_name, stride, fpn=0, pretrained=True, drop_path_rate=0.):
+    def __init__(self, timm_name, stride, fpn=0, pretrained=True, drop_path_rate=0., frozen=0):
         super().__init__()
         options = dict(drop_path_rate=drop_path_rate) if drop_path_rate else {}
         dilated = timm_name.startswith('resnet') and not fpn and stride == 16
@@ -96,6 +106,13 @@ class Backbone(nn.Module):
         self.norms = nn.ModuleList([nn.LayerNorm(c) for c in found] if timm_name.startswith('swin_') else [])
         self.fpn = FPN(found, fpn) if fpn else nn.Identity()
         self.channels, self.stride = fpn or found[0], stride
+        self._frozen = _first_levels(self.body, frozen)
+        for module in self._frozen: module.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self._frozen: module.eval()
+        return self
 
     def forward(self, image):
         levels = self.body(image)
@@ -158,10 +175,10 @@ class Transformer(nn.Module):
 # %% ../nbs/08_model.ipynb #detection-head
 class DetectionHead(nn.Module):
     "Features to (B, C + 4, h, w): C probabilities, x and y of the centre within the cell, width and height, in cells; and the offsets. Source: method spec 3.3."
-    def __init__(self, in_channels, n_objects, channels=256, norm=False, transformer=False):
+    def __init__(self, in_channels, n_objects, channels=256, norm=False, transformer=False, zero_offsets=False):
         super().__init__()
         self.n_objects = n_objects
-        self.pre_head = PreHead(in_channels, channels, norm)
+        self.pre_head = PreHead(in_channels, channels, norm, zero_offsets)
         self.layers = Transformer(channels, n_objects) if transformer else Branches(channels, n_objects, norm)
 
     def forward(self, x):
@@ -172,10 +189,10 @@ class DetectionHead(nn.Module):
 # %% ../nbs/08_model.ipynb #relation-head
 class RelationHead(nn.Module):
     "Features to (B, P, 7, h, w): confidence, subject x y, object x y, subject and object scale, in cells; and the offsets. Source: method spec 3.4."
-    def __init__(self, in_channels, n_predicates, channels=256, norm=False, prior=None):
+    def __init__(self, in_channels, n_predicates, channels=256, norm=False, prior=None, zero_offsets=False):
         super().__init__()
         self.n_predicates = n_predicates
-        self.pre_head = PreHead(in_channels, channels, norm)
+        self.pre_head = PreHead(in_channels, channels, norm, zero_offsets)
         self.layer = nn.Conv2d(channels, 7 * n_predicates, 1)
         if prior is not None: nn.init.constant_(self.layer.bias.view(n_predicates, 7)[:, 0], math.log(prior / (1 - prior)))
 
@@ -194,11 +211,12 @@ def absolute(relation):
 # %% ../nbs/08_model.ipynb #network
 class Network(nn.Module):
     "Backbone and two heads for one kind of picture."
-    def __init__(self, n_objects, n_predicates, timm_name, stride, fpn=0, channels=256, transformer=False, prior=None, head_norm=False, pretrained=True, drop_path_rate=0.):
+    def __init__(self, n_objects, n_predicates, timm_name, stride, fpn=0, channels=256, transformer=False, head_norm=False,
+                 zero_offsets=False, prior=None, drop_path_rate=0., frozen=0, pretrained=True):
         super().__init__()
-        self.backbone = Backbone(timm_name, stride, fpn, pretrained, drop_path_rate)
-        self.detection = DetectionHead(self.backbone.channels, n_objects, channels, head_norm, transformer)
-        self.relation = RelationHead(self.backbone.channels, n_predicates, channels, head_norm, prior)
+        self.backbone = Backbone(timm_name, stride, fpn, pretrained, drop_path_rate, frozen)
+        self.detection = DetectionHead(self.backbone.channels, n_objects, channels, head_norm, transformer, zero_offsets)
+        self.relation = RelationHead(self.backbone.channels, n_predicates, channels, head_norm, prior, zero_offsets)
 
     def forward(self, image):
         "Pictures (B, 3, H, W), normalised, to detection (B, C+4, h, w), relation (B, P, 7, h, w) and the list of both heads' offsets (B, 36, h, w)."
@@ -221,16 +239,17 @@ class STDG(nn.Module):
     `backbone` is 'resnet50' or 'swin_s' (the published networks), 'small', or any name of timm; further keywords change the numbers of
     `CONFIGURATIONS`. Called with pictures (B, 3, H, W) it returns the fields of both heads; in mode 'depth' the pictures are HHA.
     Raises `ValueError` for an unknown mode or backbone. Source: method spec 3 and 4."""
-    def __init__(self, backbone='resnet50', mode='rgb', n_objects=150, n_predicates=50, head_norm=False, pretrained=True, **numbers):
+    def __init__(self, backbone='resnet50', mode='rgb', n_objects=150, n_predicates=50, head_norm=None, pretrained=True, **numbers):
         super().__init__()
         if mode not in MODES: raise ValueError(f"mode {mode!r} is unknown; there are {list(MODES)}")
         if backbone not in CONFIGURATIONS and not timm.is_model(backbone): raise ValueError(f"backbone {backbone!r} is neither one of {list(CONFIGURATIONS)} nor a model of timm")
         self.mode = MODES[mode]
-        numbers = {**CONFIGURATIONS.get(backbone, {**OTHER, 'timm_name': backbone}), **numbers}
-        self.config = dict(backbone=backbone, mode=self.mode, n_objects=n_objects, n_predicates=n_predicates, head_norm=head_norm, **numbers)
+        numbers = {'head_norm': False, **CONFIGURATIONS.get(backbone, {**OTHER, 'timm_name': backbone}), **numbers}
+        if head_norm is not None: numbers['head_norm'] = head_norm
+        self.config = dict(backbone=backbone, mode=self.mode, n_objects=n_objects, n_predicates=n_predicates, **numbers)
         kind = timm.get_pretrained_cfg(numbers['timm_name'])
         self.mean, self.std = tuple(kind.mean), tuple(kind.std)
-        build = lambda pretrained: Network(n_objects, n_predicates, head_norm=head_norm, pretrained=pretrained, **numbers)
+        build = lambda pretrained: Network(n_objects, n_predicates, pretrained=pretrained, **numbers)
         self.network = build(pretrained)
         self.teacher = build(False).requires_grad_(False).eval() if self.mode == 'combine' else None
 
