@@ -35,6 +35,7 @@ def atomic_path(path):
         yield partial
         with open(partial, 'rb+') as file: os.fsync(file.fileno())
         os.replace(partial, path)
+    except FileNotFoundError: raise  # something that the block wanted to read
     except OSError as error:
         raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}. Is the disk full? What was there before is untouched") from error
     finally: partial.unlink(missing_ok=True)

@@ -198,10 +198,10 @@ def put(layout, name, shape, host, rectangle, rng, spread=.5, but=()):
     return stand(layout, name, shape, spots, (yaw + turned)[fits], but=but)
 
 def _small(rng, name=None):
-    "A small thing, up to half as large again as in life so that it can be recognised in a small picture."
+    "A small thing, up to four fifths larger than in life so that it can be recognised in a small picture."
     name = name or rng.choice(roles()['small'])
     shape = make(name, rng)
-    return name, resized(shape, float(np.clip(.28 / extent(shape).max(), 1, 1.5)))
+    return name, resized(shape, float(np.clip(.36 / extent(shape).max(), 1, 1.8)))
 
 def load_surfaces(layout, rng, most=4):
     "Things on every surface of the furniture, more on larger ones."
