@@ -198,10 +198,10 @@ def put(layout, name, shape, host, rectangle, rng, spread=.5, but=()):
     return stand(layout, name, shape, spots, (yaw + turned)[fits], but=but)
 
 def _small(rng, name=None):
-    "A small thing, up to four fifths larger than in life so that it can be recognised in a small picture."
+    "A small thing, up to nine tenths larger than in life so that it can be recognised in a small picture."
     name = name or rng.choice(roles()['small'])
     shape = make(name, rng)
-    return name, resized(shape, float(np.clip(.36 / extent(shape).max(), 1, 1.8)))
+    return name, resized(shape, float(np.clip(.42 / extent(shape).max(), 1, 1.9)))
 
 def load_surfaces(layout, rng, most=4):
     "Things on every surface of the furniture, more on larger ones."

@@ -25,7 +25,7 @@ from .files import atomic_path, write_json
 CONFIGURATIONS = dict(
     resnet50=dict(timm_name='resnet50.tv_in1k', stride=16, fpn=0, channels=256, transformer=False),
     swin_s=dict(timm_name='swin_small_patch4_window7_224.ms_in1k', stride=16, fpn=768, channels=256, transformer=True, drop_path_rate=.2),
-    small=dict(timm_name='tf_efficientnet_lite0.in1k', stride=8, fpn=96, channels=64, transformer=False, head_norm=True, zero_offsets=True, prior=.02, frozen=3))
+    small=dict(timm_name='tf_efficientnet_lite0.in1k', stride=8, fpn=64, channels=96, transformer=False, head_norm=True, zero_offsets=True, prior=.02, frozen=3))
 OTHER = dict(stride=16, fpn=128, channels=128, transformer=False, head_norm=True, zero_offsets=True, prior=.02)
 
 # %% ../nbs/08_model.ipynb #lite0-weights
