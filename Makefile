@@ -19,7 +19,7 @@ help:  ## what can be made
 
 train: .venv/installed  ## the whole method at small size, about 20 minutes on 2 cores
 	@mkdir -p runs/$(RUN)
-	$(BIN)/papermill --log-output --no-progress-bar nbs/train.ipynb runs/$(RUN)/train.ipynb $(ARGS)
+	$(BIN)/papermill --log-output --no-progress-bar nbs/train.ipynb runs/$(RUN)/train.ipynb -p name $(RUN) $(ARGS)
 	@echo "Done. The executed notebook: runs/$(RUN)/train.ipynb; the figures: runs/$(RUN)/results.json; the networks: runs/$(RUN)/*.safetensors"
 
 train-full: .venv/installed  ## the same at a larger size, about two hours on 2 cores or minutes on a GPU

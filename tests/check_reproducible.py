@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 here = Path(__file__).parent.parent
-parts = ['nbs', 'stdg', 'settings.ini', 'README.md', 'setup.py', 'tests/make_readme.py']
+parts = ['nbs', 'stdg', 'settings.ini', 'pyproject.toml', 'README.md', 'setup.py', 'tests/make_readme.py']
 
 
 def main():
