@@ -147,12 +147,13 @@ def photometry(image, jpeg=.1, grey=.01):
 class SceneGraphs(Dataset):
     """The pictures of one split that have a relation, as samples for training or evaluation.
 
-    `inputs` names what the network reads: 'rgb', 'hha' or both. `indices` limits the images to these positions.
+    `inputs` names what the network reads: 'rgb', 'hha' or both; `limit` keeps the first so many images. `augment` turns all augmentation off,
+    `colour` that of colours; `scale`, `stretch` and `flip` go to `geometry`.
     Raises `ValueError` when nothing is left. Source: method spec 1.4 to 1.6."""
     def __init__(self, database, split='train', inputs=('rgb',), train=False, stride=16, source='metric', n_val=0, limit=None, overlap=False,
-                 augment=True, **augmentation):
+                 augment=True, colour=True, **augmentation):
         self.database, self.inputs, self.training, self.stride = database, tuple(inputs), train, stride
-        self.source, self.overlap, self.augment, self.augmentation = source, overlap and train, augment, augmentation
+        self.source, self.overlap, self.augment, self.colour, self.augmentation = source, overlap and train, augment, augment and colour, augmentation
         if set(inputs) - {'rgb', 'hha'} or not inputs: raise ValueError(f"inputs {inputs} must be 'rgb', 'hha' or both")
         if 'hha' in inputs: self._hha = HHAFile(hha_path(database, source), database.image_ids)
         rows = [i for i in database.indices(split, n_val).tolist() if len(self._graph(i).relations)]
@@ -185,7 +186,7 @@ def _getitem(self, i):
         picture, pad = centred(picture, canvas)
         graph, valid = self.truth(i), (*pad, *valid[2:])
     sample = dict(zip(self.inputs, picture.split(3)))
-    if self.training and self.augment and 'rgb' in sample: sample['rgb'] = photometry(sample['rgb'])
+    if self.training and self.colour and 'rgb' in sample: sample['rgb'] = photometry(sample['rgb'])
     sample['index'] = i
     if self.training:
         vocabulary = self.database.vocabulary

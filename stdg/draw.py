@@ -402,7 +402,8 @@ def side_by_side(image,  # (H, W, 3) or (3, H, W)
                  truth,  # `SceneGraph`
                  prediction,  # `Prediction` of the same image
                  vocabulary:Vocabulary,
-                 min_score:float=.3,  # show predicted objects with at least, and triplets with more than this score,
+                 min_score:float=.3,  # show predicted objects with at least this score,
+                 min_triplet:float=None,  # and triplets whose product of scores is above this, by default `min_score`,
                  top:int=12,  # and no more triplets than this
                 ):
     "A figure of true and predicted boxes and graphs; what both have is blue, what only one has is orange."
@@ -412,7 +413,7 @@ def side_by_side(image,  # (H, W, 3) or (3, H, W)
     figure, axes = _figure(2, 2, 13, .8 + sum(heights), height_ratios=heights)
     pictures = []
     for ax, one, name, (edges, scores, colours, edge_colours) in zip(
-            axes[0], (truth, prediction), ('truth', 'prediction'), _compare(truth, prediction, min_score, top)):
+            axes[0], (truth, prediction), ('truth', 'prediction'), _compare(truth, prediction, min_score if min_triplet is None else min_triplet, top)):
         image_boxes(picture, one, vocabulary, ax, min_score, 100, colours).set_title(name, fontsize=12)
         pictures.append(_graph_picture(one, vocabulary, edges, scores, 'dot', colours, edge_colours))
     _draw_graphs(axes[1], pictures)
