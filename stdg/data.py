@@ -155,8 +155,9 @@ class SceneGraphs(Dataset):
         self.database, self.inputs, self.training, self.stride = database, tuple(inputs), train, stride
         self.source, self.overlap, self.augment, self.colour, self.augmentation = source, overlap and train, augment, augment and colour, augmentation
         if set(inputs) - {'rgb', 'hha'} or not inputs: raise ValueError(f"inputs {inputs} must be 'rgb', 'hha' or both")
+        related = database.relation_counts() > 0
         if 'hha' in inputs: self._hha = HHAFile(hha_path(database, source), database.image_ids)
-        rows = [i for i in database.indices(split, n_val).tolist() if len(self._graph(i).relations)]
+        rows = [i for i in database.indices(split, n_val).tolist() if related[i] and (not self.overlap or len(self._graph(i).relations))]
         self.rows = rows[:limit]
         if not self.rows: raise ValueError(f"{database.folder}: no image of split {split!r} has a relation")
 

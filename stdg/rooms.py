@@ -216,6 +216,7 @@ def _render_shard(folder, settings, k, progress=lambda: None):
                  boxes=column([r.graph.boxes for r in rooms], np.float32), labels=column([r.graph.labels for r in rooms], np.int64),
                  relations=column([r.graph.relations for r in rooms], np.int64), dense=column([r.dense for r in rooms], np.int64))
 
+# %% ../nbs/02e_rooms.ipynb #read-shard
 def _read_shard(folder, settings, k):
     "The arrays of shard `k` as a dict, or None if it is missing, torn or of other settings."
     try:

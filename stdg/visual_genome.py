@@ -128,9 +128,9 @@ def _rows_of(first, last, n, path, what):
     has = first >= 0
     if (last[has] < first[has]).any() or (last[has] >= n).any() or (first[has][1:] <= last[has][:-1]).any():
         raise ValueError(f"{path}: the row ranges of {what} overlap or leave the {n} rows. {_MEND}")
-    image = np.full(n, -1)
-    for_each = np.repeat(np.flatnonzero(has), (last - first + 1)[has])
-    image[np.concatenate([np.arange(0), *[np.arange(f, l + 1) for f, l in zip(first[has], last[has])]])] = for_each
+    image, counts = np.full(n, -1), (last - first + 1)[has]
+    rows = np.arange(counts.sum()) + np.repeat(first[has] - (counts.cumsum() - counts), counts)
+    image[rows] = np.repeat(np.flatnonzero(has), counts)
     return image
 
 def _check_rows(data, vocabulary, path, prefix=''):
@@ -145,6 +145,20 @@ def _check_rows(data, vocabulary, path, prefix=''):
     wrong = np.flatnonzero(outside | (box_image[np.where(outside[:, None], 0, pairs)] != rel_image[:, None]).any(1)) if n else np.arange(len(pairs))
     if len(wrong): raise ValueError(f"{path}: {prefix}relationships row {wrong[0]} {pairs[wrong[0]].tolist()} points to an object that is not in its image. {_MEND}")
 
+# %% ../nbs/01_visual_genome.ipynb #database-parts
+def _read_vocabulary(path):
+    "The `Vocabulary` of a names file of spec 1.3."
+    record = read_json(path, _MEND)
+    try: return Vocabulary(*[[record[key][str(i)] for i in range(1, len(record[key]) + 1)] for key in ('idx_to_label', 'idx_to_predicate')])
+    except (KeyError, TypeError) as error: raise ValueError(f"{path} is not a names file of this format: {error} is missing. {_MEND}") from None
+
+def _find_size(folder, file):
+    "The largest size of which both boxes (in the open annotation `file`) and pictures are there."
+    sizes = [int(name[6:]) for name in file if name.startswith('boxes_') and name[6:].isdigit()]
+    there = [s for s in sizes if (folder/f'imdb_{s}.h5').exists()]
+    if not there: raise FileNotFoundError(f"{folder}/imdb_<size>.h5 is missing; VG-SGG.h5 has boxes for size {sizes}. {_MEND}")
+    return max(there)
+
 # %% ../nbs/01_visual_genome.ipynb #database
 class Database:
     """The files of one folder as scene graphs, pictures and depth maps, by position 0..N-1.
@@ -153,10 +167,10 @@ class Database:
     `released=True` reads boxes as the released code does (see `to_corners`). Source: method spec 1.2 to 1.4."""
     def __init__(self, folder, size=None, released=False):
         self.folder, self.released, self._handle = Path(folder), released, (None, None)
-        self.vocabulary = self._read_vocabulary()
+        self.vocabulary = _read_vocabulary(self.folder/'VG-SGG-dicts.json')
         path = self.folder/'VG-SGG.h5'
         with open_h5(path, _ANNOTATIONS, _MEND) as file:
-            self.size = int(size or self._find_size(file))
+            self.size = int(size or _find_size(self.folder, file))
             if f'boxes_{self.size}' not in file: raise ValueError(f"{path} has no boxes_{self.size}; it has {[n for n in file if n.startswith('boxes_')]}")
             self._data = {name: file[name][:] for name in file if isinstance(file[name], h5py.Dataset)}
         self._corners = to_corners(self._data[f'boxes_{self.size}'], released)
@@ -164,19 +178,6 @@ class Database:
         images = self._images()
         self.image_ids, self._heights, self._widths = (images[name][:] for name in ('image_ids', 'image_heights', 'image_widths'))
         if len(self.image_ids) != len(self): raise ValueError(f"{images.filename} has {len(self.image_ids)} images, {path} has {len(self)}. {_MEND}")
-
-    def _read_vocabulary(self):
-        path = self.folder/'VG-SGG-dicts.json'
-        record = read_json(path, _MEND)
-        try: return Vocabulary(*[[record[key][str(i)] for i in range(1, len(record[key]) + 1)] for key in ('idx_to_label', 'idx_to_predicate')])
-        except (KeyError, TypeError) as error: raise ValueError(f"{path} is not a names file of this format: {error} is missing. {_MEND}") from None
-
-    def _find_size(self, file):
-        "The largest size of which both boxes and pictures are there."
-        sizes = [int(name[6:]) for name in file if name.startswith('boxes_') and name[6:].isdigit()]
-        there = [s for s in sizes if (self.folder/f'imdb_{s}.h5').exists()]
-        if not there: raise FileNotFoundError(f"{self.folder}/imdb_<size>.h5 is missing; VG-SGG.h5 has boxes for size {sizes}. {_MEND}")
-        return max(there)
 
     def _images(self):
         pid, file = self._handle
@@ -195,6 +196,11 @@ def _indices(self, split, n_val=0):
     if split not in SPLITS: raise ValueError(f"split {split!r} is unknown; there are {list(SPLITS)}")
     rows = np.flatnonzero(self._data['split'] == SPLITS['train' if n_val and split == 'val' else split])
     return rows if not n_val or split == 'test' else rows[:n_val] if split == 'val' else rows[n_val:]
+
+def _relation_counts(self):
+    "Number of annotated relations of each image, (N,) int64."
+    first, last = (self._data[f'img_to_{side}_rel'].astype(np.int64) for side in ('first', 'last'))
+    return np.where(first >= 0, last - first + 1, 0)
 
 def _relation_rows(self, i, start, prefix=''):
     first, last = (int(self._data[f'img_to_{side}_{prefix}rel'][i]) for side in ('first', 'last'))
@@ -224,5 +230,6 @@ def _depth(self, i):
 # %% ../nbs/01_visual_genome.ipynb #database-methods
 Database.indices, Database.graph, Database.image, Database.depth = _indices, _graph, _image, _depth
 Database.camera = lambda self, i: self._images()['camera'][i]
+Database.relation_counts = _relation_counts
 Database.dense = lambda self, i: self.graph(i, dense=True).relations
 Database.has_depth = property(lambda self: 'depth' in self._images())
