@@ -139,7 +139,7 @@ def build_scene(layout, rng, clutter):
     for i, (shape, pose) in enumerate(zip(layout.shapes, layout.poses)): scene.add(shape.parts, _pose(*pose), i + 1)
     return scene.build()
 
-# %% ../nbs/02e_rooms.ipynb #room
+# %% ../nbs/02e_rooms.ipynb #describe
 def _kept(bodies, keep):
     "The chosen `Bodies`; surfaces and interiors of the others are gone."
     new = np.cumsum(keep) - 1
@@ -168,6 +168,7 @@ def _describe(layout, camera, instance, whole, rng, mean_relations):
     graph = SceneGraph(boxes[keep], labels, renumber(sparse), size=instance.shape)
     return graph, renumber(dense), np.append(0, np.where(keep, number + 1, 0))[instance.clip(0)].astype(np.int32), _kept(bodies, keep)
 
+# %% ../nbs/02e_rooms.ipynb #room
 def room(
     seed,  # int, or tuple of ints: everything but `clutter` depends on it alone
     size=192,  # side of the square picture, pixels
