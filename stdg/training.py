@@ -17,11 +17,11 @@ from tqdm import tqdm
 from . import losses
 from .data import loader, normalise
 from .files import writable_folder
+from .model import STDG
 
 # %% ../nbs/13_training.ipynb #seed
 def build(seed, *args, **kwargs):
     "An `STDG` with first weights that depend on `seed` alone; the arguments are those of `STDG`."
-    from stdg.model import STDG
     torch.manual_seed(seed)
     return STDG(*args, **kwargs)
 
