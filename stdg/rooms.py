@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 import numpy as np
@@ -80,9 +80,9 @@ def _plain(rng):
     return Material('noise', [base, base * .92], .3, int(rng.integers(2 ** 31)))
 
 def shell(layout, rng, clutter):
-    "Floor and three walls as `Part`s; with `clutter` they more often wear the material of some object."
+    "Floor and three walls as `Part`s; with `clutter` they more often wear the material of some object, but never its light."
     w, far, tall = layout.width / 2 + .001, -6, 3.2
-    materials = [part.material for shape in layout.shapes for part in shape.parts]
+    materials = [replace(part.material, gloss=0, emission=0) for shape in layout.shapes for part in shape.parts]
     dress = lambda: materials[rng.integers(len(materials))] if rng.random() < clutter else _plain(rng)
     walls = dress()
     return [_quad([(-w, far, 0), (w, far, 0), (w, 0, 0), (-w, 0, 0)], dress()),
@@ -194,7 +194,7 @@ def room(
     raise RuntimeError(f'no room with {LEAST_OBJECTS} visible objects came out of seed {seed} in 50 attempts')
 
 # %% ../nbs/02e_rooms.ipynb #shard
-SHARD, VERSION = 50, 3
+SHARD, VERSION = 50, 4
 
 def _shard_path(folder, k): return Path(folder) / 'shards' / f'{k:05d}.npz'
 

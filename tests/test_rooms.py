@@ -52,6 +52,16 @@ def test_a_room_is_sound(some):
         assert r.dense.max(0)[2] < len(PREDICATES) and r.dense[:, :2].max() < len(r.graph)
 
 
+def test_walls_do_not_shine():
+    "A wall may wear the colours of a lamp, not its light."
+    lit = 0
+    for seed in range(60):
+        layout = arrange(np.random.default_rng(seed))
+        lit += any(part.material.emission > 0 for shape in layout.shapes for part in shape.parts)
+        assert all(part.material.emission == part.material.gloss == 0 for part in rooms.shell(layout, np.random.default_rng(seed), 1.))
+    assert lit > 20
+
+
 def test_boxes_are_tight_bounds_of_visible_pixels(some):
     for r in some[:10]:
         for i, box in enumerate(r.graph.boxes.tolist()):
