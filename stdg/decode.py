@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['cell_grid', 'ideal_output', 'peaks', 'detect', 'candidates', 'associate', 'relate', 'match', 'peak_at', 'classify',
-           'decode_batch', 'decode']
+           'decode_tasks', 'decode_batch', 'decode']
 
 # %% ../nbs/10_decode.ipynb #imports
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_iou
 
 from .graph import Prediction
@@ -57,55 +58,72 @@ def detect(detection,  # (B, C+4, h, w), probabilities first, then offset and si
 def candidates(relation,  # (B, P, 7, h, w)
                stride:int=16,  # pixels a cell
                floor:float=0.1,  # least confidence
-              ):  # for each image: predicate (K,), confidence (K,), points (2, K, 2) of subject and object in pixels
-    "Confident relation cells, moved to the CPU. Source: method spec 8.2."
+              ):  # image (K,), predicate (K,), confidence (K,), points (2, K, 2) of subject and object in pixels; in order of images
+    "Confident relation cells of all images. Source: method spec 8.2."
     image, predicate, row, column = (relation[:, :, 0] > floor).nonzero(as_tuple=True)
-    values = relation[image, predicate, :5, row, column].cpu()
-    counts = image.bincount(minlength=len(relation)).tolist()
-    points = (values[:, 1:] * stride).unflatten(1, (2, 2)).transpose(0, 1)
-    return list(zip(predicate.cpu().split(counts), values[:, 0].split(counts), points.split(counts, 1)))
+    values = relation[image, predicate, :5, row, column]
+    return image, predicate, values[:, 0], (values[:, 1:] * stride).unflatten(1, (2, 2)).transpose(0, 1)
 
 # %% ../nbs/10_decode.ipynb #associate
-def associate(points, confidence,  # (2, K, 2) in pixels; (K,)
-              centres, scores,  # (N, 2) in pixels; (N,), N at least 1
+def _block(device, n): return max(2 ** 23 // n, 1) if device.type == 'cuda' else 512
+
+def associate(points, confidence, image,  # (2, K, 2) in pixels; (K,); (K,) int64, the image of each
+              centres, scores,  # (B, N, 2) in pixels; (B, N); N at least 1
              ):  # (2, K) int64, the object of either point
     "The object that each point belongs to. Source: method spec 8.3."
-    points, confidence, centres, scores = points.double(), confidence.double(), centres.double(), scores.double()
-    index = torch.empty(points.shape[:2], dtype=torch.int64)
-    for first in range(0, points.shape[1], 512):
-        block = slice(first, first + 512)
-        weight = (confidence[block, None] * scores).add_(1e-5).reciprocal_()
+    points, confidence, scores = points.double(), confidence.double(), scores.double()
+    x, y = centres.double().unbind(-1)
+    index = torch.empty(points.shape[:2], dtype=torch.int64, device=points.device)
+    for which, sure, ends, out in zip(*(t.split(_block(t.device, x.shape[1]), -1) for t in (image, confidence, points.permute(0, 2, 1), index))):
+        weight = (sure[:, None] * scores[which]).add_(1e-5).reciprocal_()
         for end in (0, 1):
-            x, y = ((points[end, block, k, None] - centres[:, k]).mul_(weight) for k in (0, 1))
-            index[end, block] = x.square_().addcmul_(y, y).min(1).indices
+            dx, dy = ((ends[end, k, :, None] - at[which]).mul_(weight) for k, at in enumerate((x, y)))
+            out[end] = dx.square_().addcmul_(dy, dy).min(1).indices
     return index
 
+# %% ../nbs/10_decode.ipynb #objects
+def _padded(objects):
+    "Boxes (B, N, 4) and scores (B, N) of a list of (boxes, scores), N at least 1. Padding is infinitely far away, so no point chooses it."
+    boxes, scores = zip(*objects)
+    if max(map(len, scores)) == 0: boxes, scores = zip(*[(b.new_full((1, 4), torch.inf), q.new_ones(1)) for b, q in objects])
+    return pad_sequence(boxes, True, torch.inf), pad_sequence(scores, True, 1.)
+
+# %% ../nbs/10_decode.ipynb #count-votes
+def _pairs(pair, confidence, scores, released):
+    "Distinct pairs (Q,) as numbers (image N + subject) N + object, image by image, best first, of candidates' `pair` (K,); and the row (K,) of each candidate."
+    b, n = scores.shape
+    best = scores.new_zeros(b * n * n).scatter_reduce_(0, pair, confidence, 'amax')
+    pairs = best.nonzero()[:, 0]
+    subject, target = pairs // n, pairs // (n * n) * n + pairs % n
+    rank = best[pairs] if released else best[pairs] * scores.flatten()[subject] * scores.flatten()[target]
+    pairs = pairs[rank.argsort(descending=True, stable=True)]
+    pairs = pairs[(pairs // (n * n)).argsort(stable=True)]
+    row = torch.empty(b * n * n, dtype=torch.int64, device=pair.device).index_copy_(0, pairs, torch.arange(len(pairs), device=pair.device))
+    return pairs, row[pair]
+
 # %% ../nbs/10_decode.ipynb #relate
-def relate(candidate,  # one entry of `candidates`
-           boxes, scores,  # (N, 4) in pixels; (N,)
+def relate(candidate,  # what `candidates` gives
+           objects:list,  # (boxes (N, 4) in pixels, scores (N,)) of each image
            n_predicates:int,  # P
            filtered:bool,  # drop candidates that are much less sure than their objects
            released:bool=False,  # rank by the predicate alone
-          ):  # pairs (Q, 2) int64, predicates (Q, P) float32, best first
-    "Pairs of objects and the scores of their predicates. Source: method spec 8.3."
-    predicate, confidence, points = candidate
-    n = len(boxes)
-    if n < 2 or not len(confidence): return torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, n_predicates)
-    subject, target = associate(points, confidence, (boxes[:, :2] + boxes[:, 2:]) / 2, scores)
+          ):  # list of (pairs (Q, 2) int64, predicates (Q, P) float32), best first, on the CPU
+    "Pairs of objects and the scores of their predicates, for each image. Source: method spec 8.3."
+    image, predicate, confidence, points = candidate
+    boxes, scores = _padded(objects)
+    n = scores.shape[1]
+    subject, target = associate(points, confidence, image, (boxes[..., :2] + boxes[..., 2:]) / 2, scores)
     keep = subject != target
-    if filtered: keep &= confidence > torch.minimum(scores[subject], scores[target]) / 2
-    pair, predicate, confidence = (subject * n + target)[keep], predicate[keep], confidence[keep]
-    best = torch.zeros(n * n).scatter_reduce_(0, pair, confidence, 'amax')
-    pairs = best.nonzero()[:, 0]
-    rank = best[pairs] if released else best[pairs] * scores[pairs // n] * scores[pairs % n]
-    pairs = pairs[rank.argsort(descending=True, stable=True)]
-    row = torch.empty(n * n, dtype=torch.int64).index_copy_(0, pairs, torch.arange(len(pairs)))
-    table = torch.zeros(len(pairs) * n_predicates).scatter_reduce_(0, row[pair] * n_predicates + predicate, confidence, 'amax')
-    return torch.stack([pairs // n, pairs % n], 1), table.view(-1, n_predicates)
+    if filtered: keep &= confidence > torch.minimum(scores[image, subject], scores[image, target]) / 2
+    pairs, row = _pairs(((image * n + subject) * n + target)[keep], confidence[keep], scores, released)
+    table = scores.new_zeros(len(pairs) * n_predicates).scatter_reduce_(0, row * n_predicates + predicate[keep], confidence[keep], 'amax')
+    counts = (pairs // (n * n)).bincount(minlength=len(objects)).tolist()
+    found = torch.stack([pairs // n % n, pairs % n], 1).cpu().split(counts)
+    return list(zip(found, table.view(-1, n_predicates).cpu().split(counts)))
 
-# %% ../nbs/10_decode.ipynb #classify
+# %% ../nbs/10_decode.ipynb #match
 def match(boxes, others):
-    "One-to-one matches of overlap above 0.5 between `boxes` (N, 4) and `others` (M, 4): two index tensors. Source: method spec 8.4."
+    "One-to-one matches of overlap above 0.5 between `boxes` (N, 4) and `others` (M, 4), on the CPU: two index tensors. Source: method spec 8.4."
     pixel = torch.tensor([0, 0, 1, 1])
     overlap = box_iou((boxes + pixel).double(), (others + pixel).double())
     ours, theirs = (torch.from_numpy(i) for i in linear_sum_assignment(1 - overlap.where(overlap > 0, -1)))
@@ -115,17 +133,17 @@ def match(boxes, others):
 def peak_at(heatmap, centres):
     "Class and value of the highest peak within one cell of `centres` (N, 2), in cells, on `heatmap` (C, h, w)."
     h, w = heatmap.shape[1:]
-    around = torch.tensor([-1, 0, 1])
+    around = torch.tensor([-1, 0, 1], device=heatmap.device)
     column, row = (centres[:, k].long().clamp(0, n - 1)[:, None] + around for k, n in ((0, w), (1, h)))
     window = heatmap[:, row.clamp(0, h - 1)[:, :, None], column.clamp(0, w - 1)[:, None, :]]
     return window.amax((2, 3)).max(0)[::-1]
 
-# %% ../nbs/10_decode.ipynb #classify-itself
-def classify(truth, found, heatmap,  # `SceneGraph`; boxes, labels and scores of one image; (C, h, w)
+# %% ../nbs/10_decode.ipynb #classify
+def classify(truth, found, heatmap,  # `SceneGraph`; boxes, labels and scores of one image on the CPU; (C, h, w)
              stride:int=16, released:bool=False):  # labels (N,), scores (N,)
     "Classes for the boxes of `truth`. `released` keeps the true class where no detection matches. Source: method spec 8.4."
     if released: labels, scores = truth.labels.clone(), torch.ones(len(truth))
-    else: labels, scores = peak_at(heatmap, (truth.boxes[:, :2] + truth.boxes[:, 2:]) / 2 / stride)
+    else: labels, scores = (t.cpu() for t in peak_at(heatmap, (truth.boxes[:, :2] + truth.boxes[:, 2:]).to(heatmap.device) / 2 / stride))
     ours, theirs = match(truth.boxes, found[0])
     labels[ours], scores[ours] = found[1][theirs], found[2][theirs]
     return labels, scores
@@ -133,9 +151,10 @@ def classify(truth, found, heatmap,  # `SceneGraph`; boxes, labels and scores of
 # %% ../nbs/10_decode.ipynb #checks
 _TASKS = ('sgdet', 'sgcls', 'predcls')
 
-def _check(detections, relations, task, truths):
+def _check(detections, relations, tasks, truths):
     "Raise `ValueError` for batches of fields that cannot be decoded."
-    if task not in _TASKS: raise ValueError(f"task {task!r} is unknown; the tasks are {', '.join(_TASKS)}")
+    for task in tasks:
+        if task not in _TASKS: raise ValueError(f"task {task!r} is unknown; the tasks are {', '.join(_TASKS)}")
     if detections.ndim != 4 or detections.shape[1] < 5:
         raise ValueError(f"detection fields {tuple(detections.shape[1:])}: (C+4, h, w) with at least one class is needed")
     if relations.ndim != 5 or relations.shape[2] != 7:
@@ -144,32 +163,39 @@ def _check(detections, relations, task, truths):
         raise ValueError(f"fields disagree: detection {tuple(detections.shape)}, relation {tuple(relations.shape)}; batch and cells must be the same")
     for name, fields in (('detection', detections), ('relation', relations)):
         if not fields.sum(dtype=torch.float32).isfinite(): raise ValueError(f"{name} fields hold NaN or infinity: the network has diverged")
-    if task != 'sgdet' and (truths is None or len(truths) != len(detections) or any(t is None for t in truths)):
-        raise ValueError(f"{task} needs the true boxes: give truth, a SceneGraph for each image")
-    for truth in truths if task != 'sgdet' else ():
+    given = [task for task in tasks if task != 'sgdet']
+    if given and (truths is None or len(truths) != len(detections) or any(t is None for t in truths)):
+        raise ValueError(f"{given[0]} needs the true boxes: give truth, a SceneGraph for each image")
+    for truth in truths if given else ():
         if len(truth) and int(truth.labels.max()) >= detections.shape[1] - 4:
             raise ValueError(f"truth has label {int(truth.labels.max())}, the fields have {detections.shape[1] - 4} classes")
 
-# %% ../nbs/10_decode.ipynb #decode-batch
-def decode_batch(detections, relations,  # (B, C+4, h, w), (B, P, 7, h, w)
-                 task:str='sgdet', truths:list=None,  # a `SceneGraph` for each image
-                 stride:int=16, released:bool=False):  # list of B `Prediction`
-    "`decode` for a batch. Raises the same `ValueError`s."
-    _check(detections, relations, task, truths)
-    h, w = detections.shape[-2:]
-    relations = relations.detach().float()
-    detections = detections.detach().float()
-    found = zip(*(t.cpu() for t in detect(detections, stride)))
-    truths = truths if task != 'sgdet' else [None] * len(detections)
-    predictions = []
-    for image, candidate, truth, heatmap in zip(found, candidates(relations, stride), truths, detections[:, :-4]):
-        if task == 'predcls': image = truth.boxes, truth.labels, torch.ones(len(truth))
-        if task == 'sgcls': image = truth.boxes, *classify(truth, image, heatmap.cpu(), stride, released)
-        boxes, labels, scores = image
-        pairs = relate(candidate, boxes, scores, relations.shape[1], task != 'predcls', released)
-        size = truth.size if truth is not None and truth.size else (h * stride, w * stride)
-        predictions.append(Prediction(boxes, labels, scores, *pairs, size))
+# %% ../nbs/10_decode.ipynb #decode-tasks
+def _objects(task, found, heatmaps, truths, stride, released):
+    "Boxes, labels and scores of each image, on the CPU, as `task` knows them."
+    if task == 'sgdet': return list(zip(*found))
+    if task == 'predcls': return [(t.boxes, t.labels, torch.ones(len(t))) for t in truths]
+    return [(t.boxes, *classify(t, image, heatmap, stride, released)) for t, image, heatmap in zip(truths, zip(*found), heatmaps)]
+
+def decode_tasks(detections, relations,  # (B, C+4, h, w), (B, P, 7, h, w), on any device
+                 tasks:tuple=('sgdet',), truths:list=None,  # a `SceneGraph` for each image
+                 stride:int=16, released:bool=False):  # {task: list of B `Prediction`}, on the CPU
+    "`decode` for a batch and several tasks. Raises the same `ValueError`s."
+    _check(detections, relations, tasks, truths)
+    detections, relations = detections.detach().float(), relations.detach().float()
+    whole = tuple(n * stride for n in detections.shape[-2:])
+    found, candidate = tuple(t.cpu() for t in detect(detections, stride)), candidates(relations, stride)
+    predictions = {}
+    for task in tasks:
+        objects = _objects(task, found, detections[:, :-4], truths, stride, released)
+        pairs = relate(candidate, [(b.to(relations.device), q.to(relations.device)) for b, _, q in objects], relations.shape[1], task != 'predcls', released)
+        sizes = [t.size or whole for t in truths] if task != 'sgdet' else [whole] * len(detections)
+        predictions[task] = [Prediction(*image, *related, size) for image, related, size in zip(objects, pairs, sizes)]
     return predictions
+
+def decode_batch(detections, relations, task='sgdet', truths=None, stride=16, released=False):
+    "`decode_tasks` for one task: a list of `Prediction`."
+    return decode_tasks(detections, relations, (task,), truths, stride, released)[task]
 
 # %% ../nbs/10_decode.ipynb #decode-one
 def decode(detection,  # (C+4, h, w): probabilities, offset x and y, size w and h in cells
