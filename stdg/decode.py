@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_iou
 
+from .fields import field_size
 from .graph import Prediction
 
 # %% ../nbs/10_decode.ipynb #ideal-output
@@ -151,7 +152,7 @@ def classify(truth, found, heatmap,  # `SceneGraph`; boxes, labels and scores of
 # %% ../nbs/10_decode.ipynb #checks
 _TASKS = ('sgdet', 'sgcls', 'predcls')
 
-def _check(detections, relations, tasks, truths):
+def _check(detections, relations, tasks, truths, stride):
     "Raise `ValueError` for batches of fields that cannot be decoded."
     for task in tasks:
         if task not in _TASKS: raise ValueError(f"task {task!r} is unknown; the tasks are {', '.join(_TASKS)}")
@@ -169,6 +170,8 @@ def _check(detections, relations, tasks, truths):
     for truth in truths if given else ():
         if len(truth) and int(truth.labels.max()) >= detections.shape[1] - 4:
             raise ValueError(f"truth has label {int(truth.labels.max())}, the fields have {detections.shape[1] - 4} classes")
+        if truth.size and field_size(truth.size, stride) != tuple(detections.shape[-2:]):
+            raise ValueError(f"truth is of an image of {truth.size} pixels, at stride {stride} {field_size(truth.size, stride)} cells; the fields have {tuple(detections.shape[-2:])}")
 
 # %% ../nbs/10_decode.ipynb #decode-tasks
 def _objects(task, found, heatmaps, truths, stride, released):
@@ -181,7 +184,7 @@ def decode_tasks(detections, relations,  # (B, C+4, h, w), (B, P, 7, h, w), on a
                  tasks:tuple=('sgdet',), truths:list=None,  # a `SceneGraph` for each image
                  stride:int=16, released:bool=False):  # {task: list of B `Prediction`}, on the CPU
     "`decode` for a batch and several tasks. Raises the same `ValueError`s."
-    _check(detections, relations, tasks, truths)
+    _check(detections, relations, tasks, truths, stride)
     detections, relations = detections.detach().float(), relations.detach().float()
     whole = tuple(n * stride for n in detections.shape[-2:])
     found, candidate = tuple(t.cpu() for t in detect(detections, stride)), candidates(relations, stride)

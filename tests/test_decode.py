@@ -30,12 +30,12 @@ def random_fields(seed, classes=6, predicates=4, h=9, w=12, density=.3):
     return detection, relation
 
 
-def random_graph(seed, n=8, r=12, classes=6, predicates=4, side=192):
+def random_graph(seed, n=8, r=12, classes=6, predicates=4, side=192, size=None):
     rng = np.random.default_rng(seed)
     corner = rng.uniform(0, side - 60, (n, 2))
     pairs = np.array([rng.choice(n, 2, replace=False) for _ in range(r)])
     return SceneGraph(np.c_[corner, corner + rng.uniform(15, 60, (n, 2))], rng.integers(0, classes, n),
-                      np.c_[pairs, rng.integers(0, predicates, r)], (side, side))
+                      np.c_[pairs, rng.integers(0, predicates, r)], size or (side, side))
 
 
 @pytest.mark.parametrize('case', range(6))
@@ -82,7 +82,7 @@ def plain_relations(relation, boxes, scores, filtered, stride):
 @pytest.mark.parametrize('seed', range(4))
 def test_plain_loop(seed):
     detection, relation = random_fields(seed)
-    truth = random_graph(seed, side=72)
+    truth = random_graph(seed, side=72, size=(72, 96))
     for task in TASKS:
         ours = decode(detection, relation, task, truth, stride=8)
         plain = plain_relations(relation, ours.boxes, ours.scores, task != 'predcls', 8)
@@ -138,7 +138,7 @@ def test_match_is_one_to_one_and_best_in_total():
 
 
 def test_batch_is_the_images_one_by_one():
-    fields, truths = [random_fields(seed) for seed in range(3)], [random_graph(seed, n=4 + seed, side=72) for seed in range(3)]
+    fields, truths = [random_fields(seed) for seed in range(3)], [random_graph(seed, n=4 + seed, side=72, size=(72, 96)) for seed in range(3)]
     fields[1][1].zero_()
     detections, relations = (torch.stack(part) for part in zip(*fields))
     for task in TASKS:
@@ -165,7 +165,7 @@ def test_negative_sizes_of_an_untrained_network():
 def test_nothing_to_find(task):
     detection, relation = random_fields(0)
     none = SceneGraph([], [], [])
-    assert decode(detection, torch.zeros_like(relation), task, random_graph(0)).predicates.shape == (0, 4)
+    assert decode(detection, torch.zeros_like(relation), task, random_graph(0, size=(144, 192))).predicates.shape == (0, 4)
     if task != 'sgdet':
         prediction = decode(detection, relation, task, none)
         assert len(prediction) == 0 and prediction.pairs.shape == (0, 2) and prediction.predicates.shape == (0, 4)
@@ -192,6 +192,8 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r'\(P, 7, h, w\)'): decode(detection, relation[:, :5])
     with pytest.raises(ValueError, match='fields disagree'): decode(detection, relation[..., :-1])
     with pytest.raises(ValueError, match='fields disagree'): decode_batch(detection[None], relation[None].repeat(2, 1, 1, 1, 1))
+    with pytest.raises(ValueError, match=r'truth is of an image of \(192, 192\) pixels, at stride 8 \(24, 24\) cells; the fields have \(9, 12\)'):
+        decode(detection, relation, 'predcls', truth, 8)
     for broken in (float('nan'), float('inf')):
         with pytest.raises(ValueError, match='detection fields hold NaN'): decode(detection.index_fill(0, torch.tensor([2]), broken), relation)
         with pytest.raises(ValueError, match='relation fields hold NaN'): decode(detection, relation.index_fill(1, torch.tensor([0]), broken))
