@@ -48,7 +48,7 @@ def gather_then_project(x, offsets, weight, bias):
     b, c, h, w = x.shape
     index, share = _corners(sampling_points(offsets))
     index = index + (torch.arange(b, device=x.device) * h * w).view(b, 1, 1, 1, 1)
-    cells = x.permute(0, 2, 3, 1).reshape(b * h * w, c)
+    cells = x.permute(0, 2, 3, 1).contiguous().view(b * h * w, c)
     seen = F.embedding_bag(index.reshape(-1, 4), cells, per_sample_weights=share.reshape(-1, 4), mode='sum')
     out = torch.addmm(bias, seen.view(b * h * w, 9 * c), weight.permute(2, 3, 1, 0).reshape(9 * c, -1))
     return out.view(b, h, w, -1).permute(0, 3, 1, 2)
@@ -58,12 +58,19 @@ def project_then_gather(x, offsets, weight, bias):
     "Deformable 3x3 convolution of `x` (B, C, H, W) with the projection first: best when channels shrink."
     b, c, h, w = x.shape
     n = weight.shape[0]
-    projected = F.conv2d(x, weight.permute(2, 3, 0, 1).reshape(9 * n, c, 1, 1)).reshape(b * 9, n, h, w)
+    projected = F.conv2d(x, weight.permute(2, 3, 0, 1).reshape(9 * n, c, 1, 1)).unflatten(1, (9, n))
     y, x = sampling_points(offsets).unbind(2)
-    grid = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1], -1).view(b * 9, h, w, 2)
-    return F.grid_sample(projected, grid, align_corners=False).view(b, 9, n, h, w).sum(1) + bias.view(1, n, 1, 1)
+    grid = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1], -1)
+    taps = zip(projected.unbind(1), grid.unbind(1))
+    return sum(F.grid_sample(tap, at, align_corners=False) for tap, at in taps) + bias.view(1, n, 1, 1)
 
 # %% ../nbs/07_deform.ipynb #deformconv
+def _sparing(x, offsets, weight, bias):
+    "`gather_then_project` for training: pieces of the batch of at most 8 MB of samples or one image, which are not kept."
+    n = max(2**21 // (9 * x[0].numel()), 1)
+    return torch.cat([checkpoint(gather_then_project, *piece, weight, bias, use_reentrant=False, preserve_rng_state=False)
+                      for piece in zip(x.split(n), offsets.split(n))])
+
 class DeformConv(nn.Conv2d):
     "Deformable 3x3 convolution, padding 1, bias, one offset group, no modulation; called with input (B, C, H, W) and offsets (B, 18, H, W). Source: method spec 3.2."
     way = None  # `definition`, `gather_then_project` or `project_then_gather`, to have it computed so
@@ -74,9 +81,8 @@ class DeformConv(nn.Conv2d):
             inputs = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (x, offsets, self.weight, self.bias)]
             if self.way: return self.way(*inputs)
             if x.device.type == 'cuda': return deform_conv2d(*inputs, padding=1)
-            way = project_then_gather if self.in_channels > self.out_channels else gather_then_project
-            if not torch.is_grad_enabled() or torch.compiler.is_exporting(): return way(*inputs)
-            return checkpoint(way, *inputs, use_reentrant=False, preserve_rng_state=False)
+            if self.in_channels > self.out_channels: return project_then_gather(*inputs)
+            return (_sparing if torch.is_grad_enabled() and not torch.compiler.is_exporting() else gather_then_project)(*inputs)
 
 # %% ../nbs/07_deform.ipynb #deformblock
 class DeformBlock(nn.Module):
