@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'FILL', 'hha_of', 'hha_of_file', 'hha_path', 'prepare_hha', 'overlapping', 'filtered', 'geometry',
-           'centred', 'photometry', 'SceneGraphs', 'HHAFile', 'loader', 'normalise']
+           'centred', 'photometry', 'SceneGraphs', 'HHAFile', 'loader', 'normalise', 'network_input']
 
 # %% ../nbs/05_data.ipynb #imports
 import os
@@ -221,3 +221,9 @@ def normalise(picture, mean, std):
     "Bytes (B, 3, H, W) as numbers: divided by 255, less `mean`, divided by `std`, a value a channel; channels last in memory."
     mean, std = (torch.tensor(v, device=picture.device).view(1, 3, 1, 1) for v in (mean, std))
     return ((picture.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+# %% ../nbs/05_data.ipynb #network-input
+def network_input(model, picture, kind='rgb'):
+    "Bytes (B, 3, H, W), RGB or (`kind` 'hha') HHA, as the `STDG` `model` reads them, where it is. Source: method spec 1.5, 2.4."
+    picture = picture.to(next(model.parameters()).device)
+    return normalise(picture.flip(1) if kind == 'rgb' and model.colour_order == 'BGR' else picture, model.mean, model.std)

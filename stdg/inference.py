@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as T
 
 from . import checkpoint, decode
-from .data import centred, normalise
+from .data import centred, network_input
 from .graph import Prediction
 from .model import STDG
 
@@ -64,6 +64,5 @@ def predict(image,  # path, PIL image, or (H, W, 3) uint8 array
     if model.mode == 'depth': raise ValueError('this network reads HHA, not RGB: use a student')
     picture = read_image(image)
     canvas, scale, corner = letterbox(picture, size or facts.get('size', 512))
-    device = next(model.parameters()).device
-    detection, relation = model.eval()(normalise(canvas[None].to(device), model.mean, model.std))
+    detection, relation = model.eval()(network_input(model, canvas[None]))
     return unbox(decode.decode(detection[0], relation[0], stride=model.stride), scale, corner, tuple(picture.shape[1:]))

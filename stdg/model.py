@@ -4,19 +4,28 @@
 
 # %% auto #0
 __all__ = ['CONFIGURATIONS', 'OTHER', 'MODES', 'PadFirstBlock', 'FPN', 'Backbone', 'Branches', 'position_encoding', 'Transformer',
-           'DetectionHead', 'RelationHead', 'absolute', 'Network', 'STDG']
+           'DetectionHead', 'RelationHead', 'absolute', 'Network', 'STDG', 'recomputed']
 
 # %% ../nbs/08_model.ipynb #imports
 import math
 import os
+import pickle
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from huggingface_hub import hf_hub_url, try_to_load_from_cache
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .deform import PreHead
 from .files import atomic_path, write_json
@@ -36,13 +45,41 @@ def _lite0_weights():
     names = list(timm.create_model('tf_efficientnet_lite0').state_dict())
     return dict(zip(names, weights.values(), strict=True))
 
+# %% ../nbs/08_model.ipynb #local-weights
+def _file_weights(name, path):
+    "Tensors of a local file of ImageNet weights for timm's `name`. Raises `FileNotFoundError` or `ValueError` naming the file."
+    if not Path(path).is_file(): raise FileNotFoundError(f"{path} is missing. It should hold ImageNet weights of {name}")
+    try: tensors = load_file(path) if str(path).endswith('.safetensors') else torch.load(path, map_location='cpu', weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error: raise ValueError(f"{path} is not a whole file of weights, or holds more than weights ({error})") from None
+    tensors = tensors.get('model', tensors.get('state_dict', tensors))
+    try: timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=dict(tensors)))
+    except (RuntimeError, KeyError) as error: raise ValueError(f"{path} does not hold weights of {name}: {str(error)[:300]}") from None
+    return tensors
+
+# %% ../nbs/08_model.ipynb #fetched-weights
+def _check_fetchable(name):
+    "Raise `ConnectionError`, naming the mend, if timm's weights for `name` are not in the cache and their host does not answer."
+    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    if not repository or any(isinstance(try_to_load_from_cache(repository, file), str) for file in ('model.safetensors', 'pytorch_model.bin')): return
+    url = hf_hub_url(repository, 'model.safetensors')
+    try: urlopen(Request(url, method='HEAD'), timeout=10).close()
+    except HTTPError: return  # the host answers; what it says is timm's business
+    except OSError as error: raise ConnectionError(f"ImageNet weights of {name} cannot be fetched ({error}). Fetch {url} on another machine and give the file: -p weights model.safetensors (in Python: pretrained='model.safetensors')") from None
+
 def _create(name, pretrained, **options):
-    "A timm feature extractor, with the packaged ImageNet weights where the default network needs no download."
-    if pretrained and name == 'tf_efficientnet_lite0.in1k':
-        body = timm.create_model(name, features_only=True, **options)
+    "A timm feature extractor, its weights random or from ImageNet: `pretrained` is a bool or the path of a file. Raises `ConnectionError` or what `_file_weights` raises."
+    build = partial(timm.create_model, name, features_only=True, **options)
+    if not pretrained: return build()
+    if pretrained is True and name == 'tf_efficientnet_lite0.in1k':
+        body = build()
         body.load_state_dict({k: v for k, v in _lite0_weights().items() if k in body.state_dict()})
         return body
-    return timm.create_model(name, features_only=True, pretrained=pretrained, **options)
+    if pretrained is True:
+        _check_fetchable(name)
+        return build(pretrained=True)
+    body = build(pretrained=True, pretrained_cfg_overlay=dict(state_dict=_file_weights(name, pretrained)))
+    body.pretrained_cfg.pop('state_dict', None)
+    return body
 
 # %% ../nbs/08_model.ipynb #padded-swin
 class PadFirstBlock(SwinTransformerBlock):
@@ -91,7 +128,7 @@ def _first_levels(body, levels):
 class Backbone(nn.Module):
     """A timm backbone at one stride: pictures (B, 3, H, W) to features (B, `channels`, ceil(H/stride), ceil(W/stride)).
 
-    Raises `ValueError` when the backbone has no level of that stride. Source: method spec 3.1."""
+    Raises `ValueError` when the backbone has no level of that stride, or pictures do not have three channels. Source: method spec 3.1."""
     def __init__(self, timm_name, stride, fpn=0, pretrained=True, drop_path_rate=0., frozen=0):
         super().__init__()
         options = dict(drop_path_rate=drop_path_rate) if drop_path_rate else {}
@@ -115,6 +152,7 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, image):
+        if image.ndim != 4 or image.shape[1] != 3: raise ValueError(f"pictures (B, 3, H, W) are needed, these are {tuple(image.shape)}")
         levels = self.body(image)
         if len(self.norms): levels = [norm(level).permute(0, 3, 1, 2) for norm, level in zip(self.norms, levels)]
         return self.fpn(levels) if isinstance(self.fpn, FPN) else levels[0]
@@ -236,17 +274,18 @@ MODES = dict(rgb='rgb', depth='depth', combine='combine', combine_train='combine
 class STDG(nn.Module):
     """Depth-guided one-stage scene graph generation.
 
-    `backbone` is 'resnet50' or 'swin_s' (the published networks), 'small', or any name of timm; further keywords change the numbers of
-    `CONFIGURATIONS`. Called with pictures (B, 3, H, W) it returns the fields of both heads; in mode 'depth' the pictures are HHA.
-    Raises `ValueError` for an unknown mode or backbone. Source: method spec 3 and 4."""
-    def __init__(self, backbone='resnet50', mode='rgb', n_objects=150, n_predicates=50, head_norm=None, pretrained=True, **numbers):
+    `backbone` is 'resnet50' or 'swin_s' (the published networks), 'small', or any name of timm; `pretrained` is True, False or a file of
+    ImageNet weights; further keywords change the numbers of `CONFIGURATIONS`. Called with pictures (B, 3, H, W) it returns the fields of both heads; in mode 'depth' the pictures are HHA.
+    `colour_order` is how it reads pictures, 'RGB', or 'BGR' as the released networks do; `stdg.data.network_input` minds it.
+    Raises `ValueError` for an unknown mode or backbone, `ConnectionError` for weights that cannot be fetched. Source: method spec 3 and 4."""
+    def __init__(self, backbone='resnet50', mode='rgb', n_objects=150, n_predicates=50, head_norm=None, pretrained=True, colour_order='RGB', **numbers):
         super().__init__()
         if mode not in MODES: raise ValueError(f"mode {mode!r} is unknown; there are {list(MODES)}")
         if backbone not in CONFIGURATIONS and not timm.is_model(backbone): raise ValueError(f"backbone {backbone!r} is neither one of {list(CONFIGURATIONS)} nor a model of timm")
-        self.mode = MODES[mode]
+        self.mode, self.colour_order = MODES[mode], colour_order
         numbers = {'head_norm': False, **CONFIGURATIONS.get(backbone, {**OTHER, 'timm_name': backbone}), **numbers}
         if head_norm is not None: numbers['head_norm'] = head_norm
-        self.config = dict(backbone=backbone, mode=self.mode, n_objects=n_objects, n_predicates=n_predicates, **numbers)
+        self.config = dict(backbone=backbone, mode=self.mode, n_objects=n_objects, n_predicates=n_predicates, colour_order=colour_order, **numbers)
         kind = timm.get_pretrained_cfg(numbers['timm_name'])
         self.mean, self.std = tuple(kind.mean), tuple(kind.std)
         build = lambda pretrained: Network(n_objects, n_predicates, pretrained=pretrained, **numbers)
@@ -285,6 +324,37 @@ def _set_teacher(self, teacher):
     self.teacher.load_state_dict(teacher.network.state_dict())
 
 STDG.taught, STDG.set_teacher = _taught, _set_teacher
+
+# %% ../nbs/08_model.ipynb #blocks
+def _blocks(module):
+    "The outermost repeated blocks: members of a `Sequential` or a list that are more than one layer."
+    for child in module.children():
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) and any(child.children()): yield child
+        else: yield from _blocks(child)
+
+@contextmanager
+def _uncounted(block):
+    "Batch norms of `block` leave their running statistics alone."
+    norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m, *_ in norms: m.momentum, m.num_batches_tracked = 0., None
+    try: yield
+    finally:
+        for m, momentum, count in norms: m.momentum, m.num_batches_tracked = momentum, count
+
+# %% ../nbs/08_model.ipynb #recomputed
+def _run_twice(block, *inputs):
+    run = partial(type(block).forward, block)
+    if not torch.is_grad_enabled(): return run(*inputs)
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _uncounted(block)))
+
+@contextmanager
+def recomputed(network):
+    "Within it the blocks of `network` keep only their inputs for the backward pass: the same gradients for a third of the memory or less, and a third more time."
+    blocks = list(_blocks(network))
+    for block in blocks: block.forward = partial(_run_twice, block)
+    try: yield
+    finally:
+        for block in blocks: del block.forward
 
 # %% ../nbs/08_model.ipynb #save
 def _student(self):

@@ -1,15 +1,18 @@
 "Each thing that users hand us broken: one clear error that names the file and the mend, and nothing already written lost."
 import os
 import shutil
+import warnings
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
-from stdg import hha
+from stdg import checkpoint, decode, evaluation, fields, hha, losses, metrics
 from stdg.data import SceneGraphs, prepare_hha
 from stdg.files import atomic_path
 from stdg.graph import SceneGraph, Vocabulary
+from stdg.model import STDG
 from stdg.visual_genome import Database, write_annotations, write_images
 
 names = Vocabulary(['cup', 'table'], ['near', 'on'])
@@ -86,3 +89,53 @@ def test_full_disk_keeps_what_was_there(tmp_path):
     with pytest.raises(OSError, match='log could not be written: No space left on device'):
         with atomic_path(tmp_path/'log'), open('/dev/full', 'w') as file: file.write('x' * 10_000); file.flush()
     assert (tmp_path/'log').read_text() == 'good' and len(list(tmp_path.iterdir())) == 1
+
+
+TINY = dict(pretrained=False, fpn=16, channels=16)
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 64, 64), (1, 4, 64, 64), (3, 64, 64)])
+def test_pictures_have_three_channels(shape):
+    model = STDG('small', 'combine', n_objects=2, n_predicates=2, **TINY)
+    for call in (model, model.offsets, model.teacher.offsets):
+        with pytest.raises(ValueError, match=r'pictures \(B, 3, H, W\) are needed, these are \(.*64, 64\)'): call(torch.zeros(shape))
+
+
+def test_fields_are_the_picture_over_the_stride():
+    graph = SceneGraph([[4, 4, 40, 40]], [0], [[0, 0, 0]], (64, 64))
+    targets = {k: v[None] for k, v in fields.encode(graph, 2, 2, (64, 64), 8).items()}
+    with pytest.raises(ValueError, match='detection fields: the network gives .*4, 4.*must be the same in both'): losses.detection_loss(torch.rand(1, 6, 4, 4), targets)
+    with pytest.raises(ValueError, match=r'truth is of an image of \(64, 64\) pixels, at stride 8 \(8, 8\) cells; the fields have \(4, 4\)'):
+        decode.decode(torch.rand(6, 4, 4), torch.rand(2, 7, 4, 4), 'predcls', graph, stride=8)
+
+
+def test_nothing_annotated_is_a_valid_truth():
+    empty = SceneGraph([], [], [], (64, 64))
+    targets = {k: v[None] for k, v in fields.encode(empty, 2, 2, (64, 64), 8).items()}
+    assert not any(targets[k].any() for k in ('heatmap', 'mask', 'relation'))
+    model = STDG('small', n_objects=2, n_predicates=2, **TINY).train()
+    detection, relation = model(torch.rand(2, 3, 64, 64))
+    two = {k: torch.cat([v, v]) for k, v in targets.items()}
+    loss = sum({**losses.detection_loss(detection, two), **losses.relation_loss(relation, two)}.values())
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    for task in evaluation.TASKS:
+        found = decode.decode(torch.rand(6, 8, 8), torch.rand(2, 7, 8, 8), task, empty, stride=8)
+        for protocol in metrics.PROTOCOLS: assert metrics.Evaluator(task, 2, protocol=protocol).update(found, empty) is None
+
+
+def test_more_objects_than_slots_are_told_of_once():
+    corner = np.random.default_rng(0).uniform(0, 400, (150, 2))
+    crowd = SceneGraph(np.c_[corner, corner + np.arange(20, 170)[:, None] / 2], [0] * 150, [], (512, 512))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('default')
+        for _ in range(3): targets = fields.encode(crowd, 1, 1)
+    assert targets['mask'].sum() == 128 and [str(w.message) for w in told] == ['an image with more than 128 objects: the largest 128 are kept']
+
+
+def test_checkpoint_of_another_vocabulary(folder, tmp_path):
+    database = Database(folder)
+    STDG('small', n_objects=2, n_predicates=2, **TINY).save(tmp_path/'a.safetensors', vocabulary=Vocabulary(['cup', 'chair'], ['near', 'on']).to_json())
+    with pytest.raises(ValueError, match="a.safetensors was trained on other classes: its object 1 is 'chair', here 'table'"): checkpoint.load(tmp_path/'a.safetensors', database.vocabulary)
+    with pytest.raises(ValueError, match='the model knows 5 object classes and 2 predicates, .*db has 2 and 2'):
+        evaluation.evaluate(STDG('small', n_objects=5, n_predicates=2, **TINY), SceneGraphs(database, 'train'), progress=False)

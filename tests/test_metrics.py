@@ -187,7 +187,9 @@ def test_clear_errors():
     with pytest.raises(ValueError, match='holds predicate 7, but there are 2'):
         Evaluator('sgdet', 2).update(Prediction([], [], [], [], []), SceneGraph([[0, 0, 1, 1]], [0], [[0, 0, 7]]))
     with pytest.raises(ValueError, match='choose one of predcls, sgcls, sgdet'): evaluate(predictions, truths, 'detection')
-    with pytest.raises(ValueError, match='choose one of reference'): evaluate(predictions, truths, 'sgdet', protocol='literature')
+    with pytest.raises(ValueError, match='choose one of reference, strict'): evaluate(predictions, truths, 'sgdet', protocol='literature')
+    with pytest.raises(ValueError, match='a Prediction holds label .*, but there are 20 classes'): average_precision(predictions, [SceneGraph([], [], [])] * 40, 20)
+    with pytest.raises(ValueError, match='zero_shot: shape'): Evaluator('sgdet', 50, zero_shot=[[1, 2], [3, 4], [5, 6]])
 
 
 # Average precision

@@ -44,6 +44,8 @@ def test_results(run):
                 assert all(0 <= row[task][f'{figure}@{k}'] <= 1 for k in (20, 50, 100))
         if len(tasks) == 3: assert 0 <= row['AP50'] <= 1
     assert results['machine'] and results['seconds'] > 0
+    assert results['notes'] == [], 'a whole run does without nothing'
+    assert results['settings']['images'] == [24, 2, 6] and results['settings']['pretrained'] is False
 
 
 def test_log_has_every_term(run):
@@ -58,6 +60,7 @@ def test_teacher_is_inside_the_student_unchanged(run):
     teacher, student = load(run/'runs'/'toy'/'teacher.safetensors'), load(run/'runs'/'toy'/'student.safetensors')
     assert all(torch.equal(a, b) for a, b in zip(teacher.network.state_dict().values(), student.teacher.state_dict().values()))
     assert facts(run/'runs'/'toy'/'student.json')['training']['stage'] == 'student'
+    assert all(facts(run/'runs'/'toy'/f'{stage}.json')['pretrained'] is False for stage in ('teacher', 'control', 'student'))
 
 
 def test_notebook_shows_pictures(run):

@@ -1,0 +1,40 @@
+"The benchmark notebook at toy size, and the README's table of speed against the file that it comes from."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parent.parent
+TOY = dict(repeats=1, side=128, n_objects=6, n_predicates=4, compiled=False)
+
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+    "What the notebook writes. Its own cells compare every piece with its stand-in."
+    out = tmp_path_factory.mktemp('benchmark')
+    values = [text for k, v in TOY.items() for text in ('-p', k, str(v))]
+    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', str(root/'nbs'/'benchmark.ipynb'), str(out/'out.ipynb'), '-k', 'python3', *values,
+               '-p', 'out', str(out), '-y', 'networks: [resnet50]']
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (out/'benchmark.png').stat().st_size > 5000
+    return json.loads((out/'benchmark.json').read_text())
+
+
+def test_every_piece_is_measured(results):
+    names = ' '.join(row['name'] for row in results['rows'])
+    for piece in ('HHA', 'target fields', 'decoding', 'evaluator', 'deformable convolution', 'training step', 'inference', 'bytes to triplets'): assert piece in names
+    assert all(row['ms'] > 0 for row in results['rows']) and sum('ratio' in row for row in results['rows']) >= 9
+    for row in results['rows']:
+        if 'ratio' in row: assert row['ratio'] == pytest.approx(row['stand_in_ms'] / row['ms'], rel=.02, abs=.01) and row['stand_in']
+    assert all(m['mb'] > 0 and m['stand_in_mb'] > 0 for m in results['memory']) and 'threads' in results['machine']
+
+
+def test_readme_shows_what_was_measured():
+    record, readme = json.loads((root/'figures'/'benchmark.json').read_text()), (root/'README.md').read_text()
+    assert record['machine'] in readme and record['date'] in readme
+    lines = {line.split('|')[1].strip(): line for line in readme.splitlines() if line.count('|') > 5}
+    for row in record['rows']:
+        if 'ratio' in row: assert f"| {row['ratio']:.1f} |" in lines[row['name']], row['name']
