@@ -82,7 +82,8 @@ class DeformConv(nn.Conv2d):
             if self.way: return self.way(*inputs)
             if x.device.type == 'cuda': return deform_conv2d(*inputs, padding=1)
             if self.in_channels > self.out_channels: return project_then_gather(*inputs)
-            return (_sparing if torch.is_grad_enabled() and not torch.compiler.is_exporting() else gather_then_project)(*inputs)
+            large = torch.is_grad_enabled() and not torch.compiler.is_exporting() and 9 * x.numel() > 2**22
+            return (_sparing if large else gather_then_project)(*inputs)
 
 # %% ../nbs/07_deform.ipynb #deformblock
 class DeformBlock(nn.Module):

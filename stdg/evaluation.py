@@ -93,10 +93,11 @@ def evaluate_prior(database, dataset, protocol=('strict', 'reference'), n_val=0,
 
 # %% ../nbs/13b_evaluation.ipynb #finite
 def finite(results):
-    "`results`, dictionaries and lists of figures, without those that are NaN."
+    "`results`, dictionaries and lists of figures, without those that are NaN; in lists these are None."
     nan = lambda value: isinstance(value, float) and value != value
     if isinstance(results, dict): return {name: finite(value) for name, value in results.items() if not nan(value)}
-    return [finite(value) for value in results if not nan(value)] if isinstance(results, (list, tuple)) else results
+    if isinstance(results, (list, tuple)): return [finite(value) for value in results]
+    return None if nan(results) else results
 
 # %% ../nbs/13b_evaluation.ipynb #predicate-counts
 def predicate_counts(database, n_val=0):
