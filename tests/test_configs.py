@@ -191,7 +191,7 @@ def test_the_whole_run_stops_before_it_renders(tmp_path):
     assert done.returncode and '-p teacher runs/<name>/teacher.safetensors' in done.stderr and not (tmp_path/'data').exists()
 
 
-@pytest.mark.skipif(not os.environ.get('STDG_FULL_SIZE'), reason='six minutes and 11 GB on two cores: STDG_FULL_SIZE=1 runs it')
+@pytest.mark.skipif(not os.environ.get('STDG_FULL_SIZE'), reason='seven minutes and 11 GB on two cores: STDG_FULL_SIZE=1 runs it')
 def test_trial_at_full_size(tmp_path):
     done = papermill(tmp_path, 'resnet50_student', '-p', 'steps', '2')
     assert done.returncode == 0, done.stderr[-4000:]
