@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_iou
 
 from .fields import field_size
-from .graph import Prediction
+from .graph import TASKS, Prediction
 
 # %% ../nbs/10_decode.ipynb #ideal-output
 def cell_grid(h, w, device=None):
@@ -150,12 +150,10 @@ def classify(truth, found, heatmap,  # `SceneGraph`; boxes, labels and scores of
     return labels, scores
 
 # %% ../nbs/10_decode.ipynb #checks
-_TASKS = ('sgdet', 'sgcls', 'predcls')
-
 def _check(detections, relations, tasks, truths, stride):
     "Raise `ValueError` for batches of fields that cannot be decoded."
     for task in tasks:
-        if task not in _TASKS: raise ValueError(f"task {task!r} is unknown; the tasks are {', '.join(_TASKS)}")
+        if task not in TASKS: raise ValueError(f"task {task!r} is unknown; the tasks are {', '.join(TASKS)}")
     if detections.ndim != 4 or detections.shape[1] < 5:
         raise ValueError(f"detection fields {tuple(detections.shape[1:])}: (C+4, h, w) with at least one class is needed")
     if relations.ndim != 5 or relations.shape[2] != 7:

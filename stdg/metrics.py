@@ -18,8 +18,8 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .graph import Prediction, SceneGraph
-from .matching import PROTOCOLS, TASKS, TOP, found_relations, match, pixel_iou, row_key, same_objects
+from .graph import TASKS, Prediction, SceneGraph
+from .matching import PROTOCOLS, TOP, found_relations, match, pixel_iou, row_key, same_objects
 
 _all_ = ['PROTOCOLS', 'TASKS', 'TOP', 'match', 'pixel_iou', 'same_objects']  # also to be had from here
 

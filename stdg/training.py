@@ -84,9 +84,10 @@ class Average:
             keep = p.clone(); p.copy_(mean); mean.copy_(keep)
 
 # %% ../nbs/13_training.ipynb #loss-terms
-def loss_terms(model, batch, device='cpu'):
+def loss_terms(model, batch):
     "The eight terms of the task, and in mode 'combine' the ninth, `teaching`, for one batch of `SceneGraphs`. Source: method spec 4.3 and 6."
     picture = {k: network_input(model, batch[k], k) for k in ('rgb', 'hha') if k in batch}
+    device = next(model.parameters()).device
     targets = {k: v.to(device) for k, v in batch['targets'].items()}
     if model.mode == 'combine': detection, relation, offsets, taught = model.taught(picture['rgb'], picture['hha'])
     else: detection, relation, _ = model.network(picture['hha' if model.mode == 'depth' else 'rgb'])
@@ -133,7 +134,7 @@ def fit(model,
     thrifty = recomputed(model.network) if recompute else nullcontext()
     with thrifty, tqdm(total=total, desc=stage, disable=not progress, mininterval=2) as bar:
         while state['step'] < total:
-            _epoch(model, batches, state, total, lambda epoch: schedule(epoch, warm_up, decay), stage, log, bar, device)
+            _epoch(model, batches, state, total, lambda epoch: schedule(epoch, warm_up, decay), stage, log, bar)
             state['average'].swap()
             done = dict(stage=stage, step=state['step'], epochs=state['step'] / len(batches), seed=seed)
             model.save(Path(out)/f'{stage}.safetensors', training=done, **record)
@@ -141,7 +142,7 @@ def fit(model,
     return model.eval()
 
 # %% ../nbs/13_training.ipynb #epoch
-def _epoch(model, batches, state, total, factor, stage, log, bar, device):
+def _epoch(model, batches, state, total, factor, stage, log, bar):
     "One pass over the data, or what is left of the budget."
     model.train()
     for i, batch in enumerate(batches):
@@ -149,7 +150,7 @@ def _epoch(model, batches, state, total, factor, stage, log, bar, device):
         start = time.perf_counter()
         scale = factor(state['step'] / len(batches))
         for group in state['optimiser'].param_groups: group['lr'] = group['base'] * scale
-        terms = loss_terms(model, batch, device)
+        terms = loss_terms(model, batch)
         loss = sum(terms.values())
         values = {name: float(value.detach()) for name, value in terms.items()}
         _check_finite(values, stage, state['step'], batch, batches.dataset)

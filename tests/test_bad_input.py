@@ -11,7 +11,7 @@ import torch
 from stdg import checkpoint, decode, evaluation, fields, hha, losses, metrics
 from stdg.data import SceneGraphs, prepare_hha
 from stdg.files import atomic_path
-from stdg.graph import SceneGraph, Vocabulary
+from stdg.graph import TASKS, SceneGraph, Vocabulary
 from stdg.model import STDG
 from stdg.visual_genome import Database, write_annotations, write_images
 
@@ -119,9 +119,12 @@ def test_nothing_annotated_is_a_valid_truth():
     loss = sum({**losses.detection_loss(detection, two), **losses.relation_loss(relation, two)}.values())
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    for task in evaluation.TASKS:
+    for task in TASKS:
         found = decode.decode(torch.rand(6, 8, 8), torch.rand(2, 7, 8, 8), task, empty, stride=8)
-        for protocol in metrics.PROTOCOLS: assert metrics.Evaluator(task, 2, protocol=protocol).update(found, empty) is None
+        for protocol in metrics.PROTOCOLS:
+            evaluator = metrics.Evaluator(task, 2, protocol=protocol)
+            evaluator.update(found, empty)
+            assert evaluator.images == 0 and np.isnan(evaluator.compute()['R@20'])
 
 
 def test_more_objects_than_slots_are_told_of_once():

@@ -7,10 +7,9 @@ import torch
 
 from stdg.decode import decode, decode_batch, detect, ideal_output, match
 from stdg.fields import encode
-from stdg.graph import SceneGraph
+from stdg.graph import TASKS, SceneGraph
 
 GOLDEN = np.load(Path(__file__).parent / 'golden/decode.npz')
-TASKS = ('sgdet', 'predcls', 'sgcls')
 
 
 def golden(case):

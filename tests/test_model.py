@@ -36,7 +36,7 @@ def weights(layout):
 def close(ours, name):
     theirs = torch.tensor(outputs[name]).float()
     assert ours.shape == theirs.shape
-    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4, name
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5, name
 
 
 @pytest.mark.parametrize('config', ['resnet50_rgb', 'resnet50_combine', 'swin_s_rgb'])

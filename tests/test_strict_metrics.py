@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stdg.analysis import difference, group_recall, intervals, predicate_groups, predicate_table, resample
-from stdg.graph import Prediction, SceneGraph
-from stdg.matching import PROTOCOLS, TASKS, _own, found_relations
+from stdg.graph import TASKS, Prediction, SceneGraph
+from stdg.matching import PROTOCOLS, _own, found_relations
 from stdg.metrics import Evaluator, evaluate
 
 K = (20, 50, 100)
