@@ -15,5 +15,6 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else '',
     long_description_content_type='text/markdown', python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['stdg', 'stdg.*']), include_package_data=True, zip_safe=False,
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    install_requires=cfg['requirements'].split(),
+    extras_require={'depth': cfg['depth_requirements'].split(), 'dev': (cfg['depth_requirements'] + ' ' + cfg['dev_requirements']).split()},
 )

@@ -53,6 +53,17 @@ def read_json(path, mend='Is the path right?'):
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {mend}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error: raise ValueError(f"{path} is not whole JSON ({error}). {mend}") from None
 
+# %% ../nbs/00_files.ipynb #check-dataset
+def _problem(file, name, dims):
+    "What is wrong with dataset `name` of an open HDF5 file, or None."
+    if name not in file and file.get(name, getlink=True) is None: return f" has no dataset '{name}' (it has {sorted(file)[:12]}): this is another kind of file"
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink): return f": '{name}' is a link; datasets that lie elsewhere are not followed"
+    data = file[name]
+    if not isinstance(data, h5py.Dataset): return f" has no dataset '{name}' (it is a group): this is another kind of file"
+    if data.dtype.hasobject: return f": dataset '{name}' holds objects ({h5py.check_string_dtype(data.dtype) or h5py.check_vlen_dtype(data.dtype) or data.dtype}); plain numbers are needed"
+    if data.external or data.is_virtual: return f": dataset '{name}' has its numbers in another file; they are not followed"
+    if data.ndim != dims: return f": dataset '{name}' has shape {data.shape}, {dims} dimensions are needed"
+
 # %% ../nbs/00_files.ipynb #open-h5
 def open_h5(path,
             needs:dict,  # name of a dataset to its number of dimensions
@@ -63,12 +74,10 @@ def open_h5(path,
     try: file = h5py.File(path, 'r')
     except OSError as error: raise ValueError(f"{path} is not a whole HDF5 file ({error}). Was it cut off while it was copied? {mend}") from None
     for name, dims in needs.items():
-        if name not in file or not isinstance(file[name], h5py.Dataset):
-            found = sorted(file)[:12]; file.close()
-            raise ValueError(f"{path} has no dataset '{name}' (it has {found}): this is another kind of file. {mend}")
-        if file[name].ndim != dims:
-            shape = file[name].shape; file.close()
-            raise ValueError(f"{path}: dataset '{name}' has shape {shape}, {dims} dimensions are needed. {mend}")
+        problem = _problem(file, name, dims)
+        if problem:
+            file.close()
+            raise ValueError(f"{path}{problem}. {mend}")
     return file
 
 # %% ../nbs/00_files.ipynb #project-folder
