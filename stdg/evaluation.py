@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from . import analysis, decode, metrics
+from . import analysis, decode, metrics, statistics
 from .data import SceneGraphs, network_input
 from .graph import TASKS, Prediction
 
@@ -75,13 +75,14 @@ def evaluate(model, dataset, tasks=TASKS, zero_shot=None,
     return dict(results, images=len(dataset), seconds_per_image=seconds / len(dataset))
 
 # %% ../nbs/13b_evaluation.ipynb #evaluate-prior
-def _training(database, n_val): return (database.graph(i) for i in database.indices('train', n_val))
+def _training(database, n_val): return statistics.filtered(statistics.annotations(database, 'train', n_val))
 
 def evaluate_prior(database, dataset, protocol=('strict', 'reference'), n_val=0, intervals:int=1000):
     "PredCls figures of the class-pair frequency prior, counted on the training split of `database`, on `dataset`; as `evaluate` gives them."
     vocabulary = database.vocabulary
     prior = metrics.FrequencyPrior(len(vocabulary.objects), len(vocabulary.predicates))
-    prior.fit(graph for graph in _training(database, n_val) if len(graph.relations))
+    prior.counts, prior.pairs = statistics.prior_tables(_training(database, n_val))
+    prior.predicates = prior.counts.sum((0, 1))
     evaluators = _evaluators(vocabulary, ('predcls',), protocol, intervals)
     for i in range(len(dataset)):
         truth = dataset.truth(i)
@@ -99,5 +100,4 @@ def finite(results):
 # %% ../nbs/13b_evaluation.ipynb #predicate-counts
 def predicate_counts(database, n_val=0):
     "How often each predicate is annotated in the training split of `database`, a repeated annotation once: (P,) whole numbers."
-    rows = [graph.relations.unique(dim=0)[:, 2] for graph in _training(database, n_val)]
-    return torch.cat(rows).bincount(minlength=len(database.vocabulary.predicates)).numpy()
+    return statistics.predicate_counts(_training(database, n_val))

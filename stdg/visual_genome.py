@@ -249,10 +249,12 @@ class Database:
 
 # %% ../nbs/01_visual_genome.ipynb #database-indices
 def _indices(self, split, n_val=0):
-    "Positions of 'train', 'val' or 'test' (int64). With `n_val`, the first `n_val` training images are the validation split. Source: method spec 1.4."
+    "Positions of 'train', 'val' or 'test' (int64). With `n_val`, the first `n_val` training images with a relation are the validation split. Source: method spec 1.4."
     if split not in SPLITS: raise ValueError(f"split {split!r} is unknown; there are {list(SPLITS)}")
     rows = np.flatnonzero(self._data['split'] == SPLITS['train' if n_val and split == 'val' else split])
-    return rows if not n_val or split == 'test' else rows[:n_val] if split == 'val' else rows[n_val:]
+    if not n_val or split == 'test': return rows
+    held = rows[self.relation_counts()[rows] > 0][:n_val]
+    return held if split == 'val' else np.setdiff1d(rows, held)
 
 def _relation_counts(self):
     "Number of annotated relations of each image, (N,) int64."
