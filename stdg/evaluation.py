@@ -10,11 +10,10 @@ import time
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from . import analysis, decode, metrics, statistics
-from .data import SceneGraphs, network_input
+from .data import loader, SceneGraphs, network_input
 from .graph import TASKS, Prediction
 
 # %% ../nbs/13b_evaluation.ipynb #predictions
@@ -30,7 +29,7 @@ def predictions(model, dataset, tasks=TASKS, batch_size=16, workers=0, device=No
     kind = 'hha' if model.mode == 'depth' else 'rgb'
     if kind not in dataset.inputs: raise ValueError(f"a model of mode {model.mode!r} reads {kind!r}, the dataset gives {dataset.inputs}")
     _check_sizes(model.config, dataset.database)
-    for batch in tqdm(DataLoader(dataset, batch_size, num_workers=workers), 'predicting', disable=not progress):
+    for batch in tqdm(loader(dataset, batch_size, workers=workers), 'predicting', disable=not progress):
         detection, relation = model(network_input(model, batch[kind], kind))
         truths = [dataset.truth(i) for i in batch['index'].tolist()]
         found = decode.decode_tasks(detection, relation, tasks, truths, model.stride, released)

@@ -51,7 +51,7 @@ def read_json(path, mend='Is the path right?'):
     "The JSON in `path`. Raises `FileNotFoundError` or `ValueError` naming the file, with the `mend` that the caller knows."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {mend}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error: raise ValueError(f"{path} is not whole JSON ({error}). {mend}") from None
+    except (ValueError, RecursionError) as error: raise ValueError(f"{path} is not whole JSON ({error}). {mend}") from None  # also of numbers too long and brackets too deep
 
 # %% ../nbs/00_files.ipynb #check-dataset
 def _problem(file, name, dims):

@@ -20,13 +20,13 @@ from .visual_genome import Database
 STEPS = ('check', 'database', 'images', 'depth', 'hha', 'statistics')
 KINDS = ('visual_genome', 'own', 'psg', 'gqa', 'open_images')
 
-def _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device, workers, remake, progress):
+def _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device, workers, remake, progress, unit, most):
     "The settings, checked, in one place."
     if kind not in KINDS: raise ValueError(f"kind {kind!r} is unknown; there are {', '.join(KINDS)}")
     if kind != 'visual_genome' and not annotations: raise ValueError(f"kind {kind}: annotations, its files, are needed")
     if not Path(raw).is_dir(): raise FileNotFoundError(f"{raw} is not a folder. Put the downloaded files there, or name the folder that holds them")
     return SimpleNamespace(folder=writable_folder(folder), raw=Path(raw), kind=kind, annotations=[str(a) for a in annotations], sizes=tuple(sizes), layout=layout, depth=str(depth),
-                           metric=metric, batch=batch, shard=tuple(shard), device=device, workers=workers, remake=remake, progress=progress)
+                           metric=metric, batch=batch, shard=tuple(shard), device=device, workers=workers, remake=remake, progress=progress, unit=unit, most=tuple(most))
 
 def _files(job):
     "Annotation files written 'split=file', as a dict; a plain file is 'train'."
@@ -39,7 +39,7 @@ def _annotations(job):
         files = _files(job)
         if job.kind == 'own': job.read = formats.read_own(files['train'])
         elif job.kind == 'psg': job.read = public.read_psg(files['train'])
-        elif job.kind == 'gqa': job.read = public.read_gqa(files)
+        elif job.kind == 'gqa': job.read = public.read_gqa(files, most=job.most)
         else: job.read = public.read_open_images({split: file for split, file in files.items() if split != 'classes'}, files.get('classes', job.raw/'class-descriptions-boxable.csv'))
     return job.read
 
@@ -106,7 +106,7 @@ def _depth(job):
     if kind == 'none': return 'none asked for'
     if kind == 'own':
         read = _annotations(job)
-        path = measured.write_depth(job.folder, pictures.read_listing(job.folder), job.raw, read.depth, read.cameras, max(job.sizes), **share)
+        path = measured.write_depth(job.folder, pictures.read_listing(job.folder), job.raw, read.depth, read.cameras, max(job.sizes), job.unit, **share)
     elif kind == 'pfm': path = estimation.import_pfm(database, where, metric=bool(job.metric), **share)
     else: path = estimation.estimate_depth(database, where, size=max(job.sizes), batch=job.batch, device=job.device, metric=job.metric, **share)
     return path and path.name
@@ -138,11 +138,12 @@ def prepare(folder,  # where the database goes
             depth=estimation.MODEL, metric=None, batch=16, device=None,  # see the parameters above
             shard=(0, 1), workers=None,  # (i, n): worker i of n
             remake=False,  # write the annotations anew if others are there
+            unit=.001, most=(None, None),  # own depth maps: metres a step of a PNG; gqa: keep so many classes and predicates, the commonest
             progress=True):
     """Do `steps` in order; returns {step: dict(seconds, result)}, result None where other shards still have work to do.
 
     Raises `ValueError` for an unknown step or kind, and whatever the steps raise: `FileNotFoundError` or `ValueError` naming file and mend."""
-    job, done = _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device, workers, remake, progress), {}
+    job, done = _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device, workers, remake, progress, unit, most), {}
     for step in steps:
         if step not in _DO: raise ValueError(f"step {step!r} is unknown; there are {', '.join(_DO)}")
         began = time.perf_counter()
@@ -173,6 +174,8 @@ def _parser():
     parser.add_argument('--device', help='cuda, cuda:1, cpu; by default a GPU if there is one')
     parser.add_argument('--shard', type=_shard, default=(0, 1), help='this worker and how many there are: 0/8')
     parser.add_argument('--workers', type=int, help='threads for pictures; by default one for each core')
+    parser.add_argument('--unit', type=float, default=.001, help='own depth maps: metres a step of a PNG')
+    parser.add_argument('--most', type=int, nargs=2, default=(None, None), metavar=('CLASSES', 'PREDICATES'), help='gqa: keep so many, the commonest')
     parser.add_argument('--remake', action='store_true', help='write the annotations anew, if those that are there were made from something else')
     return parser
 

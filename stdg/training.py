@@ -125,7 +125,7 @@ def fit(model,
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     model.to(device, memory_format=torch.channels_last).train()
     torch.manual_seed(seed)
-    batches = loader(dataset, batch_size, seed, workers)
+    batches = loader(dataset, batch_size, seed, workers, device=device)
     total = min(steps or math.inf, epochs * len(batches))
     if not total: raise ValueError(f"{stage}: {len(dataset)} images make no batch of {batch_size}")
     state = dict(optimiser=optimiser(model, lr, lr_backbone, weight_decay, released), average=Average(model, ema), step=0)

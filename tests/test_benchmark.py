@@ -26,7 +26,7 @@ def results(tmp_path_factory):
 
 def test_every_piece_is_measured(results):
     names = ' '.join(row['name'] for row in results['rows'])
-    for piece in ('HHA', 'target fields', 'decoding', 'evaluator', 'deformable convolution', 'training step', 'inference', 'bytes to triplets'): assert piece in names
+    for piece in ('HHA', 'target fields', 'loading', 'decoding', 'evaluator', 'deformable convolution', 'training step', 'inference', 'bytes to triplets'): assert piece in names
     assert all(row['ms'] > 0 for row in results['rows']) and sum('ratio' in row for row in results['rows']) >= 9
     for row in results['rows']:
         if 'ratio' in row: assert row['ratio'] == pytest.approx(row['stand_in_ms'] / row['ms'], rel=.02, abs=.01) and row['stand_in']

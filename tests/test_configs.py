@@ -93,7 +93,7 @@ def test_numbers_that_are_fixed_in_the_code():
     default = lambda function: {k: p.default for k, p in inspect.signature(function).parameters.items()}
     assert default(data.photometry)['jpeg'] == .1 and default(data.photometry)['grey'] == .01
     assert default(data.geometry)['flip'] == .5 and default(training.fit)['ema'] == .01
-    assert (data._jitter.brightness, data._jitter.contrast, data._jitter.saturation, data._jitter.hue) == ((.6, 1.4), (.9, 1.1), (.6, 1.4), (-.1, .1))
+    assert [default(data.jitter)[k] for k in ('brightness', 'contrast', 'saturation', 'hue')] == [.4, .1, .4, .1]
     numbers = {name: {k: CONFIGURATIONS[name].get(k) for k in ('stride', 'fpn', 'transformer', 'drop_path_rate', 'head_norm')} for name in ('resnet50', 'swin_s')}
     assert numbers == dict(resnet50=dict(stride=16, fpn=0, transformer=False, drop_path_rate=None, head_norm=None),
                            swin_s=dict(stride=16, fpn=768, transformer=True, drop_path_rate=.2, head_norm=None))

@@ -126,7 +126,16 @@ def worker(folder, model):
     for shard in range(3): print('exit', os.waitpid(child(folder, model, shard), 0)[1], len(whole(shard)))
 
 
-def test_killed_twice_in_three_shards_equals_one_undisturbed_run(model, database, tmp_path):
+@pytest.fixture
+def one_thread():
+    "As the processes that are killed have: other numbers of threads round otherwise."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_killed_twice_in_three_shards_equals_one_undisturbed_run(model, database, tmp_path, one_thread):
     run = subprocess.run([sys.executable, __file__, database.folder, model], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert run.returncode == 0, run.stderr
     killed = [line.split()[1:] for line in run.stdout.splitlines() if line.startswith('killed')]
