@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from . import analysis, decode, metrics, statistics
-from .data import loader, SceneGraphs, network_input
+from .data import SceneGraphs, loader, network_input
 from .graph import TASKS, Prediction
 
 # %% ../nbs/13b_evaluation.ipynb #predictions

@@ -211,7 +211,7 @@ def _judge(plan, texts, heights, widths):
 # %% ../nbs/01b_pictures.ipynb #report
 def _today(report, folder, expected, sizes, layout):
     "The report with what depends on the day and on what is wanted next: disk space, and the warnings."
-    needed, free = disk_needed(report['pictures'], sizes, layout, pixels=report['mean_pixels']), shutil.disk_usage(folder).free
+    needed, free = disk_needed(report['pictures'], sizes, layout, hha=sizes, pixels=report['mean_pixels']), shutil.disk_usage(folder).free
     warnings = []
     for what, count, wanted in zip(('entries', 'sound pictures'), (report['entries'], report['pictures']), expected or ()):
         if count != wanted: warnings.append(f"{count:,} {what}, {wanted:,} are expected")

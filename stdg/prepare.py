@@ -20,13 +20,14 @@ from .visual_genome import Database
 STEPS = ('check', 'database', 'images', 'depth', 'hha', 'statistics')
 KINDS = ('visual_genome', 'own', 'psg', 'gqa', 'open_images')
 
-def _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device, workers, remake, progress, unit, most):
+def _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device, workers, remake, progress, unit, most, originals, pfm):
     "The settings, checked, in one place."
     if kind not in KINDS: raise ValueError(f"kind {kind!r} is unknown; there are {', '.join(KINDS)}")
     if kind != 'visual_genome' and not annotations: raise ValueError(f"kind {kind}: annotations, its files, are needed")
     if not Path(raw).is_dir(): raise FileNotFoundError(f"{raw} is not a folder. Put the downloaded files there, or name the folder that holds them")
     return SimpleNamespace(folder=writable_folder(folder), raw=Path(raw), kind=kind, annotations=[str(a) for a in annotations], sizes=tuple(sizes), layout=layout, depth=str(depth),
-                           metric=metric, batch=batch, shard=tuple(shard), device=device, workers=workers, remake=remake, progress=progress, unit=unit, most=tuple(most))
+                           metric=metric, batch=batch, shard=tuple(shard), device=device, workers=workers, remake=remake, progress=progress, unit=unit, most=tuple(most),
+                           originals=originals, pfm=pfm)
 
 def _files(job):
     "Annotation files written 'split=file', as a dict; a plain file is 'train'."
@@ -101,7 +102,7 @@ def _tag(job):
     return estimation.PfmFolder(where).tag or estimation.model_tag(where) if kind == 'pfm' else estimation.model_tag(where)
 
 def _depth(job):
-    (kind, where), database = _depth_source(job), Database(job.folder, max(job.sizes))
+    (kind, where), database = _depth_source(job), estimation.Originals(job.folder, _sources(job)) if job.originals else Database(job.folder, max(job.sizes))
     share = dict(shard=job.shard, progress=job.progress)
     if kind == 'none': return 'none asked for'
     if kind == 'own':
@@ -109,6 +110,7 @@ def _depth(job):
         path = measured.write_depth(job.folder, pictures.read_listing(job.folder), job.raw, read.depth, read.cameras, max(job.sizes), job.unit, **share)
     elif kind == 'pfm': path = estimation.import_pfm(database, where, metric=bool(job.metric), **share)
     else: path = estimation.estimate_depth(database, where, size=max(job.sizes), batch=job.batch, device=job.device, metric=job.metric, **share)
+    if path and job.pfm: estimation.export_pfm(path, job.pfm, job.progress)
     return path and path.name
 
 # %% ../nbs/prepare.ipynb #step-hha
@@ -139,11 +141,12 @@ def prepare(folder,  # where the database goes
             shard=(0, 1), workers=None,  # (i, n): worker i of n
             remake=False,  # write the annotations anew if others are there
             unit=.001, most=(None, None),  # own depth maps: metres a step of a PNG; gqa: keep so many classes and predicates, the commonest
+            originals=False, pfm=None,  # estimate depth from the original pictures, not the scaled ones; also write the maps as .pfm into this folder
             progress=True):
     """Do `steps` in order; returns {step: dict(seconds, result)}, result None where other shards still have work to do.
 
     Raises `ValueError` for an unknown step or kind, and whatever the steps raise: `FileNotFoundError` or `ValueError` naming file and mend."""
-    job, done = _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device, workers, remake, progress, unit, most), {}
+    job, done = _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device, workers, remake, progress, unit, most, originals, pfm), {}
     for step in steps:
         if step not in _DO: raise ValueError(f"step {step!r} is unknown; there are {', '.join(_DO)}")
         began = time.perf_counter()
@@ -174,6 +177,8 @@ def _parser():
     parser.add_argument('--device', help='cuda, cuda:1, cpu; by default a GPU if there is one')
     parser.add_argument('--shard', type=_shard, default=(0, 1), help='this worker and how many there are: 0/8')
     parser.add_argument('--workers', type=int, help='threads for pictures; by default one for each core')
+    parser.add_argument('--originals', action='store_true', help='estimate depth from the original pictures, not the scaled ones')
+    parser.add_argument('--pfm', help='also write the depth maps as .pfm into this folder')
     parser.add_argument('--unit', type=float, default=.001, help='own depth maps: metres a step of a PNG')
     parser.add_argument('--most', type=int, nargs=2, default=(None, None), metavar=('CLASSES', 'PREDICATES'), help='gqa: keep so many, the commonest')
     parser.add_argument('--remake', action='store_true', help='write the annotations anew, if those that are there were made from something else')

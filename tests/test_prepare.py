@@ -50,8 +50,9 @@ def command(*arguments):
 
 
 def test_from_download_to_samples(raw, tmp_path):
-    done = command('all', '--raw', raw, '--folder', tmp_path, '--size', 64, 128, '--depth', 'maps')
+    done = command('all', '--raw', raw, '--folder', tmp_path, '--size', 64, 128, '--depth', 'maps', '--originals', '--pfm', tmp_path/'again')
     assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path/'again').iterdir()) == sorted(f'{i}-other.pfm' for i in range(1, 10) if i != 7)
     assert '8 of 9 pictures are sound' in done.stdout and '1 missing: image 7: 7.jpg' in done.stdout and '8 images, 16 objects, 8 relations' in done.stdout
     for size in (64, 128):
         database = Database(tmp_path, size)
