@@ -9,8 +9,6 @@ __all__ = ['FILL', 'overlapping', 'overlapping_counts', 'filtered', 'Steps', 'ce
 # %% ../nbs/05_data.ipynb #imports
 import io
 import math
-import os
-import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -24,22 +22,18 @@ from torchvision.transforms.v2 import functional as T
 from . import fields
 from .graph import SceneGraph
 from .precompute import SOURCES, HHAFile, hha_path, prepare_hha
-from .visual_genome import Database
+from .visual_genome import Database, boxes_overlap
 
 # %% ../nbs/05_data.ipynb #filters
-def _overlap(a, b): return (np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]) + 1 > 0).all(1)
-
 def overlapping(graph):
     "Which relations (R,) join boxes that overlap, by the inclusive-pixel convention. Source: method spec 1.4."
     boxes, pairs = graph.boxes.numpy(), graph.relations.numpy()[:, :2]
-    return torch.from_numpy(_overlap(boxes[pairs[:, 0]], boxes[pairs[:, 1]]))
+    return torch.from_numpy(boxes_overlap(boxes[pairs[:, 0]], boxes[pairs[:, 1]]))
 
 def overlapping_counts(database):
     "Number of relations of each image that `overlapping` keeps, (N,) int64; all at once, since a graph at a time takes a minute for Visual Genome."
-    boxes, pairs = database._corners, database._data['relationships']
-    before = np.concatenate([[0], _overlap(boxes[pairs[:, 0]], boxes[pairs[:, 1]]).cumsum()])
-    first, last = (database._data[f'img_to_{side}_rel'] for side in ('first', 'last'))
-    return np.where(first >= 0, before[last + 1] - before[first], 0)
+    flat = database.flat()
+    return flat.per_image(flat.overlapping)[1]
 
 def filtered(graph, overlap=False, unique=True):
     "`graph` with only overlapping relations and without repeated rows, in order of first appearance."
@@ -168,8 +162,6 @@ def photometry(pictures, jpeg=.1, grey=.01, generator=None):
     return [T.rgb_to_grayscale(picture, 3) if _uniform(0, 1, generator) < grey else picture for picture in pictures]
 
 # %% ../nbs/05_data.ipynb #dataset
-_datasets = weakref.WeakSet()
-
 class SceneGraphs(Dataset):
     """The pictures of one split that have a relation, as samples for training or evaluation.
 
@@ -186,14 +178,16 @@ class SceneGraphs(Dataset):
         counts = overlapping_counts(database) if self.overlap else database.relation_counts()
         self.rows = [i for i in database.indices(split, n_val).tolist() if counts[i]][:limit]
         if not self.rows: raise ValueError(f"{database.folder}: no image of split {split!r} has a relation")
-        _datasets.add(self)
 
     def __len__(self): return len(self.rows)
     def _graph(self, row): return filtered(self.database.graph(row), self.overlap, self.training)
 
     def truth(self, i):
         "The `SceneGraph` of sample `i`, boxes in the pixels of the canvas that the network sees."
-        graph, canvas = self._graph(self.rows[i]), self.database.size
+        return self._centred(self._graph(self.rows[i]))
+
+    def _centred(self, graph):
+        canvas = self.database.size
         pad = ((canvas - graph.size[1])//2, (canvas - graph.size[0])//2)
         return SceneGraph(graph.boxes + torch.tensor([*pad, *pad]), graph.labels, graph.relations, (canvas, canvas), graph.ignore)
 
@@ -224,7 +218,7 @@ def _sample(self, i, generator=None):
     if self.augment: placed, graph, valid = geometry(pictures.values(), graph, canvas, **self.augmentation, generator=generator, released=self.released)
     else:
         placed, (pad, *_) = zip(*[centred(picture.contiguous(), canvas) for picture in pictures.values()])
-        graph, valid = self.truth(i), (*pad, graph.size[1] - 1, graph.size[0] - 1)
+        graph, valid = self._centred(graph), (*pad, graph.size[1] - 1, graph.size[0] - 1)
     pictures = dict(zip(pictures, placed))
     changed = [kind for kind in pictures if kind == 'rgb' or self.released] if self.colour else []
     if changed: pictures |= zip(changed, photometry([pictures[kind] for kind in changed], generator=generator))
@@ -257,19 +251,6 @@ def _getitems(self, keys):
     return [self.sample(key[0], _generator(*key[1:], key[0])) if isinstance(key, tuple) else self[key] for key in keys]
 
 SceneGraphs.__getitems__ = _getitems
-
-# %% ../nbs/05_data.ipynb #close
-def _close(self):
-    "Let go of all open files; they are opened again by who reads next."
-    for holder in (self.database, self._hha):
-        for part in (holder, *vars(holder).values()) if holder else ():
-            if hasattr(part, '_handle'): part._handle = (None, None)
-
-def _close_all():
-    for dataset in list(_datasets): dataset.close()
-
-SceneGraphs.close = _close
-if hasattr(os, 'register_at_fork'): os.register_at_fork(before=_close_all)
 
 # %% ../nbs/05_data.ipynb #collate
 _THIN = ('heatmap', 'relation')

@@ -8,7 +8,6 @@ __all__ = ['predictions', 'evaluate', 'evaluate_prior', 'finite', 'predicate_cou
 # %% ../nbs/13b_evaluation.ipynb #imports
 import time
 
-import numpy as np
 import torch
 from tqdm import tqdm
 

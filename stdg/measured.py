@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .depth import camera_matrix, read_pfm
-from .estimation import DepthFile, depth_path, finish_parts, run_parts
-from .packed import Parts
+from .estimation import DepthFile, depth_path, finish_parts
+from .packed import Parts, run_parts
+from .pictures import scaled_size
 
 # %% ../nbs/03c_measured.ipynb #read-depth
 MAX_PIXELS = 2 ** 26
@@ -62,9 +63,9 @@ def fitted(found,  # (H, W) metres
            size,  # long side of the result, pixels
            camera=None):  # [fx, fy, cx, cy] in pixels of the picture
     "The map at the picture's shape scaled to `size` (rounded as in spec 1.2), (h, w) float32, and its camera (3, 3). Raises `ValueError` if map and picture differ in aspect by more than 2 %."
-    (height, width), k = picture, size / max(picture)
+    height, width = picture
     if abs(found.shape[0] * width / (found.shape[1] * height) - 1) > .02: raise ValueError(f"the depth map has {found.shape[1]} x {found.shape[0]} pixels, its picture {width} x {height}: they don't show the same view. Is one of them turned?")
-    h, w = max(int(height * k), 1), max(int(width * k), 1)
+    h, w = (int(side) for side in scaled_size(height, width, size))
     out = F.interpolate(torch.from_numpy(found)[None, None], (h, w), mode='nearest-exact')[0, 0].numpy()
     if camera is None: return out, camera_matrix(500 * size / 512, w / 2, h / 2)
     fx, fy, cx, cy = camera

@@ -10,10 +10,7 @@ __all__ = ['PROBLEMS', 'LAYOUTS', 'VG_CORRUPTED', 'VG_EXPECTED', 'Listing', 'wri
 import hashlib
 import io
 import operator
-import os
 import shutil
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -24,9 +21,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from .files import atomic_path, open_h5, read_json, writable_folder, write_json
-from .packed import Packed, Parts
-from .sources import MAX_PIXELS, _name_problem, open_sources, picture_size, read_picture
-from .visual_genome import _create_images
+from .packed import Packed, Parts, ahead
+from .sources import MAX_PIXELS, name_problem, open_sources, picture_size, read_picture
+from .visual_genome import canvas, create_images
 
 # %% ../nbs/01b_pictures.ipynb #listing
 @dataclass
@@ -104,7 +101,7 @@ def _clean_entry(entry):
     try: image_id, w, h = operator.index(image_id), operator.index(0 if w is None else w), operator.index(0 if h is None else h)
     except TypeError: raise ValueError('the id, and width and height if known, must be whole numbers') from None
     if not -2**31 <= image_id < 2**31: raise ValueError('the id does not fit 32 bits, which the format has for it')
-    if not isinstance(file, str) or not file or _name_problem(file): raise ValueError('the file name must be a text of at most 1024 bytes')
+    if not isinstance(file, str) or not file or name_problem(file): raise ValueError('the file name must be a text of at most 1024 bytes')
     if None not in entry[2:] and not 0 < min(w, h) <= max(w, h) < 2**31: raise ValueError(f'{w} x {h} pixels')
     return image_id, file, w, h
 
@@ -160,18 +157,6 @@ def disk_needed(n,  # pictures
     needed = {name: int(n * size) for name, size in one.items()}
     return needed | dict(total=sum(needed.values()), peak=sum(needed.values()) + max(needed.values()))
 
-# %% ../nbs/01b_pictures.ipynb #ahead
-def _ahead(function, items, workers):
-    "`function` of each item, in order, in `workers` threads (None: one a core); at most four results a worker wait."
-    workers, waiting = workers or os.cpu_count() or 1, deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= 4 * workers: yield waiting.popleft().result()
-            while waiting: yield waiting.popleft().result()
-        finally: pool.shutdown(cancel_futures=True)
-
 # %% ../nbs/01b_pictures.ipynb #probe-all
 _CHECKED = 1024  # pictures in a part of the check
 
@@ -187,7 +172,7 @@ def _probe_all(folder, plan, sources, max_pixels, workers, progress):
     todo = parts.todo()
     rows = chain.from_iterable(parts.rows(k) for k in todo)
     with tqdm(total=len(plan.rows), initial=len(plan.rows) - sum(len(parts.rows(k)) for k in todo), desc='check', unit='picture', disable=not progress) as bar:
-        results = _ahead(lambda row: _probe(sources, plan, max_pixels, row), rows, workers)
+        results = ahead(lambda row: _probe(sources, plan, max_pixels, row), rows, workers)
         for k in todo:
             texts, heights, widths = zip(*islice(results, len(parts.rows(k))))
             parts.write(k, (text.encode('utf-8', 'replace') for text in texts), heights=np.array(heights, np.int32), widths=np.array(widths, np.int32))
@@ -284,16 +269,10 @@ def _jpeg(picture, quality):
     picture.save(out := io.BytesIO(), 'JPEG', quality=quality)
     return out.getvalue()
 
-def _canvas(picture, size):
-    "The picture as (3, size, size) uint8, blue-green-red, in the corner of a canvas of zeros."
-    canvas = np.zeros((3, size, size), np.uint8)
-    canvas[:, :picture.height, :picture.width] = np.asarray(picture)[..., ::-1].transpose(2, 0, 1)
-    return canvas
-
 def _write_canvases(path, image_ids, canvases, size):
     "A part of the canvas layout: the datasets of spec 1.2 for a few pictures, atomically."
     with atomic_path(path) as partial, h5py.File(partial, 'w') as file:
-        _create_images(file, len(image_ids), size, False)
+        create_images(file, len(image_ids), size, False)
         file['image_ids'][:] = image_ids
         for i, canvas in enumerate(canvases): file['images'][i] = canvas
 
@@ -301,7 +280,7 @@ def _write_canvases(path, image_ids, canvases, size):
 def _merge_canvases(parts, size, columns):
     "Join the canvases of all parts to `parts.path`, chunk by chunk as they lie there, and remove the parts."
     with atomic_path(parts.path) as partial, h5py.File(partial, 'w') as file:
-        _create_images(file, len(parts.keys), size, False)
+        create_images(file, len(parts.keys), size, False)
         for name, values in columns.items(): file[name][:] = values
         for k in range(len(parts)):
             with open_h5(parts.part(k), dict(images=4, image_ids=1), 'Remove it and run the step again.') as part:
@@ -357,8 +336,8 @@ def _make_parts(parts, listing, sources, size, quality, shard, workers, progress
     sides, todo = scaled_size(listing.heights, listing.widths, size), parts.todo(shard)
     def piece(row):
         picture = _scaled(listing, sources, sides, row)
-        return _jpeg(picture, quality) if quality else _canvas(picture, size)
-    pieces = _ahead(piece, chain.from_iterable(parts.rows(k) for k in todo), workers)
+        return _jpeg(picture, quality) if quality else canvas(np.asarray(picture), size)
+    pieces = ahead(piece, chain.from_iterable(parts.rows(k) for k in todo), workers)
     with tqdm(total=sum(len(parts.rows(k)) for k in todo), desc=parts.path.name, unit='picture', disable=not progress) as bar:
         for k in todo:
             some = islice(pieces, len(parts.rows(k)))

@@ -8,7 +8,6 @@ __all__ = ['SOURCES', 'LEVEL', 'hha_of', 'hha_of_estimate', 'hha_released', 'hha
 
 # %% ../nbs/04b_precompute.ipynb #imports
 import io
-import os
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from . import depth, hha
-from .estimation import DepthFile, PfmFolder, depth_path, finish_parts, model_tag, run_parts, started_parts
-from .files import open_h5
-from .packed import Packed, Parts
+from .estimation import DepthFile, PfmFolder, depth_path, finish_parts, model_tag
+from .files import PerProcess, open_h5
+from .packed import Packed, Parts, run_parts, started_parts
+from .pictures import scaled_size
 
 # %% ../nbs/04b_precompute.ipynb #hha-of
 SOURCES = ('metric', 'relative')
@@ -72,7 +72,7 @@ def hha_released(estimate, shape, size,
 def hha_of_file(folder, image_id, size):
     "HHA (H, W, 3) uint8 of the relative inverse depth of one image in `folder`, its long side scaled to `size`. Raises `FileNotFoundError` if there is none."
     inverse = PfmFolder(folder)[int(image_id)]
-    return hha_of_estimate(inverse, tuple(max(int(size / max(inverse.shape) * side), 1) for side in inverse.shape))
+    return hha_of_estimate(inverse, tuple(int(side) for side in scaled_size(*inverse.shape, size)))
 
 def _read_png(data, what, mend):
     "A PNG of RGB as (H, W, 3) uint8. Raises `ValueError` that says `what` it is."
@@ -140,10 +140,10 @@ def _png(picture):
 # %% ../nbs/04b_precompute.ipynb #hha-file
 _MEND = 'Make it with stdg.precompute.prepare_hha.'
 
-class HHAFile:
-    "The HHA pictures of a database, (3, H, W) uint8 by position, in either layout; opened anew in each process. Raises `FileNotFoundError`, or `ValueError` when the file is damaged or belongs to another database."
+class HHAFile(PerProcess):
+    "The HHA pictures of a database, (3, H, W) uint8 by position, in either layout. Raises `FileNotFoundError`, or `ValueError` when the file is damaged or belongs to another database."
     def __init__(self, path, image_ids):
-        self.path, self.image_ids, self._handle = Path(path), np.asarray(image_ids), (None, None)
+        self.path, self.image_ids = Path(path), np.asarray(image_ids)
         with open_h5(path, dict(image_ids=1), _MEND) as file:
             if not np.array_equal(file['image_ids'][:], self.image_ids):
                 raise ValueError(f"{path} was made for other images: remove it and make it anew with stdg.precompute.prepare_hha")
@@ -152,16 +152,12 @@ class HHAFile:
         n = len(self._png) if packed else len(self._array())
         if n != len(self.image_ids): raise ValueError(f"{path} has {n} pictures for {len(self.image_ids)} images. {_MEND}")
 
-    def _array(self):
-        if self._handle[0] != os.getpid(): self._handle = (os.getpid(), open_h5(self.path, dict(hha=4), _MEND))
-        return self._handle[1]['hha']
+    def _array(self): return self._opened(lambda: open_h5(self.path, dict(hha=4), _MEND))['hha']
 
     def __len__(self): return len(self.image_ids)
     def __getitem__(self, row):
         if self._png is None: return self._array()[row]
         return _read_png(io.BytesIO(self._png[row]), f'{self.path}: the picture of image {self.image_ids[row]}', _MEND).transpose(2, 0, 1)
-
-    def __getstate__(self): return {**self.__dict__, '_handle': (None, None)}
 
 # %% ../nbs/04b_precompute.ipynb #hha-path
 def hha_path(database, source='metric', released=False):

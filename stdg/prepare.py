@@ -24,6 +24,7 @@ def _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, sh
     "The settings, checked, in one place."
     if kind not in KINDS: raise ValueError(f"kind {kind!r} is unknown; there are {', '.join(KINDS)}")
     if kind != 'visual_genome' and not annotations: raise ValueError(f"kind {kind}: annotations, its files, are needed")
+    if str(depth) == 'own' and kind != 'own': raise ValueError("depth 'own': only annotations of kind 'own' name the depth maps of their pictures")
     if not Path(raw).is_dir(): raise FileNotFoundError(f"{raw} is not a folder. Put the downloaded files there, or name the folder that holds them")
     return SimpleNamespace(folder=writable_folder(folder), raw=Path(raw), kind=kind, annotations=[str(a) for a in annotations], sizes=tuple(sizes), layout=layout, depth=str(depth),
                            metric=metric, batch=batch, shard=tuple(shard), device=device, workers=workers, remake=remake, progress=progress, unit=unit, most=tuple(most),

@@ -10,17 +10,18 @@ import csv
 
 import ijson
 
+from .files import stream_json
 from .formats import Collector, image_key, numbers, size_of
 
 # %% ../nbs/01d_public.ipynb #stream
 _MEND = 'Is it the file of that data set, whole? Fetch it again.'
 
-def _stream(path, read, prefix):
+def _stream(path, read, *prefix):
     "What `read`, a function of `ijson`, yields of the file. Raises `FileNotFoundError` or `ValueError` naming the file."
     try:
-        with open(path, 'rb') as file: yield from read(file, prefix, use_float=True)
+        with open(path, 'rb') as file: yield from stream_json(file, read, *prefix)
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {_MEND}") from None
-    except ijson.JSONError as error: raise ValueError(f"{path} is not whole JSON ({str(error).splitlines()[0].strip()}). {_MEND}") from None
+    except ijson.JSONError as error: raise ValueError(f"{path} is not whole JSON ({error}). {_MEND}") from None
 
 def _at(values, i, what):
     "Entry `i` of a list; `ValueError` unless it is a number from 0 to the last."
@@ -33,7 +34,7 @@ _PSG = ('thing_classes', 'stuff_classes', 'predicate_classes', 'test_image_ids')
 def _psg_lists(path):
     "The four short lists of the file, in one pass over it."
     found = {name: [] for name in _PSG}
-    for prefix, event, value in _stream(path, lambda file, _, **kw: ijson.parse(file, **kw), None):
+    for prefix, event, value in _stream(path, ijson.parse):
         if event in ('string', 'number') and prefix[:-5] in found and prefix.endswith('.item'): found[prefix[:-5]].append(value)
     for name in _PSG[:3]:
         if not found[name]: raise ValueError(f"{path} has no list '{name}'. {_MEND}")

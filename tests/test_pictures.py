@@ -1,47 +1,23 @@
 "Pictures: checks and scalings that are killed, every problem named, and pixels equal to Pillow's own."
 import io
 import itertools
-import multiprocessing
 import os
 import signal
 import tracemalloc
-import zipfile
 
 import h5py
 import numpy as np
 import pytest
-import skimage.data
 from hypothesis import given, strategies as st
 from PIL import ExifTags, Image, ImageOps
+
+from sample_pictures import CAT, FORK, forks, saved, small, zipped
 
 import stdg.pictures as pictures
 from stdg.graph import Vocabulary
 from stdg.pictures import check_pictures, make_images, read_listing, scaled_size
 from stdg.sources import open_sources, picture_size, read_picture
 from stdg.visual_genome import Database, annotation_file
-
-CAT = Image.fromarray(skimage.data.chelsea())
-FORK = multiprocessing.get_context('fork') if 'fork' in multiprocessing.get_all_start_methods() else None
-
-
-def forks(test): return pytest.mark.skipif(FORK is None, reason='this system cannot fork')(pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')(test))
-
-
-def saved(picture, kind='JPEG', **options):
-    picture.save(out := io.BytesIO(), kind, **options)
-    return out.getvalue()
-
-
-def small(i, size=(40, 30)):
-    "A smooth picture that no other number has."
-    rows, cols = np.mgrid[:size[1], :size[0]]
-    return Image.fromarray(np.stack([rows * 4 + i, cols * 3 + 5 * i, 200 - 2 * rows + i], -1).astype(np.uint8))
-
-
-def zipped(path, members):
-    with zipfile.ZipFile(path, 'w') as file:
-        for name, data in members: file.writestr(name, data)
-    return path
 
 
 # Checking

@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile

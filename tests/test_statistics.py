@@ -15,7 +15,7 @@ from stdg.analysis import predicate_groups
 from stdg.files import read_json
 from stdg.graph import SceneGraph, Vocabulary
 from stdg.metrics import Evaluator, FrequencyPrior
-from stdg.statistics import (annotations, box_geometry, filtered, object_counts, overlapping, plot_images, plot_objects, plot_predicates, plot_triplets, predicate_counts,
+from stdg.statistics import (annotations, box_geometry, filtered, object_counts, plot_images, plot_objects, plot_predicates, plot_triplets, predicate_counts,
                              prior_tables, read_zero_shot, relation_distance, report, triplets, write_statistics, zero_shot_triplets)
 from stdg.visual_genome import SPLITS, Database, write_annotations, write_images
 
@@ -57,7 +57,7 @@ def test_counts(some, split, n_val, overlap, unique):
     graphs, named = plain(some, split, n_val, overlap, unique)
     flat = filtered(annotations(some, split, n_val), overlap, unique)
     assert [tuple(row) for row in np.column_stack([flat.labels[flat.relations[:, :2]], flat.relations[:, 2]]).tolist()] == named, 'order is kept as well'
-    assert [counts.tolist() for counts in flat.per_image] == [[len(g) for g in graphs], [len(g.relations) for g in graphs]]
+    assert [counts.tolist() for counts in flat.per_image()] == [[len(g) for g in graphs], [len(g.relations) for g in graphs]]
     assert flat.boxes.tolist() == [box for g in graphs for box in g.boxes.int().tolist()] and flat.sizes.tolist() == [list(g.size) for g in graphs]
     rows, counts = triplets(flat)
     assert dict(zip(map(tuple, rows.tolist()), counts.tolist())) == Counter(named) and (np.diff(counts) <= 0).all()
@@ -100,7 +100,7 @@ def test_geometry_of_a_wide_picture(tmp_path):
 def test_nothing_at_all(tmp_path):
     empty = database(tmp_path, [SceneGraph([], [], [], (9, 9))] * 2, [0, 0])
     flat = annotations(empty)
-    assert len(flat.labels) == len(filtered(flat, overlap=True).relations) == 0 and [c.tolist() for c in flat.per_image] == [[0, 0]] * 2
+    assert len(flat.labels) == len(filtered(flat, overlap=True).relations) == 0 and [c.tolist() for c in flat.per_image()] == [[0, 0]] * 2
     assert len(triplets(flat)[0]) == 0 and prior_tables(flat)[1].sum() == 0 and zero_shot_triplets(empty).shape == (0, 3)
     assert len(box_geometry(flat)[0]) == len(relation_distance(flat)) == 0
     with pytest.raises(ValueError, match=f'{tmp_path.name}: no relation is annotated in the training split'): write_statistics(tmp_path)
@@ -240,5 +240,5 @@ def test_figures_show_the_counts(some):
     figure = plot_images({split: annotations(some, split) for split in SPLITS})
     for ax, which in zip(figure.axes, (0, 1)):
         for steps, split in zip(ax.patches, SPLITS):
-            numbers = annotations(some, split).per_image[which]
+            numbers = annotations(some, split).per_image()[which]
             assert steps.get_data().values[0] == pytest.approx(100 * (numbers == 0).mean())
