@@ -7,7 +7,9 @@ __all__ = ['FILL', 'overlapping', 'overlapping_counts', 'filtered', 'Steps', 'ce
            'SceneGraphs', 'loader', 'normalise', 'network_input']
 
 # %% ../nbs/05_data.ipynb #imports
+import hashlib
 import io
+import json
 import math
 from typing import NamedTuple
 
@@ -232,22 +234,43 @@ def _sample(self, i, generator=None):
 SceneGraphs._pictures, SceneGraphs.sample = _pictures, _sample
 SceneGraphs.__getitem__ = lambda self, i: self.sample(i)
 
+# %% ../nbs/05_data.ipynb #fingerprint
+def _fingerprint(self):
+    "16 hexadecimal letters that change when the samples do: images, annotations, classes, size of the picture files, filters, augmentation."
+    database = self.database
+    files = [(database.folder/f'imdb_{database.size}.h5').stat().st_size] + ([self._hha.path.stat().st_size] if self._hha else [])
+    said = [self.inputs, self.training, self.source, self.overlap, self.augment, self.colour, self.released, sorted(self.augmentation.items()), database.size, files, database.vocabulary.to_json()]
+    digest = hashlib.sha256(json.dumps(said).encode())
+    flat = database.flat(self.rows)
+    for array in (database.image_ids[self.rows], flat.sizes, flat.image, flat.labels, flat.boxes, flat.relations): digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+SceneGraphs.fingerprint = _fingerprint
+
 # %% ../nbs/05_data.ipynb #order
 def _generator(*key):
     "A `torch.Generator` that follows from whole numbers, none negative."
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
-class _Order(Sampler):
-    "Positions 0..n-1, with seed and epoch beside each, in an order that follows from both. `epoch` counts how often it was gone through."
-    def __init__(self, n, seed): self.n, self.seed, self.epoch = n, seed, 0
-    def __len__(self): return self.n
+class _Batches(Sampler):
+    """The batches of a training set: positions, with seed and epoch beside each, in an order that follows from these two, from batch number `start` on.
+
+    Of each batch only every `share[1]`-th sample, from the `share[0]`-th on: what one of several processes works on."""
+    def __init__(self, n, size, seed, start=0, share=(0, 1), drop_last=True):
+        self.n, self.size, self.seed, self.share = n, size, seed, share
+        self.whole = n // size if drop_last else -(-n // size)
+        self.epoch, self.first = divmod(start, self.whole) if self.whole else (0, 0)
+
+    def __len__(self): return self.whole
     def __iter__(self):
-        self.epoch += 1
-        order = torch.randperm(self.n, generator=_generator(self.seed, self.epoch)).tolist()
-        return iter([(i, self.seed, self.epoch) for i in order])
+        epoch, first, (rank, world) = self.epoch + 1, self.first, self.share
+        self.epoch, self.first = epoch, 0
+        order = torch.randperm(self.n, generator=_generator(self.seed, epoch)).tolist()
+        for batch in range(first, self.whole):
+            yield [(i, self.seed, epoch) for i in order[batch * self.size:(batch + 1) * self.size][rank::world]]
 
 def _getitems(self, keys):
-    "What a `DataLoader` asks for: samples of positions, or of what `_Order` gives."
+    "What a `DataLoader` asks for: samples of positions, or of what `_Batches` gives."
     return [self.sample(key[0], _generator(*key[1:], key[0])) if isinstance(key, tuple) else self[key] for key in keys]
 
 SceneGraphs.__getitems__ = _getitems
@@ -297,12 +320,19 @@ class _Loader(DataLoader):
 def loader(dataset, batch_size, seed=0,
            workers=0,  # processes beside this one that make batches; 0: none
            drop_last=True,  # of a training set, the batch that is not full
-           device='cpu'):  # where batches shall lie
-    "Batches of a training dataset, in an order and with augmentations that depend on `seed` alone, or of any other as it comes. Raises what a sample raises, and `RuntimeError` when a worker dies."
-    loader = _Loader(dataset, batch_size, sampler=_Order(len(dataset), seed) if dataset.training else None, drop_last=drop_last and dataset.training, num_workers=workers,
-                     persistent_workers=workers > 0, collate_fn=_collate, pin_memory=torch.cuda.is_available(), generator=torch.Generator())
-    loader.device = device
-    return loader
+           device='cpu',  # where batches shall lie
+           start=0,  # of a training set, the number of batches that are done with, epochs together
+           share=(0, 1)):  # i and n: every n-th sample of each batch, or of what is not a training set, from the i-th on
+    """Batches of a training dataset, in an order and with augmentations that depend on `seed` alone, or of any other as it comes.
+
+    Raises what a sample raises, `ValueError` for a batch that cannot be shared equally, and `RuntimeError` when a worker dies."""
+    options = dict(num_workers=workers, persistent_workers=workers > 0, collate_fn=_collate, pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+    if dataset.training:
+        if drop_last and batch_size % share[1]: raise ValueError(f"{share[1]} processes cannot share a batch of {batch_size} pictures: make the batch size a multiple of {share[1]}, or take fewer devices")
+        batches = _Loader(dataset, batch_sampler=_Batches(len(dataset), batch_size, seed, start, share, drop_last), **options)
+    else: batches = _Loader(dataset, batch_size, sampler=range(share[0], len(dataset), share[1]), **options)
+    batches.device = device
+    return batches
 
 # %% ../nbs/05_data.ipynb #network-input
 def normalise(picture, mean, std):
