@@ -276,16 +276,17 @@ class STDG(nn.Module):
 
     `backbone` is 'resnet50' or 'swin_s' (the published networks), 'small', or any name of timm; `pretrained` is True, False or a file of
     ImageNet weights; further keywords change the numbers of `CONFIGURATIONS`. Called with pictures (B, 3, H, W) it returns the fields of both heads; in mode 'depth' the pictures are HHA.
-    `colour_order` is how it reads pictures, 'RGB', or 'BGR' as the released networks do; `stdg.data.network_input` minds it.
+    `colour_order` is how it reads pictures, 'RGB', or 'BGR' as the released networks do; `stdg.data.network_input` minds it. `teacher_reads` is 'hha', or 'rgb' for a teacher of colours.
     Raises `ValueError` for an unknown mode or backbone, `ConnectionError` for weights that cannot be fetched. Source: method spec 3 and 4."""
-    def __init__(self, backbone='resnet50', mode='rgb', n_objects=150, n_predicates=50, head_norm=None, pretrained=True, colour_order='RGB', **numbers):
+    def __init__(self, backbone='resnet50', mode='rgb', n_objects=150, n_predicates=50, head_norm=None, pretrained=True, colour_order='RGB', teacher_reads='hha', **numbers):
         super().__init__()
         if mode not in MODES: raise ValueError(f"mode {mode!r} is unknown; there are {list(MODES)}")
+        if teacher_reads not in ('hha', 'rgb'): raise ValueError(f"teacher_reads is {teacher_reads!r}: a teacher reads 'hha' or 'rgb'")
         if backbone not in CONFIGURATIONS and not timm.is_model(backbone): raise ValueError(f"backbone {backbone!r} is neither one of {list(CONFIGURATIONS)} nor a model of timm")
-        self.mode, self.colour_order = MODES[mode], colour_order
+        self.mode, self.colour_order, self.teacher_reads = MODES[mode], colour_order, teacher_reads
         numbers = {'head_norm': False, **CONFIGURATIONS.get(backbone, {**OTHER, 'timm_name': backbone}), **numbers}
         if head_norm is not None: numbers['head_norm'] = head_norm
-        self.config = dict(backbone=backbone, mode=self.mode, n_objects=n_objects, n_predicates=n_predicates, colour_order=colour_order, **numbers)
+        self.config = dict(backbone=backbone, mode=self.mode, n_objects=n_objects, n_predicates=n_predicates, colour_order=colour_order, **(dict(teacher_reads='rgb') if teacher_reads == 'rgb' else {}), **numbers)
         kind = timm.get_pretrained_cfg(numbers['timm_name'])
         self.mean, self.std = tuple(kind.mean), tuple(kind.std)
         build = lambda pretrained: Network(n_objects, n_predicates, pretrained=pretrained, **numbers)
@@ -309,17 +310,20 @@ class STDG(nn.Module):
         return self.network.offsets(image)
 
 # %% ../nbs/08_model.ipynb #taught
-def _taught(self, image, hha):
-    "Stage 2: the student's fields of `image`, its offsets, and the frozen teacher's offsets of `hha`."
+def _taught(self, image, seen):
+    "Stage 2: the student's fields of `image`, its offsets, and the frozen teacher's offsets of what that reads, HHA or (`teacher_reads`) the image."
     if self.teacher is None: raise ValueError(f"only mode 'combine' has a teacher, this is {self.mode!r}")
-    with torch.no_grad(): taught = self.teacher.offsets(hha)
+    with torch.no_grad(): taught = self.teacher.offsets(seen)
     return *self.network(image), taught
 
+def _numbers(model): return {k: v for k, v in model.config.items() if k not in ('mode', 'teacher_reads')}
+
 def _set_teacher(self, teacher):
-    "Take over the network of a stage-1 `STDG` (mode 'depth') as the frozen teacher. Raises `ValueError` where they differ."
+    "Take over the network of a trained `STDG` (mode 'depth', or 'rgb' if the teacher reads that) as the frozen teacher. Raises `ValueError` where they differ."
     if self.teacher is None: raise ValueError(f"only mode 'combine' has a teacher, this is {self.mode!r}")
-    if teacher.mode != 'depth': raise ValueError(f"a teacher has learnt in mode 'depth', this one in {teacher.mode!r}")
-    mine, theirs = ({k: v for k, v in m.config.items() if k != 'mode'} for m in (self, teacher))
+    needed = 'depth' if self.teacher_reads == 'hha' else 'rgb'
+    if teacher.mode != needed: raise ValueError(f"a teacher that reads {self.teacher_reads!r} has learnt in mode {needed!r}, this one in {teacher.mode!r}")
+    mine, theirs = _numbers(self), _numbers(teacher)
     if mine != theirs: raise ValueError(f"teacher and student differ in {sorted(k for k in mine if mine[k] != theirs.get(k))}")
     self.teacher.load_state_dict(teacher.network.state_dict())
 
@@ -359,7 +363,7 @@ def recomputed(network):
 # %% ../nbs/08_model.ipynb #save
 def _student(self):
     "This network alone, in mode 'rgb' (weights shared)."
-    other = STDG(**{**self.config, 'mode': 'rgb'}, pretrained=False)
+    other = STDG(**_numbers(self), mode='rgb', pretrained=False)
     other.network = self.network
     return other.train(self.training)
 
