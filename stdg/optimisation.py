@@ -164,6 +164,6 @@ def _gradient(step, batch):
     step.scaler.unscale_(step.optimiser)
     norm = nn.utils.clip_grad_norm_(step.learnt, step.clip or math.inf)
     *sums, norm, share = torch.cat([added(totals), torch.stack([norm, share]).to(totals)]).tolist()
-    return dict(zip(terms, sums)), dict(loss=sum(sums), grad_norm=norm) | ({} if other is None else dict(teaching_share=share))
+    return dict(zip(terms, sums)), dict(loss=sum(sums), grad_norm=norm) | ({} if other is None else dict(taught_share=share))
 
 Step.gradient = _gradient

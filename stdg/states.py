@@ -44,7 +44,7 @@ def remove_state(path):
 
 # %% ../nbs/12f_states.ipynb #load-state
 def _compare(path, facts, expected):
-    mend = 'Take another name for the run, or begin anew: -p resume False'
+    mend = 'Take another name for the run, or begin anew: -p resume False (in Python: stdg.training.begin_anew)'
     if facts.get('data') != expected['data']: raise ValueError(f"{path} was written by a run on other data: images, annotations or filters have changed since. {mend}")
     theirs, ours = facts.get('settings', {}), expected['settings']
     differ = [f"{name} was {theirs.get(name)!r}, is {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]]

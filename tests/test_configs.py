@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import HTTPError, URLError
@@ -13,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from stdg import data, model, training
+from stdg import data, model, train, training
 from stdg.checkpoint import facts, load
 from stdg.model import CONFIGURATIONS, STDG
 
@@ -33,6 +34,12 @@ OPTIONS = '''--lr --lr-basenet --lr-raf --b-scale --epochs --lr-decay --batch-si
 --cf3-deform-deform4-head --cntrnet-deform-deform4-head --cf3-deform-bn --cntrnet-deform-bn --mode --depth-checkpoint --output --ddp --checkpoint
 --loader-workers --decoder --run-metric --ema --val-interval --lr-warm-up-epochs --lr-warm-up-factor --lr-decay-factor --clip-grad-norm --stride-apply
 --vg-cn-rgb --vg-cn-n-images --fix-batch-norm --cf3-deform-use-concat --swin-drop-path-rate --momentum'''.split()
+
+
+def test_settings_are_the_parameters_of_the_runbook():
+    "`stdg.train`, which a cluster runs, knows what the runbook knows, with the same types and defaults, in the same order."
+    assert [(name, value) for name, value in asdict(train.Settings()).items()] == [(name, default) for name, (_, default) in parameters().items()]
+    for f, kind in zip(fields(train.Settings), (kind for kind, _ in parameters().values())): assert f.type is kind, f.name
 
 
 def read(name): return yaml.safe_load((configs/f'{name}.yaml').read_text())
@@ -92,7 +99,7 @@ def test_optimiser_is_the_published_one(name):
 def test_numbers_that_are_fixed_in_the_code():
     default = lambda function: {k: p.default for k, p in inspect.signature(function).parameters.items()}
     assert default(data.photometry)['jpeg'] == .1 and default(data.photometry)['grey'] == .01
-    assert default(data.geometry)['flip'] == .5 and default(training.fit)['ema'] == .01
+    assert default(data.geometry)['flip'] == .5 and training.Options().ema == .01
     assert [default(data.jitter)[k] for k in ('brightness', 'contrast', 'saturation', 'hue')] == [.4, .1, .4, .1]
     numbers = {name: {k: CONFIGURATIONS[name].get(k) for k in ('stride', 'fpn', 'transformer', 'drop_path_rate', 'head_norm')} for name in ('resnet50', 'swin_s')}
     assert numbers == dict(resnet50=dict(stride=16, fpn=0, transformer=False, drop_path_rate=None, head_norm=None),
