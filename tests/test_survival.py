@@ -1,0 +1,140 @@
+"A run that is killed, stopped, starved of disk or shared among processes ends as it would have ended."
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from stdg import train
+from stdg.checkpoint import load
+from stdg.data import loader
+from stdg.states import load_state, states
+
+here = Path(__file__).parent
+TOY = train.Settings(name='whole', size=64, n_train=16, n_val=3, n_test=2, backbone='resnet10t.c3_in1k', pretrained=False, stages=['teacher', 'student'], epochs=2, batch_size=4, warm_up=.5,
+                     save_minutes=0., validate_every=1, device='cpu')
+STEPS = 8  # of a stage
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A project folder with data, in which a toy run has gone through undisturbed."
+    home = tmp_path_factory.mktemp('project')
+    (home/'settings.ini').touch()
+    assert run(home, 'whole')[0] == 0
+    return home
+
+
+def run(home, name, kind='none', stage='-', step=0, processes=0, **settings):
+    "(exit code, what was printed) of a run, alone or in `processes` under torchrun, that is disturbed as told."
+    train.write_settings(home/f'{name}.yaml', train.Settings(**asdict(TOY) | dict(name=name) | settings))
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes else []
+    environment = dict(os.environ, OMP_NUM_THREADS='1', TORCHELASTIC_SIGNALS_TO_HANDLE='SIGTERM,SIGUSR1')
+    done = subprocess.run([sys.executable, *torchrun, str(here/'killed_run.py'), f'{name}.yaml', kind, stage, str(step)], cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def last(home, name, stage): return states(home/'runs'/name/'states', stage)[-1]
+
+
+def assert_same(home, name):
+    "Every file that the undisturbed run has left is there, byte for byte."
+    whole, other = home/'runs'/'whole', home/'runs'/name
+    files = ['log.jsonl'] + [f'{stage}{best}.{ending}' for stage in TOY.stages for best in ('', '.best') for ending in ('safetensors', 'json')]
+    files += [str(last(home, 'whole', stage).with_suffix(ending).relative_to(whole)) for stage in TOY.stages for ending in ('.safetensors', '.json')]
+    for file in files: assert (whole/file).read_bytes() == (other/file).read_bytes(), file
+    assert not [path for path in other.rglob('*') if 'partial' in path.name]
+
+
+def test_killed_anywhere(home):
+    "Five kills at random places of both stages, two of them while a state is being written; after each the same command."
+    places = sorted(random.sample([(stage, step) for stage in range(2) for step in range(1, STEPS)], 5))
+    if len({stage for stage, _ in places}) == 1: places[0], places[-1] = (0, 3), (1, 5)
+    kinds = random.sample(['step', 'step', 'step', 'tensors', 'json'], 5)
+    kills = [(kind, TOY.stages[stage], step) for kind, (stage, step) in zip(kinds, places)]
+    for kill in kills: assert run(home, 'killed', *kill)[0] == -signal.SIGKILL, kills
+    code, said = run(home, 'killed')
+    assert code == 0, (kills, said)
+    assert_same(home, 'killed')
+
+
+@pytest.mark.parametrize('kind,stage,step', [('usr1', 'student', 2), ('term', 'teacher', 3)])
+def test_asked_to_stop(home, kind, stage, step):
+    code, said = run(home, kind, kind, stage, step)
+    assert code == 75 and f'{stage}: asked to stop, the state after step {step + 1} is saved; the same command goes on from there' in said, said
+    assert load_state(last(home, kind, stage))[1]['step'] == step + 1
+    assert run(home, kind)[0] == 0
+    assert_same(home, kind)
+
+
+def test_full_disk(home):
+    code, said = run(home, 'full', 'full', 'student', 5)
+    assert code == 1 and 'could not be written' in said and 'Is the disk full?' in said, said
+    tensors, facts = load_state(last(home, 'full', 'student'))
+    assert facts['step'] == 5 and tensors
+    assert run(home, 'full')[0] == 0
+    assert_same(home, 'full')
+
+
+def test_what_a_resumed_run_must_agree_on(home, monkeypatch):
+    monkeypatch.chdir(home)
+    for change, message in ((dict(batch_size=8), 'other settings: batch_size was 4, is 8'), (dict(backbone='resnet18.tv_in1k'), 'other settings: config was'),
+                            (dict(hold_out=4), 'was written by a run on other data')):
+        settings = train.Settings(**asdict(TOY) | change)
+        with pytest.raises(ValueError, match=f'teacher-00000008.json.*{message}.*-p resume False'): train.train_stage(settings, 'teacher', train.prepare(settings))
+    assert_same(home, 'whole')
+
+
+def test_more_processes_than_pictures():
+    dataset = type('Few', (), dict(training=True, __len__=lambda self: 9))()
+    with pytest.raises(ValueError, match='4 processes cannot share a batch of 2 pictures: make the batch size a multiple of 4, or take fewer devices'): loader(dataset, 2, share=(0, 4))
+
+
+needs_two = pytest.mark.skipif(os.cpu_count() < 2, reason='one processor core')
+PAIR = dict(backbone='convnext_atto', epochs=5, validate_every=0, lr=1e-4, lr_backbone=1e-4, stages=['student'], teacher='random')  # 20 steps of stage 2
+
+
+@pytest.fixture(scope='module')
+def alone(home):
+    "20 steps of one process."
+    os.environ['NO_NORM'] = '1'
+    code, said = run(home, 'alone', **PAIR)
+    assert code == 0, said
+    yield [json.loads(line) for line in open(home/'runs'/'alone'/'log.jsonl')]
+    del os.environ['NO_NORM']
+
+
+def assert_close(home, name, alone):
+    "Weights and log of a run differ from those of one process by rounding alone."
+    mine, theirs = (torch.cat([p.detach().flatten() for p in load(home/'runs'/n/'student.safetensors').network.parameters()]) for n in ('alone', name))
+    assert len(alone) == 20 and float((mine - theirs).abs().max()) < 1e-6
+    lines = [json.loads(line) for line in open(home/'runs'/name/'log.jsonl')]
+    for a, b in zip(alone, lines, strict=True): assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-3) for k in a if k != 'stage')
+    assert alone[-1]['loss'] < alone[0]['loss']
+
+
+@needs_two
+def test_two_processes_are_as_one(home, alone):
+    code, said = run(home, 'pair', processes=2, **PAIR)
+    assert code == 0, said
+    assert load_state(last(home, 'pair', 'student'))[1]['processes'] == 2
+    assert_close(home, 'pair', alone)
+
+
+@needs_two
+def test_a_dead_process_ends_the_others_and_one_goes_on(home, alone):
+    start = time.monotonic()
+    code, said = run(home, 'dead', 'raise', 'student', 11, processes=2, **PAIR)
+    assert code == 1 and 'RuntimeError: this process has a bug' in said, said
+    assert time.monotonic() - start < 90, 'the survivor is ended at once, and does not wait for the dead'
+    assert 0 < load_state(last(home, 'dead', 'student'))[1]['step'] <= 11
+    code, said = run(home, 'dead', **PAIR)
+    assert code == 0, said
+    assert_close(home, 'dead', alone)
