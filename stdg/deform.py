@@ -61,7 +61,7 @@ def project_then_gather(x, offsets, weight, bias):
     projected = F.conv2d(x, weight.permute(2, 3, 0, 1).reshape(9 * n, c, 1, 1)).unflatten(1, (9, n))
     y, x = sampling_points(offsets).unbind(2)
     grid = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1], -1)
-    taps = zip(projected.unbind(1), grid.unbind(1))
+    taps = zip(projected.to(grid.dtype).unbind(1), grid.unbind(1))
     return sum(F.grid_sample(tap, at, align_corners=False) for tap, at in taps) + bias.view(1, n, 1, 1)
 
 # %% ../nbs/07_deform.ipynb #deformconv
@@ -71,16 +71,20 @@ def _sparing(x, offsets, weight, bias):
     return torch.cat([checkpoint(gather_then_project, *piece, weight, bias, use_reentrant=False, preserve_rng_state=False)
                       for piece in zip(x.split(n), offsets.split(n))])
 
+def _single(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
 class DeformConv(nn.Conv2d):
     "Deformable 3x3 convolution, padding 1, bias, one offset group, no modulation; called with input (B, C, H, W) and offsets (B, 18, H, W). Source: method spec 3.2."
     way = None  # `definition`, `gather_then_project` or `project_then_gather`, to have it computed so
     def __init__(self, in_channels, out_channels): super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x, offsets):
+        gpu, inputs = x.device.type == 'cuda', (x, offsets, self.weight, self.bias)
+        if gpu and not self.way and self.in_channels >= self.out_channels: return project_then_gather(x, _single(offsets), self.weight, self.bias)
         with torch.autocast(x.device.type, enabled=False):
-            inputs = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (x, offsets, self.weight, self.bias)]
+            inputs = [_single(t) for t in inputs]
             if self.way: return self.way(*inputs)
-            if x.device.type == 'cuda': return deform_conv2d(*inputs, padding=1)
+            if gpu: return deform_conv2d(*inputs, padding=1)
             if self.in_channels > self.out_channels: return project_then_gather(*inputs)
             large = torch.is_grad_enabled() and not torch.compiler.is_exporting() and 9 * x.numel() > 2**22
             return (_sparing if large else gather_then_project)(*inputs)

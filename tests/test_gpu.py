@@ -40,7 +40,7 @@ def records(folder): return [json.loads(line) for line in open(folder/'log.jsonl
 def test_terms_are_those_of_the_processor(database, mode):
     batch = next(iter(data.loader(samples(database, mode), 4)))
     ours = {device: {k: float(v.detach()) for k, v in training.loss_terms(network(database, mode).to(device).train(), batch).items()} for device in ('cpu', 'cuda')}
-    assert ours['cpu'] == pytest.approx(ours['cuda'], rel=2e-3)
+    assert ours['cpu'] == pytest.approx(ours['cuda'], rel=2e-2)
 
 
 @pytest.mark.parametrize('channels', [(64, 32), (32, 32)])
@@ -54,6 +54,10 @@ def test_ways_of_the_deformable_convolution(channels):
         results.append([out, *torch.autograd.grad(out.square().sum(), (x, offsets))])
     for other in results[1:]:
         for a, b in zip(results[0], other): torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    layer.way = None
+    with torch.autocast('cuda', dtype=torch.bfloat16): half = layer(x.bfloat16(), offsets.bfloat16())
+    exact = layer(x.bfloat16().float(), offsets.bfloat16().float())
+    assert half.dtype == torch.float32 and float((half - exact).abs().max()) < .02 * float(exact.abs().max()), 'products are rounded, places are not'
 
 
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16', 'float16'])
