@@ -188,6 +188,10 @@ class SceneGraphs(Dataset):
         "The `SceneGraph` of sample `i`, boxes in the pixels of the canvas that the network sees."
         return self._centred(self._graph(self.rows[i]))
 
+    def picture(self, i):
+        "The RGB picture of sample `i`, (3, canvas, canvas) uint8, in whose pixels `truth` and predictions are."
+        return centred(torch.from_numpy(self.database.image(self.rows[i]).copy()).permute(2, 0, 1), self.database.size)[0]
+
     def _centred(self, graph):
         canvas = self.database.size
         pad = ((canvas - graph.size[1])//2, (canvas - graph.size[0])//2)

@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from . import checkpoint, evaluation, rooms, training
 from .data import SceneGraphs, prepare_hha
-from .distributed import launch, processes, together, told
+from .distributed import gathered, launch, processes, together, told
 from .files import atomic_path, project_folder
 from .model import CONFIGURATIONS
 from .states import Saved
@@ -164,7 +164,9 @@ def validation(settings, database, kind):
     if not settings.validate_every: return None
     dataset = judged_set(settings, database, 'val', kind, settings.validate_images or None)
     def validate(model):
-        figures = evaluation.evaluate(model, dataset, protocol='strict', intervals=0, progress=False)
+        own = list(evaluation.records(model, dataset, protocol='strict', shard=processes(), progress=False))
+        every = sorted(sum(gathered(own), []), key=lambda pair: pair[0])
+        figures = evaluation.figures(every, dataset, protocol='strict', intervals=0)
         return {f'{task}/{name}': value for task in evaluation.TASKS for name, value in figures[task].items() if '@' in name and isinstance(value, float)} | {'AP50': figures['AP50']}
     return validate
 
