@@ -7,6 +7,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('depth', 'tensorboard', 'wandb')}
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
@@ -16,5 +17,5 @@ setup(
     long_description_content_type='text/markdown', python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['stdg', 'stdg.*']), include_package_data=True, zip_safe=False,
     install_requires=cfg['requirements'].split(),
-    extras_require={'depth': cfg['depth_requirements'].split(), 'dev': (cfg['depth_requirements'] + ' ' + cfg['dev_requirements']).split()},
+    extras_require={**extras, 'dev': [*extras['depth'], *extras['tensorboard'], *cfg['dev_requirements'].split()]},
 )

@@ -53,28 +53,31 @@ class Lines:
 # %% ../nbs/12e_log.ipynb #trackers
 def _tensorboard(folder, step):
     from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(str(Path(folder)/'tensorboard'), purge_step=step)
-    def write(prefix, step, values):
-        for name, value in values.items(): writer.add_scalar(f'{prefix}/{name}', value, step)
-    return write, writer.close
+    writers = {}
+    def write(stage, at, values):
+        if stage not in writers: writers[stage] = SummaryWriter(str(Path(folder)/'tensorboard'/stage), purge_step=step)
+        for name, value in values.items(): writers[stage].add_scalar(name, value, at)
+    def close():
+        for writer in writers.values(): writer.close()
+    return write, close
 
 def _wandb(folder, step):
     import wandb
     run = wandb.init(project='stdg', dir=str(folder), name=Path(folder).name, mode='offline')
-    return lambda prefix, step, values: run.log({f'{prefix}/{name}': value for name, value in values.items()} | {f'{prefix}/step': step}), run.finish
+    return lambda stage, at, values: run.log({f'{stage}/{name}': value for name, value in values.items()} | {f'{stage}/step': at}), run.finish
 
 TRACKERS = dict(tensorboard=_tensorboard, wandb=_wandb)
 
-def tracker(name, folder, step=0):
-    "(write, close) of a tracker: `write(prefix, step, {name: number})`. Raises `ValueError` for an unknown one, `ImportError` that names the extra for one that is not installed."
+def tracker(name, folder, step=1):
+    "(write, close) of a tracker: `write(stage, step, {name: number})`; `step` is the first to come. Raises `ValueError` for an unknown one, `ImportError` that names the extra for one that is not installed."
     if name not in TRACKERS: raise ValueError(f"tracker {name!r} is unknown; there are {list(TRACKERS)}")
     try: return TRACKERS[name](folder, step)
     except ImportError as error: raise ImportError(f"the tracker {name!r} is not installed ({error}): pip install 'stdg[{name}]'") from None
 
 # %% ../nbs/12e_log.ipynb #log
 class Log:
-    "The two files of a run, and its trackers. `length` cuts log.jsonl, where a run is taken up again. Without a folder nothing is written."
-    def __init__(self, folder, trackers=(), length=None, step=0):
+    "The two files of a run, and its trackers. Where a run is taken up again, `length` cuts log.jsonl and `step` is the first to come. Without a folder nothing is written."
+    def __init__(self, folder, trackers=(), length=None, step=1):
         self.folder = folder
         if folder is None: return
         self._trackers = [tracker(name, folder, step) for name in trackers]

@@ -233,3 +233,6 @@ def main(arguments=None):
                 print(saved, file=sys.stderr)
                 raise
             if processes()[0] == 0: print(f"{stage}: {folders(settings)[0]/stage}.safetensors", flush=True)
+
+# %% ../nbs/13c_train.ipynb #run-main
+if __name__ == '__main__' and '__file__' in globals(): main()  # a notebook has no file

@@ -293,7 +293,7 @@ def fit(model,
         place = next(model.parameters()).device
         batches = loader(dataset, options.batch_size, options.seed, options.workers, device=place, start=run.done, share=(run.rank, run.world))
         thrifty = recomputed(model.network) if options.recompute else nullcontext()
-        with Log(out if run.first else None, options.trackers, length, run.done) as log, thrifty, tqdm(total=run.total, initial=run.done, desc=stage, disable=not (progress and run.first), mininterval=2) as bar:
+        with Log(out if run.first else None, options.trackers, length, run.done + 1) as log, thrifty, tqdm(total=run.total, initial=run.done, desc=stage, disable=not (progress and run.first), mininterval=2) as bar:
             if fresh: _save(run, log)
             while run.done < run.total: _epoch(run, batches, validate, log, bar, asked)
     run.average.swap()

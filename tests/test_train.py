@@ -1,6 +1,7 @@
 "The runbook itself, by papermill, at toy size: every stage, every figure, every file."
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+import yaml
 
 from stdg.checkpoint import facts, load
 
@@ -15,15 +17,22 @@ root = Path(__file__).parent.parent
 SMALL = dict(size=96, n_train=24, n_val=2, n_test=6, epochs=1, batch_size=8, pretrained=False, warm_up=.5)
 
 
+def papermill(home, **values):
+    "Run the runbook in project folder `home`; returns exit code, what was printed, and the text outputs of the notebook."
+    (home/'values.yaml').write_text(yaml.safe_dump(SMALL | values))
+    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', str(root/'nbs'/'train.ipynb'), str(home/'out.ipynb'), '-k', 'python3', '-f', 'values.yaml']
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=500)
+    cells = nbformat.read(home/'out.ipynb', as_version=4).cells
+    return done.returncode, done.stderr[-4000:], ''.join(output.get('text', '') for cell in cells for output in cell.get('outputs', []))
+
+
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     "A toy run in an empty project folder; returns its folder."
     home = tmp_path_factory.mktemp('project')
     (home/'settings.ini').touch()
-    values = [text for k, v in SMALL.items() for text in ('-p', k, str(v))]
-    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', str(root/'nbs'/'train.ipynb'), str(home/'out.ipynb'), '-k', 'python3', *values, '-p', 'name', 'toy']
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
+    code, said, _ = papermill(home, name='toy')
+    assert code == 0, said
     return home
 
 
@@ -67,3 +76,43 @@ def test_notebook_shows_pictures(run):
     notebook = nbformat.read(run/'out.ipynb', as_version=4)
     pictures = sum('image/png' in output.get('data', {}) for cell in notebook.cells for output in cell.get('outputs', []))
     assert pictures >= 6
+
+
+QUICK = dict(stages=['control'], untrained=False, pictures=False)
+
+
+@pytest.mark.skipif(os.cpu_count() < 2, reason='one processor core')
+def test_devices_share_the_work(run):
+    "From the notebook, in processes beside it: the same files and the same lines as of one process. (Batch norms see half of a batch each, so the numbers differ.)"
+    code, said, text = papermill(run, name='pair', devices=2, device='cpu', validate_every=1, **QUICK)
+    assert code == 0 and 'pair/control.safetensors' in text, said
+    code, said, _ = papermill(run, name='one', validate_every=1, device='cpu', **QUICK)
+    assert code == 0, said
+    pair, one = ([json.loads(line) for line in open(run/'runs'/name/'log.jsonl')] for name in ('pair', 'one'))
+    assert [r.keys() for r in pair] == [r.keys() for r in one] and len(pair) == 4 and 'sgdet/R@50' in pair[-1]
+    assert (run/'runs'/'pair'/'control.best.safetensors').exists() and (run/'runs'/'pair'/'results.json').exists()
+
+
+@pytest.mark.skipif(os.cpu_count() < 2, reason='one processor core')
+def test_traceback_of_a_process_is_in_the_notebook(run):
+    code, said, text = papermill(run, name='broken', devices=2, device='cpu', **QUICK | dict(batch_size=3))
+    assert code == 1 and '2 processes cannot share a batch of 3 pictures: make the batch size a multiple of 2' in text and 'Traceback' in text, text
+    assert '2 processes of stdg.train ended with exit code' in said and not list(run.glob('runs/broken/*.safetensors'))
+
+
+def test_too_many_devices(run):
+    code, said, _ = papermill(run, name='many', devices=999, **QUICK)
+    assert code == 1 and 'devices=999, but this machine has' in said
+
+
+def test_dry_run_trains_and_writes_nothing(run):
+    code, said, text = papermill(run, name='dry', dry_run=True)
+    assert code == 0 and 'student: ' in text and 'GiB' in text and 'h in all on one device' in text, said
+    assert not list(run.glob('runs/dry/*.safetensors')) and not (run/'runs'/'dry'/'results.json').exists()
+
+
+def test_overfit_is_judged_on_what_it_saw(run):
+    code, said, _ = papermill(run, name='few', overfit=8, epochs=2, **QUICK)
+    results = json.loads((run/'runs'/'few'/'results.json').read_text())
+    assert code == 0 and results['rows']['control (RGB)']['images'] == 8, said
+    assert facts(run/'runs'/'few'/'control.json')['training']['step'] == 2
