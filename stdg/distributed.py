@@ -23,7 +23,7 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 @contextmanager
-def together(device=None, minutes=30):
+def together(device=None, minutes=120):
     "Join the processes that torchrun has started, if it has, and yield the device of this one. A process that waits for others longer than `minutes` gives up."
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if 'LOCAL_RANK' not in os.environ:

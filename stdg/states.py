@@ -97,9 +97,9 @@ class Saved(SystemExit):
 def asked_to_stop(patience=None):
     "Yields a function that tells whether SIGTERM or SIGUSR1 has come. Outside of the main thread no signals are heard."
     asked, timers = threading.Event(), []
-    def hear(*_):
+    def hear(number, _):
         asked.set()
-        if patience:
+        if patience and number == signal.SIGTERM:
             timers.append(threading.Timer(patience, os._exit, (1,)))
             timers[-1].daemon = True
             timers[-1].start()

@@ -190,10 +190,10 @@ def train_stage(settings, stage, prepared, device=None):
     return training.fit(model, dataset, folders(settings)[0], stage, judge, device or settings.device or None, **options_of(settings, pretrained=pretrained, notes=notes))
 
 def run_stage(settings, stage, prepared):
-    "`train_stage`, in `settings.devices` processes. Raises also what `stdg.distributed.launch` raises."
-    if settings.devices == 1: return train_stage(settings, stage, prepared)
+    "`train_stage`, in `settings.devices` processes; the settings are kept in `run.yaml`. Raises also what `stdg.distributed.launch` raises."
     path = folders(settings)[0]/'run.yaml'
     write_settings(path, settings)
+    if settings.devices == 1: return train_stage(settings, stage, prepared)
     launch('stdg.train', ['--config', path, '--stages', stage], settings.devices)
     return checkpoint.load(path.with_name(f'{stage}.safetensors'), prepared[0].vocabulary)
 

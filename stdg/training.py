@@ -297,6 +297,7 @@ def fit(model,
             if fresh: _save(run, log)
             while run.done < run.total: _epoch(run, batches, validate, log, bar, asked)
     run.average.swap()
+    told(None)  # nobody leaves before the first process has written its files
     return model.eval()
 
 # %% ../nbs/13_training.ipynb #forecast
