@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as read_arrays, save as write_arrays
 from tqdm import tqdm
 
-from . import analysis, calibration, checkpoint, decode, metrics, released, statistics
+from . import analysis, checkpoint, decode, matching, metrics, released, statistics
 from .data import loader, network_input
 from .files import read_json, write_json
 from .graph import TASKS
@@ -78,9 +78,9 @@ def _each(evaluators): return [(f'{protocol}/{task}', task, evaluator) for proto
 def _record(evaluators, truth, found, n_predicates):
     "What is to be known of one image, {name: array}."
     record = {f'{name}/{what}': values for name, task, evaluator in _each(evaluators) for what, values in evaluator.record(found[task], truth).items()}
-    claimed = {task: calibration.claims(prediction, truth, task, n_predicates) for task, prediction in found.items()}
+    claimed = {task: matching.claims(prediction, truth, task, n_predicates) for task, prediction in found.items()}
     if boxes := found.get('sgdet'):
-        claimed['boxes'] = calibration.box_claims(boxes, truth)
+        claimed['boxes'] = matching.box_claims(boxes, truth)
         record |= {'boxes/found': metrics.box_table(boxes, boxes.scores), 'boxes/true': metrics.box_table(truth, truth.ignore)}
     return record | {f'{name}/{what}': values for name, pair in claimed.items() for what, values in zip(('score', 'right'), pair)}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from stdg import calibration, evaluation, metrics, report
+from stdg import calibration, evaluation, matching, metrics, report
 from stdg.checkpoint import _unused, released_name
 from stdg.data import SceneGraphs, prepare_hha
 from stdg.graph import TASKS, Prediction, SceneGraph, Vocabulary
@@ -200,7 +200,7 @@ def test_right_claims_are_the_hits_of_the_golden_images(task):
     predictions, truths, _ = golden_cases(task)
     evaluator, n = metrics.Evaluator(task, 50, protocol='strict'), 0
     for prediction, truth in zip(predictions, truths):
-        scores, right = calibration.claims(prediction, truth, task, 50)
+        scores, right = matching.claims(prediction, truth, task, 50)
         found = evaluator.record(prediction, truth)['found'][0]
         assert len(scores) <= 100 and right.sum() == found[2].sum() and right[:20].sum() == found[0].sum()
         if task == 'sgdet': assert np.all(np.diff(scores) <= 1e-6)
