@@ -32,7 +32,7 @@ def plot_reliability(curves:dict):  # title of a panel -> what `reliability` gav
     for (title, curve), (above, below) in zip(curves.items(), axes.T):
         bins = len(curve['count'])
         above.plot([0, 1], [0, 1], color='.7', lw=1)
-        above.plot(curve['score'], curve['right'], 'o-', color='C0')
+        above.plot(curve['score'], curve['right'], 'o-', color='C0', clip_on=False)
         above.set(xlim=(0, 1), ylim=(0, 1), ylabel='share that is right')
         claimed, said = sum(curve['count']), f"ECE {100 * curve['ece']:.1f} %"
         above.set_title(f"{title}: {said if claimed else 'no claims'}", fontsize=10, parse_math=False)

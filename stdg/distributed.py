@@ -81,7 +81,7 @@ def launch(module, arguments, devices):
     check_devices(devices)
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={devices}', '-m', module, *map(str, arguments)]
     threads = os.environ.get('OMP_NUM_THREADS') or str(max(os.cpu_count() // devices, 1))
-    environment = dict(os.environ, OMP_NUM_THREADS=threads, PYTHONUNBUFFERED='1', TORCHELASTIC_SIGNALS_TO_HANDLE='SIGTERM,SIGINT,SIGUSR1')
+    environment = dict(os.environ, OMP_NUM_THREADS=threads, PYTHONUNBUFFERED='1')
     process = child(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', env=environment)
     try:
         for line in process.stdout: print(line, end='', flush=True)

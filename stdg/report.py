@@ -36,7 +36,7 @@ def plot_predicate_recall(figures:dict,  # of one task, of `stdg.evaluation.eval
     ax.plot(np.flatnonzero(truths[order] == 0), np.zeros((truths == 0).sum()), 'x', color='.5', ms=4, clip_on=False)
     ax.set_xticks(range(len(order)), [one_line(names[p], 18) for p in order], rotation=90, fontsize=8, parse_math=False)
     ax.set(ylabel=f'R@{at} (%)', ylim=(0, 100), xlim=(-.7, len(order) - .3))
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, ncols=3, loc='lower left', bbox_to_anchor=(0, 1))
     return figure
 
 # %% ../nbs/14b_report.ipynb #reliabilities

@@ -43,11 +43,15 @@ def remove_state(path):
     for file in (path, path.with_suffix('.safetensors')): file.unlink(missing_ok=True)
 
 # %% ../nbs/12f_states.ipynb #load-state
+def _flat(settings):
+    "`settings` with the entries of dictionaries in it by names with a point."
+    return {f'{k}.{inner}' if inner else k: value for k, v in settings.items() for inner, value in (v.items() if isinstance(v, dict) else [('', v)])}
+
 def _compare(path, facts, expected):
     mend = 'Take another name for the run, or begin anew: -p resume False (in Python: stdg.training.begin_anew)'
     if facts.get('data') != expected['data']: raise ValueError(f"{path} was written by a run on other data: images, annotations or filters have changed since. {mend}")
-    theirs, ours = facts.get('settings', {}), expected['settings']
-    differ = [f"{name} was {theirs.get(name)!r}, is {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]]
+    theirs, ours = _flat(facts.get('settings', {})), _flat(expected['settings'])
+    differ = [f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}" for name in ours | theirs if theirs.get(name) != ours.get(name)]
     if differ: raise ValueError(f"{path} was written by a run with other settings: {'; '.join(differ[:4])}. {mend}")
 
 def load_state(path, expected=None):

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 import yaml
+from scipy.stats import ttest_1samp, ttest_rel
 
 from stdg import study, train
 from test_configs import parameters
@@ -69,3 +71,56 @@ def test_yaml_of_a_run_is_what_the_runbook_reads(tmp_path, monkeypatch):
     run.folder.mkdir(parents=True)
     (run.folder/'parameters.yaml').write_text(yaml.safe_dump(dict(run.parameters, name=run.name)))
     assert train.read_settings(run.folder/'parameters.yaml').teacher == 'runs/s/low-1-teacher/teacher.safetensors' and study.finished(run) is False
+
+
+def stand_in(monkeypatch, tmp_path, code):
+    "Instead of papermill, `code` runs with the run's `folder`; returns what was started: (name, processes alive with it, threads)."
+    (tmp_path/'settings.ini').touch()
+    monkeypatch.chdir(tmp_path)
+    started, processes = [], []
+    def child(command, env, stdout, **options):
+        folder = Path(command[-1]).parent
+        processes.append(subprocess.Popen([sys.executable, '-c', f'import time, pathlib\nfolder = pathlib.Path({str(folder)!r})\n{code}'], stdout=stdout, stderr=subprocess.STDOUT))
+        started.append((folder.name, sum(process.poll() is None for process in processes), env['OMP_NUM_THREADS']))
+        return processes[-1]
+    monkeypatch.setattr(study, 'child', child)
+    return started, processes
+
+
+def test_so_many_at_once_and_in_the_order_of_their_needs(tmp_path, monkeypatch):
+    started, _ = stand_in(monkeypatch, tmp_path, "time.sleep(.4); (folder/'results.json').write_text('{}')")
+    runs = [study.Run('s/last', {}, needs=('s/a', 's/c')), *(study.Run(f's/{name}', dict(values=(1, 2))) for name in 'abcd')]
+    did = study.run_study(runs, 2, progress=False)
+    assert did[-1] == 's/last' and started[-1][0] == 'last' and [name for name, *_ in started[:4]] == list('abcd')
+    assert max(alive for _, alive, _ in started) == 2 and {threads for *_, threads in started} == {str(max(os.cpu_count() // 2, 1))}
+    assert study.run_study(runs, 2, progress=False) == [] and len(started) == 5
+
+
+def test_results_of_another_time_do_not_count(tmp_path, monkeypatch):
+    "Results that lay there before the run began are not its own; one that leaves none has failed, and is tried again."
+    started, _ = stand_in(monkeypatch, tmp_path, "")
+    run = study.Run('s/a', dict(seed=1))
+    run.folder.mkdir(parents=True)
+    (run.folder/'results.json').write_text('{}')
+    for attempt in (1, 2):
+        with pytest.raises(RuntimeError, match='1 runs failed and 0 that need them(.|\n)*s/a: it wrote no results.json .*train.ipynb'): study.run_study([run], 1, progress=False)
+        assert len(started) == attempt and not study.finished(run)
+    with pytest.raises(ValueError, match='seed was 1, is 2'): study.run_study([study.Run('s/a', dict(seed=2))])
+
+
+def test_an_interrupted_study_ends_its_runs(tmp_path, monkeypatch):
+    started, processes = stand_in(monkeypatch, tmp_path, 'time.sleep(300)')
+    def interrupt(seconds): raise KeyboardInterrupt
+    monkeypatch.setattr(study, 'time', SimpleNamespace(sleep=interrupt, monotonic=time.monotonic))
+    with pytest.raises(KeyboardInterrupt): study.run_study([study.Run(name, {}) for name in 'abc'], 2, progress=False)
+    assert len(started) == 2 and all(process.poll() is not None for process in processes)
+
+
+def test_intervals_are_those_of_scipy():
+    values, base = [.31, .35, .28, .4, .33], [.3, .31, .29, .33, .3]
+    for level in (.95, .8):
+        low, high = ttest_1samp(values, 0).confidence_interval(level)
+        assert study.interval(values, level) == pytest.approx((.334, low, high))
+    found = study.summary({'': {'base': {'m': dict(enumerate(base))}, 'new': {'m': dict(enumerate(values))}}}, 'base')['']['new']['m']
+    assert found['difference']['interval'] == pytest.approx(ttest_rel(values, base).confidence_interval())
+    with pytest.raises(ValueError, match=r"'new' has seeds \[9\] that 'base' does not have"): study.summary({'': {'base': {'m': {1: .1}}, 'new': {'m': {1: .1, 9: .2}}}}, 'base')

@@ -36,7 +36,7 @@ def run(home, name, kind='none', stage='-', step=0, processes=0, **settings):
     "(exit code, what was printed) of a run, alone or in `processes` under torchrun, that is disturbed as told."
     train.write_settings(home/f'{name}.yaml', train.Settings(**asdict(TOY) | dict(name=name) | settings))
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes else []
-    environment = dict(os.environ, OMP_NUM_THREADS='1', TORCHELASTIC_SIGNALS_TO_HANDLE='SIGTERM,SIGUSR1')
+    environment = dict(os.environ, OMP_NUM_THREADS='1', **(dict(NO_NORM='1') if settings.get('backbone') == PAIR['backbone'] else {}))
     done = subprocess.run([sys.executable, *torchrun, str(here/'killed_run.py'), f'{name}.yaml', kind, stage, str(step)], cwd=home, env=environment, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
@@ -85,7 +85,7 @@ def test_full_disk(home):
 
 def test_what_a_resumed_run_must_agree_on(home, monkeypatch):
     monkeypatch.chdir(home)
-    for change, message in ((dict(batch_size=8), 'other settings: batch_size was 4, is 8'), (dict(backbone='resnet18.tv_in1k'), 'other settings: config was'),
+    for change, message in ((dict(batch_size=8), 'other settings: batch_size was 4, is 8'), (dict(backbone='resnet18.tv_in1k'), 'other settings: config.backbone was .resnet10t.c3_in1k., is .resnet18.tv_in1k.'),
                             (dict(hold_out=4), 'was written by a run on other data')):
         settings = train.Settings(**asdict(TOY) | change)
         with pytest.raises(ValueError, match=f'teacher-00000008.json.*{message}.*-p resume False'): train.train_stage(settings, 'teacher', train.prepare(settings))
@@ -104,11 +104,9 @@ PAIR = dict(backbone='convnext_atto', epochs=5, validate_every=0, lr=1e-4, lr_ba
 @pytest.fixture(scope='module')
 def alone(home):
     "20 steps of one process."
-    os.environ['NO_NORM'] = '1'
     code, said = run(home, 'alone', **PAIR)
     assert code == 0, said
-    yield [json.loads(line) for line in open(home/'runs'/'alone'/'log.jsonl')]
-    del os.environ['NO_NORM']
+    return [json.loads(line) for line in open(home/'runs'/'alone'/'log.jsonl')]
 
 
 def assert_close(home, name, alone):
@@ -138,3 +136,21 @@ def test_a_dead_process_ends_the_others_and_one_goes_on(home, alone):
     code, said = run(home, 'dead', **PAIR)
     assert code == 0, said
     assert_close(home, 'dead', alone)
+
+
+@needs_two
+def test_torchrun_is_asked_to_stop(home):
+    "SIGTERM to torchrun, as a cluster or a notebook sends it: the processes save, and one process goes on from there."
+    train.write_settings(home/'asked.yaml', train.Settings(**asdict(TOY) | dict(name='asked', epochs=400)))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'stdg.train', '--config', 'asked.yaml']
+    torchrun = subprocess.Popen(command, cwd=home, env=dict(os.environ, OMP_NUM_THREADS='1'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.monotonic() + 100
+    while not (home/'runs'/'asked'/'teacher.safetensors').exists(): assert time.monotonic() < end; time.sleep(.2)
+    torchrun.send_signal(signal.SIGTERM)
+    said = torchrun.communicate(timeout=60)[0]
+    step = load_state(last(home, 'asked', 'teacher'))[1]['step']
+    assert torchrun.returncode == 1 and f'asked to stop, the state after step {step} is saved' in said, said
+    code, said = run(home, 'asked', epochs=step // 4 + 1, stages=['teacher'])
+    assert code == 0, said
+    lines = [json.loads(line) for line in open(home/'runs'/'asked'/'log.jsonl')]
+    assert [line['step'] for line in lines if 'loss' in line] == list(range(1, 4 * (step // 4 + 1) + 1))
