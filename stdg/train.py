@@ -171,11 +171,11 @@ def validation(settings, database, kind):
     return validate
 
 # %% ../nbs/13c_train.ipynb #options
-def options_of(settings, **entries):
-    "What these `settings` hand to `stdg.training.fit`; `entries` go to the checkpoint's JSON."
+def options_of(settings):
+    "The `Options` of `stdg.training.fit` among these `settings`, a dictionary."
     names = {f.name for f in fields(training.Options)}
     values = {k: v for k, v in asdict(settings).items() if k in names} | dict(steps=settings.steps or None, decay=tuple(settings.decay), trackers=tuple(settings.trackers))
-    return values | dict(validate_every=settings.validate_every or 1) | entries
+    return values | dict(validate_every=settings.validate_every or 1)
 
 def begin(settings, database, pretrained, stage):
     "(network, training set) of a stage."
@@ -187,7 +187,7 @@ def train_stage(settings, stage, prepared, device=None):
     database, pretrained, notes = prepared
     model, dataset = begin(settings, database, pretrained, stage)
     judge = validation(settings, database, 'hha' if model.mode == 'depth' else 'rgb')
-    return training.fit(model, dataset, folders(settings)[0], stage, judge, device or settings.device or None, **options_of(settings, pretrained=pretrained, notes=notes))
+    return training.fit(model, dataset, folders(settings)[0], stage, judge, device or settings.device or None, record=dict(pretrained=pretrained, notes=notes), **options_of(settings))
 
 def run_stage(settings, stage, prepared):
     "`train_stage`, in `settings.devices` processes; the settings are kept in `run.yaml`. Raises also what `stdg.distributed.launch` raises."

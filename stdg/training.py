@@ -17,6 +17,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -91,10 +92,12 @@ class Options:
 
 _FIXED = tuple(f.name for f in fields(Options))[:11]
 
-def _split(values):
-    "`Options` among `values`, and the rest."
-    known = {f.name for f in fields(Options)}
-    return Options(**{k: v for k, v in values.items() if k in known}), {k: v for k, v in values.items() if k not in known}
+def _options(values):
+    "`Options` of `values`. Raises `ValueError` for one that is none, with the name that was probably meant."
+    known = [f.name for f in fields(Options)]
+    for name in values:
+        if name not in known: raise ValueError(f"there is no option {name!r}; did you mean {' or '.join(get_close_matches(name, known, 2, .4)) or 'one of ' + ', '.join(known)}?")
+    return Options(**values)
 
 # %% ../nbs/13_training.ipynb #run
 class _Run:
@@ -279,12 +282,13 @@ def fit(model,
         stage:str,  # name of the run: 'teacher', 'student', ...
         validate=None,  # function of the model that gives {figure: value}
         device=None, progress=True,
-        **options):  # of `Options`; what is none of them goes to the checkpoint's JSON
+        record={},  # further entries of the checkpoint's JSON
+        **options):  # of `Options`
     """Train one stage, or go on with it; the model ends with averaged weights, as saved. Among several processes (`stdg.distributed`) all call this alike.
 
     Raises `ValueError` for data or settings that do not fit each other or the state to go on from, `FloatingPointError` for a loss that is not finite, `OSError` for
     a full disk, `Saved` (exit code 75) when the process was asked to stop. Source: method spec 7."""
-    options, record = _split(options)
+    options = _options(options)
     model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'), memory_format=torch.channels_last).train()
     run = _Run(model, dataset, out, stage, options, record)
     with (only_one(out) if run.first else nullcontext()), asked_to_stop(20 if run.world > 1 else None) as asked:
@@ -311,7 +315,7 @@ def forecast(model, dataset, tries=6, device=None, **options):
     "dict(seconds_per_step, images_per_second, memory GiB, steps, hours, share of each part) of a run with these `options`, from `tries` steps of which nothing is kept. Validation is not counted."
     options = {k: v for k, v in options.items() if k not in ('keep', 'trackers', 'progress')} | dict(keep=0)
     with tempfile.TemporaryDirectory() as folder:
-        whole = _Run(copy.deepcopy(model), dataset, folder, 'forecast', *_split(options)).total
+        whole = _Run(copy.deepcopy(model), dataset, folder, 'forecast', _options(options), {}).total
         fit(copy.deepcopy(model), dataset, folder, 'forecast', None, device, False, **options | dict(steps=min(tries, whole)))
         times = [json.loads(line) for line in open(Path(folder)/'timing.jsonl')][min(2, whole - 1):]
     parts = {part: statistics.median(time[part] for time in times) for part in PARTS}
