@@ -17,5 +17,5 @@ python tests/check_reproducible.py
 step "nbdev_test: every notebook runs from top to bottom"
 nbdev_test --n_workers 2
 
-step "pytest"
-python -m pytest tests -q -rs --durations=8
+step "pytest, one file at a time in each of two processes"
+python -m pytest tests -q -rs -n 2 --dist loadfile --durations=8
