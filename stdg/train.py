@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from . import checkpoint, evaluation, rooms, training
 from .data import SceneGraphs, prepare_hha
-from .distributed import gathered, launch, processes, together, told
+from .distributed import gathered, launch, leave, processes, together, told
 from .files import atomic_path, project_folder
 from .model import CONFIGURATIONS
 from .states import Saved
@@ -233,6 +233,7 @@ def main(arguments=None):
                 print(saved, file=sys.stderr)
                 raise
             if processes()[0] == 0: print(f"{stage}: {folders(settings)[0]/stage}.safetensors", flush=True)
+    leave()
 
 # %% ../nbs/13c_train.ipynb #run-main
 if __name__ == '__main__' and '__file__' in globals(): main()  # a notebook has no file
