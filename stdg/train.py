@@ -27,10 +27,10 @@ from .model import CONFIGURATIONS
 from .states import Saved
 from .visual_genome import Database
 
-# %% ../nbs/13c_train.ipynb #settings
+# %% ../nbs/13c_train.ipynb #settings-data
 @dataclass
-class Settings:
-    "The parameters of `train.ipynb`; what each means is said there."
+class _Data:
+    "Pictures and network; what each means is said in `train.ipynb`."
     name: str = 'default'
     data: str = 'rooms'
     size: int = 192
@@ -42,6 +42,11 @@ class Settings:
     backbone: str = 'small'
     pretrained: bool = True
     weights: str = ''
+
+# %% ../nbs/13c_train.ipynb #settings-learning
+@dataclass
+class _Learning:
+    "Stages, rates and augmentation; what each means is said in `train.ipynb`."
     stages: list = field(default_factory=lambda: ['teacher', 'control', 'student'])
     teacher: str = ''
     epochs: int = 2
@@ -60,44 +65,62 @@ class Settings:
     overfit: int = 0
     steps: int = 0
     seed: int = 0
+
+# %% ../nbs/13c_train.ipynb #settings
+@dataclass
+class _Rare:
+    "Options that the runbook takes as `more`."
+    device: str = ''  # 'cpu' or 'cuda'; '': a GPU if there is one
+    accumulate: int = 1  # parts in which a batch is worked off, to save memory; batch norms see the parts
+    compile: bool = False  # by torch.compile; pays in long runs on a GPU
+    sync_bn: bool = False  # batch norms count over all GPUs
+    clip: float = 0.0  # longest gradient; 0: any
+    skip: int = 0  # so many steps may have a loss that is not finite; they are left out
+    validate_images: int = 0  # validate on the first so many; 0: all
+    best: str = 'sgdet/R@50'  # figure by which <stage>.best.safetensors is chosen
+    patience: int = 0  # stop a stage after so many validations without a better figure; 0: never
+    keep: int = 2  # states kept to go on from
+    save_minutes: float = 10.0  # how often one is written, beside the end of each epoch
+    trackers: list = field(default_factory=list)  # 'tensorboard', 'wandb'
+
+@dataclass
+class _Machine:
+    "Where and how it runs; what each means is said in `train.ipynb`."
     devices: int = 1
-    device: str = ''
     workers: int = 0
     precision: str = 'float32'
-    accumulate: int = 1
     recompute: bool = False
-    compile: bool = False
-    sync_bn: bool = False
-    clip: float = 0.0
-    skip: int = 0
     validate_every: int = 0
-    validate_images: int = 0
-    best: str = 'sgdet/R@50'
-    patience: int = 0
     resume: bool = True
-    keep: int = 2
-    save_minutes: float = 10.0
-    trackers: list = field(default_factory=list)
     dry_run: bool = False
     untrained: bool = True
     pictures: bool = True
 
+@dataclass
+class Settings(_Rare, _Machine, _Learning, _Data):
+    "All parameters of a run."
+
 # %% ../nbs/13c_train.ipynb #read-settings
+def _checked(values, where):
+    "`values` by name. Raises `ValueError` that says `where` for one that is no setting, or of another type."
+    known = asdict(Settings())
+    for name, value in values.items():
+        if name not in known: raise ValueError(f"{where}: there is no parameter {name!r}; " + ' or '.join(f'did you mean {n!r}?' for n in get_close_matches(str(name), known, 1) or ['none is like it']))
+        kind = type(known[name])
+        if type(value) is not kind and not (kind is float and type(value) is int): raise ValueError(f"{where}: {name} is {value!r}, a {kind.__name__} is needed" + (' (5e-4 is a word in YAML, 5.0e-4 a number)' if kind is float else ''))
+    return values
+
 def settings_of(values):
-    "`Settings` from a dictionary that may hold more, such as a notebook's `globals()`."
-    return Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values})
+    "`Settings` from a dictionary that may hold other things, such as a notebook's `globals()`, and from its entry `more`. Raises `ValueError` for a name in `more` that is none."
+    return Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values} | _checked(values.get('more', {}), 'more'))
 
 def read_settings(path):
     "`Settings` from a YAML file. Raises `FileNotFoundError` or `ValueError` naming the file and the entry."
     if not Path(path).is_file(): raise FileNotFoundError(f"{path} is missing: --config takes a YAML file of parameters, as those in nbs/configs")
     try: values = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
     except yaml.YAMLError as error: raise ValueError(f"{path} is not YAML: {error}") from None
-    known = asdict(Settings())
-    for name, value in values.items() if isinstance(values, dict) else [(values, None)]:
-        if name not in known: raise ValueError(f"{path}: there is no parameter {name!r}; " + ' or '.join(f'did you mean {n!r}?' for n in get_close_matches(str(name), known, 1) or ['none is like it']))
-        kind = type(known[name])
-        if type(value) is not kind and not (kind is float and type(value) is int): raise ValueError(f"{path}: {name} is {value!r}, a {kind.__name__} is needed" + (' (5e-4 is a word in YAML, 5.0e-4 a number)' if kind is float else ''))
-    return Settings(**values)
+    if not isinstance(values, dict): raise ValueError(f"{path} holds no parameters: lines of name: value are needed")
+    return Settings(**_checked(values, path))
 
 def write_settings(path, settings):
     with atomic_path(path) as partial: partial.write_text(yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True), encoding='utf-8')

@@ -84,9 +84,9 @@ QUICK = dict(stages=['control'], untrained=False, pictures=False)
 @pytest.mark.skipif(os.cpu_count() < 2, reason='one processor core')
 def test_devices_share_the_work(run):
     "From the notebook, in processes beside it: the same files and the same lines as of one process. (Batch norms see half of a batch each, so the numbers differ.)"
-    code, said, text = papermill(run, name='pair', devices=2, device='cpu', validate_every=1, **QUICK)
+    code, said, text = papermill(run, name='pair', devices=2, more=dict(device='cpu'), validate_every=1, **QUICK)
     assert code == 0 and 'pair/control.safetensors' in text, said
-    code, said, _ = papermill(run, name='one', validate_every=1, device='cpu', **QUICK)
+    code, said, _ = papermill(run, name='one', validate_every=1, more=dict(device='cpu'), **QUICK)
     assert code == 0, said
     pair, one = ([json.loads(line) for line in open(run/'runs'/name/'log.jsonl')] for name in ('pair', 'one'))
     assert [r.keys() for r in pair] == [r.keys() for r in one] and len(pair) == 4 and 'sgdet/R@50' in pair[-1]
@@ -95,7 +95,7 @@ def test_devices_share_the_work(run):
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason='one processor core')
 def test_traceback_of_a_process_is_in_the_notebook(run):
-    code, said, text = papermill(run, name='broken', devices=2, device='cpu', **QUICK | dict(batch_size=3))
+    code, said, text = papermill(run, name='broken', devices=2, more=dict(device='cpu'), **QUICK | dict(batch_size=3))
     assert code == 1 and '2 processes cannot share a batch of 3 pictures: make the batch size a multiple of 2' in text and 'Traceback' in text, text
     assert '2 processes of stdg.train ended with exit code' in said and not list(run.glob('runs/broken/*.safetensors'))
 
