@@ -73,6 +73,7 @@ class Predictor:
 
     `network` is a checkpoint's path (.safetensors, or a released file), or an `STDG`. Raises `FileNotFoundError` or `ValueError` naming the file; a depth teacher needs HHA and is refused."""
     def __init__(self, network, size=None, device=None, vocabulary=None):
+        self.path = None if isinstance(network, STDG) else Path(network)
         ours = not isinstance(network, STDG) and Path(network).suffix == '.safetensors'
         self.facts = checkpoint.facts(network) if ours else {}
         self.model = network if isinstance(network, STDG) else checkpoint.load(network) if ours else evaluation.any_network(network, Vocabulary.visual_genome())
