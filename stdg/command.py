@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import checkpoint, inference
+from . import inference, video
 from .files import atomic_path, project_folder, write_json
 from .metrics import one_line
 from .sources import open_sources
@@ -137,6 +137,12 @@ def _parser():
     one.add_argument('--draw', help='of one picture: .svg (picture and graph), .png or .pdf (graph); of several: a folder for SVG files')
     one.add_argument('--batch-size', type=int, default=8, help='pictures at a time')
     _common(one)
+    film = commands.add_parser('video', help='scene graphs of a film or a webcam, without flicker')
+    film.add_argument('source', help="a film's file, or the number of a webcam, the first is 0 (stop it with Ctrl-C)")
+    film.add_argument('--draw', help='.mp4 file for the film with boxes')
+    film.add_argument('--over', type=float, default=.3, help='seconds over which scores and boxes are averaged; 0: none')
+    film.add_argument('--every', type=int, default=1, help='take each n-th frame')
+    _common(film)
     return parser
 
 # %% ../nbs/15c_command.ipynb #main
@@ -150,6 +156,14 @@ def _run_predict(given, network, writer):
     print(f"{given.jsonl}: {tried - failed} pictures done" + (f', {failed} failed; the same command tries them again' if failed else ''))
     return min(failed, 1)
 
+def _run_video(given, network, writer):
+    "Exit code of `stdg video`."
+    if not given.jsonl and not given.draw: raise ValueError('give --jsonl, the file for the graphs, or --draw, the .mp4 for the film with boxes')
+    source = int(given.source) if given.source.isdecimal() else given.source
+    number = video.write_film(source, network, given.jsonl, given.draw, max(given.every, 1), writer.options, over=given.over)
+    print(f"{' and '.join(filter(None, (given.jsonl, given.draw)))}: {number} frames")
+    return 0
+
 def main(arguments=None):
     "The program `stdg`; returns the exit code. What is wrong with the command is one line, and exit code 2."
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -161,7 +175,8 @@ def main(arguments=None):
     try:
         if not given.checkpoint and not path.is_file(): raise FileNotFoundError('no network: give --checkpoint, or run make train first')
         network = inference.predictor(path, given.size, given.device)
-        return _run_predict(given, network, Writer(network, given.min_score, given.top, given.min_object))
+        run = _run_predict if given.command == 'predict' else _run_video
+        return run(given, network, Writer(network, given.min_score, given.top, given.min_object))
     except (ValueError, OSError, ImportError) as error: print(f'stdg {given.command}: {error}', file=sys.stderr)
     return 2
 
