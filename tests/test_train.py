@@ -42,6 +42,12 @@ def test_every_file_is_there(run):
     assert not [name for name in found if 'partial' in name or name.endswith(('.pkl', '.pt', '.pth'))]
 
 
+def test_thresholds_are_kept_with_each_network(run):
+    for stage in ('teacher', 'control', 'student'):
+        kept = facts(run/'runs'/'toy'/f'{stage}.safetensors')['thresholds']
+        assert 0 <= kept['triplets'] <= 1 and 0 <= kept['objects'] <= 1 and kept['images'] == 2 and set(kept['at']['objects']) == {'precision', 'recall', 'f1'}
+
+
 def test_results(run):
     results = json.loads((run/'runs'/'toy'/'results.json').read_text())
     rows = results['rows']
