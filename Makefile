@@ -6,7 +6,7 @@ BIN := .venv/bin
 RUN ?= default
 CI_ENV := OMP_NUM_THREADS=1 MPLBACKEND=agg
 
-.PHONY: train train-full test check lab hooks clean help
+.PHONY: train train-full test lab docs hooks clean help
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -30,6 +30,10 @@ test: .venv/installed  ## everything that CI runs
 
 lab: .venv/installed  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
+
+docs: .venv/installed  ## pages of the API in _docs, where quarto is installed (quarto.org)
+	@command -v quarto >/dev/null || { echo "quarto is not installed: get it from quarto.org, or read the notebooks, which say the same"; exit 1; }
+	$(BIN)/nbdev_docs
 
 hooks: .venv/installed  ## git hooks that clean notebooks and merge them
 	$(BIN)/nbdev_install_hooks
