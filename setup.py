@@ -16,6 +16,6 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else '',
     long_description_content_type='text/markdown', python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['stdg', 'stdg.*']), include_package_data=True, zip_safe=False,
-    install_requires=cfg['requirements'].split(),
+    install_requires=cfg['requirements'].split(), entry_points=dict(console_scripts=['stdg=stdg.command:main']),
     extras_require={**extras, 'dev': [*extras['depth'], *extras['tensorboard'], *cfg['dev_requirements'].split()]},
 )

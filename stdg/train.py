@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from . import checkpoint, evaluation, rooms, training
+from . import checkpoint, evaluation, rooms, thresholds, training
 from .data import SceneGraphs, prepare_hha
 from .distributed import gathered, launch, leave, processes, together, told
 from .files import atomic_path, project_folder
@@ -205,12 +205,21 @@ def begin(settings, database, pretrained, stage):
     model = _student(settings, database, pretrained) if stage == 'student' else network(settings, database, pretrained, 'depth' if stage == 'teacher' else 'rgb')
     return model, training_set(settings, database, model)
 
+def _settle(settings, database, model, stage, most=1000):
+    "Write into the JSON of a trained network the thresholds of what to show, chosen on the first `most` validation pictures; not of a trial, and not where there is no such split."
+    path, split = folders(settings)[0]/f'{stage}.safetensors', 'train' if settings.overfit else 'val'
+    if settings.steps or 'thresholds' in checkpoint.facts(path) or not database.relation_counts()[database.indices(split, settings.hold_out)].any(): return
+    dataset = judged_set(settings, database, split, evaluation.reads(model), settings.validate_images or most)
+    thresholds.settle(path, thresholds.choose_thresholds(model, dataset, progress=False))
+
 def train_stage(settings, stage, prepared, device=None):
     "Train `stage`, or go on with it, with what `prepare` gave; returns its network with averaged weights."
     database, pretrained, notes = prepared
     model, dataset = begin(settings, database, pretrained, stage)
     judge = validation(settings, database, 'hha' if model.mode == 'depth' else 'rgb')
-    return training.fit(model, dataset, folders(settings)[0], stage, judge, device or settings.device or None, record=dict(pretrained=pretrained, notes=notes), **options_of(settings))
+    model = training.fit(model, dataset, folders(settings)[0], stage, judge, device or settings.device or None, record=dict(pretrained=pretrained, notes=notes), **options_of(settings))
+    if processes()[0] == 0: _settle(settings, database, model, stage)
+    return model
 
 def run_stage(settings, stage, prepared):
     "`train_stage`, in `settings.devices` processes; the settings are kept in `run.yaml`. Raises also what `stdg.distributed.launch` raises."
