@@ -92,10 +92,10 @@ def colour_bar(ax, label):
 _FILES = {'svg.fonttype': 'none', 'svg.hashsalt': 'stdg', 'pdf.fonttype': 42}
 _DATES = dict(svg={'Date': None}, pdf={'CreationDate': None}, png={})
 
-def rendered(figure, kind, dpi=300):
-    "The bytes of `figure` as 'svg', 'pdf' or 'png'; `dpi` is that of pictures."
+def rendered(figure, kind, dpi=300, **options):
+    "The bytes of `figure` as 'svg', 'pdf' or 'png'; `dpi` is that of pictures, `options` are further ones of `savefig`."
     buffer = io.BytesIO()
-    with plt.rc_context(_FILES): figure.savefig(buffer, format=kind, dpi=dpi, metadata=_DATES[kind])
+    with plt.rc_context(_FILES): figure.savefig(buffer, format=kind, dpi=dpi, metadata=_DATES[kind], **options)
     return buffer.getvalue()
 
 def save(figure, path, dpi:int=300):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['depth_map', 'hha_channels', 'rgbd', 'fields', 'offsets', 'side_by_side', 'paper_figure', 'loss_curves', 'HIT', 'MISS',
-           'as_picture', 'class_colour', 'image_boxes', 'save', 'GraphPicture', 'graph']
+           'as_picture', 'class_colour', 'image_boxes', 'new_figure', 'rendered', 'save', 'titles', 'GraphPicture',
+           'graph']
 
 # %% ../nbs/14_draw.ipynb #imports
 import json
@@ -16,13 +17,13 @@ import torch
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .boxes import HIT, MISS, PAGE, as_picture, class_colour, colour_bar, for_print, image_boxes, likely_objects, new_figure, own_axes, save, show_image, titles
+from .boxes import HIT, MISS, PAGE, as_picture, class_colour, colour_bar, for_print, image_boxes, likely_objects, new_figure, own_axes, rendered, save, show_image, titles
 from .deform import sampling_points
 from .dot import GraphPicture, draw_graph, edges_of, graph, graph_picture
 from .graph import SceneGraph, Vocabulary, check_vocabulary
 from .metrics import match, one_line, same_objects
 
-_all_ = ['HIT', 'MISS', 'as_picture', 'class_colour', 'image_boxes', 'save', 'GraphPicture', 'graph']  # also to be had from here
+_all_ = ['HIT', 'MISS', 'as_picture', 'class_colour', 'image_boxes', 'new_figure', 'rendered', 'save', 'titles', 'GraphPicture', 'graph']  # also to be had from here
 
 # %% ../nbs/14_draw.ipynb #depth-map
 @for_print
