@@ -7,7 +7,6 @@ __all__ = ['DEFAULTS', 'NamedGraph', 'PicturePrediction']
 
 # %% ../nbs/14d_shown.ipynb #imports
 import base64
-import io
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -103,7 +102,7 @@ def _boxes_figure(self, part):
     "The picture with the boxes of `part`, a matplotlib figure as high as 4 inches and at most 7 wide."
     h, w = self.picture.shape[1:]
     scale = min(4 / h, 7 / w)
-    figure, axes = draw._figure(1, 1, max(w * scale, 1.5), max(h * scale, 1.5))
+    figure, axes = draw.new_figure(1, 1, max(w * scale, 1.5), max(h * scale, 1.5))
     draw.image_boxes(self.picture, part, self.vocabulary, axes[0, 0], min_score=0., top=len(part))
     return figure
 
@@ -127,9 +126,8 @@ def _side_svg(left, right, gap=12, most=(620, 420)):
 # %% ../nbs/14d_shown.ipynb #save-prediction
 def _svg(self, min_score=None, top=None, min_object=None):
     "Picture with boxes, and graph beside it, as the text of one SVG."
-    buffer, part = io.StringIO(), self._sure(min_score, top, min_object)[0]
-    _boxes_figure(self, part).savefig(buffer, format='svg', bbox_inches='tight', pad_inches=.02)
-    return _side_svg(buffer.getvalue(), self.graph(min_score, top, min_object).drawing.svg())
+    boxes = _boxes_figure(self, self._sure(min_score, top, min_object)[0])
+    return _side_svg(draw.rendered(boxes, 'svg', bbox_inches='tight', pad_inches=.02).decode(), self.graph(min_score, top, min_object).drawing.svg())
 
 def _save_svg(self, path, min_score=None, top=None, min_object=None):
     "Write picture, boxes and graph to `path`, whole or not at all; returns it. Raises `ValueError` for a name that does not end in .svg."
@@ -145,9 +143,7 @@ def _img(data, kind, alt):
     return f'<img alt="{escape(alt)}" style="max-height:420px;max-width:100%" src="data:image/{kind};base64,{base64.b64encode(data).decode()}"/>'
 
 def _png(self, part):
-    buffer = io.BytesIO()
-    _boxes_figure(self, part).savefig(buffer, format='png', dpi=110, bbox_inches='tight', pad_inches=.02)
-    return buffer.getvalue()
+    return draw.rendered(_boxes_figure(self, part), 'png', 110, bbox_inches='tight', pad_inches=.02)
 
 def _table(graph, most=12):
     "The best triplets of a `NamedGraph` as HTML."
