@@ -11,14 +11,14 @@ import string
 from html import escape
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from . import checkpoint
 from .files import atomic_path, read_json, write_json
 from .graph import Vocabulary
 from .inference import predict
-from .metrics import markdown_table, one_line
+from .metrics import one_line
 
 # %% ../nbs/17_sharing.ipynb #check-facts
 LARGEST = 8192  # pixels a side
@@ -92,13 +92,14 @@ def _classes(model):
 def _training(model):
     "How the network was built and trained, as a list."
     described = dict(model.network.config, size=model.size, **{k: v for k, v in model.facts.items() if k in ('pretrained', 'notes')}, **model.facts.get('training', {}))
-    return '\n'.join(f'- {escaped(name)}: {escaped(value, 200)}' for name, value in described.items() if value not in ([], '', None))
+    said = lambda value: value if isinstance(value, (int, float)) else escaped(value, 200)
+    return '\n'.join(f'- {escaped(name)}: {said(value)}' for name, value in described.items() if value not in ([], '', None))
 
 def _figures(model):
     "The figures on record, as a table."
     values = {name: value for name, value in model.facts.get('metrics', {}).items() if type(value) in (int, float)}
     if not values: return 'None are on record. `nbs/evaluate.ipynb` of the package measures them on any database.'
-    return 'Measured in training on validation data; 1 is perfect.\n\n' + markdown_table('figure', ['value'], list(values), [[f'{value:.4g}'] for value in values.values()], [[False]] * len(values))
+    return 'Measured in training on validation data; 1 is perfect.\n\n| figure | value |\n|---|---:|\n' + '\n'.join(f'| {escaped(name)} | {value:.4g} |' for name, value in values.items())
 
 def _licence(model):
     "The licence of the weights. Raises `ValueError` for one that cannot be an identifier."
@@ -108,18 +109,25 @@ def _licence(model):
     return f'{licence}, for the weights.'
 
 # %% ../nbs/17_sharing.ipynb #card-text
+def _reads(model):
+    "What the network reads, whether it was taught, and how it is asked."
+    if model.network.mode == 'depth': return 'It reads HHA pictures, made of depth, and is meant to teach networks that see colours.', "fields = model.network(pictures)  # HHA, as stdg.data.network_input gives it"
+    taught = ' In training it was taught where to look by a network that sees depth.' if model.facts.get('training', {}).get('stage') == 'student' else ''
+    return f'It reads RGB alone.{taught}', "prediction = model.predict('photo.jpg')"
+
 def card_text(model):
-    "The model card, without its YAML header, as Markdown."
+    "The model card, without its YAML header, as Markdown. Raises `ValueError` for a licence that cannot be one."
+    reads, asked = _reads(model)
     return f"""# Scene graphs by STDG ({escaped(model.network.config['backbone'])})
 
-Finds the objects in a picture and how they stand to one another (*cup, on, table*) in one pass over the picture. In training its deformable convolutions were, or may have been, taught by a network that sees depth; at work it reads {'HHA pictures (depth)' if model.network.mode == 'depth' else 'RGB alone'}.
+Finds the objects in a picture and how they stand to one another (*cup, on, table*) in one pass over the picture. {reads}
 
 ## Use
 
 ```python
 from stdg.sharing import Model
 model = Model.from_pretrained('owner/name')  # or the path of this folder
-prediction = model.predict('photo.jpg')
+{asked}
 ```
 
 The folder holds tensors (safetensors) and JSON; opening it runs no code.
@@ -180,34 +188,35 @@ Model._save_pretrained = _save_pretrained
 def _check_folder(folder):
     "Raise `FileNotFoundError` or `ValueError` for a folder that is not one of ours."
     folder, pickled = Path(folder), ('.bin', '.pt', '.pth', '.pkl', '.pickle', '.ckpt')
-    if not (folder/WEIGHTS).is_file():
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in pickled)
-        if pickles: raise ValueError(f"{folder} holds {one_line(pickles[0])}, a pickle, which can run code when it is opened, and no {WEIGHTS}. Ask for safetensors; a released checkpoint is turned into one by python -m stdg.released")
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in pickled)
+    if pickles and not (folder/WEIGHTS).is_file():
+        raise ValueError(f"{folder} holds {one_line(pickles[0])}, a pickle, which can run code when it is opened, and no {WEIGHTS}. Ask for safetensors; a released checkpoint becomes one by python -m stdg.released")
     for name in (WEIGHTS, FACTS, CONFIG):
-        if not (folder/name).is_file(): raise FileNotFoundError(f"{folder/name} is missing. A shared model has {WEIGHTS}, {FACTS} and {CONFIG}: copy all of them")
+        if not (folder/name).is_file(): raise FileNotFoundError(f"{folder/name} is missing. A shared model has {WEIGHTS}, {FACTS} and {CONFIG}, all in one folder")
     if not isinstance(read_json(folder/CONFIG), dict): raise ValueError(f"{folder/CONFIG} is not the JSON of a model")
 
-def _is_path(place): return isinstance(place, Path) or place.count('/') > 1 or place.startswith(('.', '/', '~'))
-
-def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, local_files_only, token):
-    "The model in the folder `model_id`, or of that name on the Hub."
-    if Path(model_id).is_dir(): return cls.load(Path(model_id)/WEIGHTS)
-    how = dict(revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token)
-    weights, _ = [hf_hub_download(model_id, name, **how) for name in (WEIGHTS, FACTS)]
-    return cls.load(weights)
+def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, network=None, facts=None):
+    "The model in the folder `model_id`. (What a config.json may say of `network` and `facts` does not count.)"
+    return cls.load(Path(model_id)/WEIGHTS)
 
 Model._from_pretrained = classmethod(_from_pretrained)
 
 # %% ../nbs/17_sharing.ipynb #from-pretrained
-def _from(cls, place, **how):
-    """The model in a folder, or of a name 'owner/name' on the Hub, its network in evaluation mode; `revision` pins a branch, a tag or a commit, `local_files_only` reads what was fetched before.
-
-    Raises `FileNotFoundError` or `ValueError` naming the place or file, and why."""
-    if Path(place).is_dir(): _check_folder(place)
-    elif _is_path(place): raise FileNotFoundError(f"{place} is no folder. Is the path right?")
-    try: return super(Model, cls).from_pretrained(place, **how)
+def _folder(place, **how):
+    "The folder `place`, or the one into which three files of that name on the Hub are fetched. Raises what `Model.from_pretrained` does."
+    if Path(place).is_dir(): return Path(place)
+    if isinstance(place, Path) or place.count('/') > 1 or place.startswith(('.', '/', '~')): raise FileNotFoundError(f"{place} is no folder. Is the path right?")
+    try: return Path(snapshot_download(place, allow_patterns=[WEIGHTS, FACTS, CONFIG], **how))
     except HFValidationError as error: raise ValueError(f"{place} is neither a folder nor a name on the Hub ({error})") from None
-    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error:
-        raise FileNotFoundError(f"{place} is no folder here, and of that name nothing could be read from the Hub, which must hold {WEIGHTS} and {FACTS} ({one_line(error, 200)})") from error
+    except (FileNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error: raise FileNotFoundError(f"{place} is no folder here, and nothing of that name could be read from the Hub ({one_line(error, 200)})") from error
+
+def _from(cls, place, **how):
+    """The model in a folder, or of a name 'owner/name' on the Hub, its network in evaluation mode.
+
+    `revision` pins a branch, tag or commit of the Hub, `local_files_only` takes what was fetched before; also `cache_dir`, `force_download`, `token`.
+    Raises `FileNotFoundError` or `ValueError` naming the place or file, and why."""
+    folder = _folder(place, **how)
+    _check_folder(folder)
+    return super(Model, cls).from_pretrained(folder, **how)
 
 Model.from_pretrained = classmethod(_from)
