@@ -286,6 +286,7 @@ class STDG(nn.Module):
         self.mode, self.colour_order, self.teacher_reads = MODES[mode], colour_order, teacher_reads
         numbers = {'head_norm': False, **CONFIGURATIONS.get(backbone, {**OTHER, 'timm_name': backbone}), **numbers}
         if head_norm is not None: numbers['head_norm'] = head_norm
+        if not timm.is_model(numbers['timm_name']): raise ValueError(f"timm_name {numbers['timm_name']!r} is not a model of timm")
         self.config = dict(backbone=backbone, mode=self.mode, n_objects=n_objects, n_predicates=n_predicates, colour_order=colour_order, **(dict(teacher_reads='rgb') if teacher_reads == 'rgb' else {}), **numbers)
         kind = timm.get_pretrained_cfg(numbers['timm_name'])
         self.mean, self.std = tuple(kind.mean), tuple(kind.std)
