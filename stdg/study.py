@@ -190,6 +190,7 @@ def plot(found, metrics=None):
             ax.set_yticks(range(len(configurations)), [one_line(c, 28) for c in configurations], fontsize=8, parse_math=False)
             ax.set(ylim=(len(configurations) - .4, -.6))
             ax.set_title(f'{one_line(metric, 28)}, {one_line(group, 28)}', fontsize=9, parse_math=False)
+            ax.tick_params(axis='x', labelsize=8)
             ax.grid(axis='x', alpha=.25)
     return figure
 

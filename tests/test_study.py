@@ -124,3 +124,11 @@ def test_intervals_are_those_of_scipy():
     found = study.summary({'': {'base': {'m': dict(enumerate(base))}, 'new': {'m': dict(enumerate(values))}}}, 'base')['']['new']['m']
     assert found['difference']['interval'] == pytest.approx(ttest_rel(values, base).confidence_interval())
     with pytest.raises(ValueError, match=r"'new' has seeds \[9\] that 'base' does not have"): study.summary({'': {'base': {'m': {1: .1}}, 'new': {'m': {1: .1, 9: .2}}}}, 'base')
+
+
+def test_readme_shows_the_study():
+    "The README's tables are what the package makes of the stored figures."
+    root = Path(__file__).parent.parent
+    record, readme = json.loads((root/'figures'/'study.json').read_text()), (root/'README.md').read_text()
+    assert str(study.StudyTable(record['found'])).strip() in readme and record['date'] in readme and record['runs'] == 50
+    assert [record['settings'][name] for name in ('n_train', 'epochs')] == [2000, 1] and sum(cell.startswith('**') for line in readme.splitlines() if '±' in line for cell in line.split('| ')) == 6
