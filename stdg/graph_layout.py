@@ -64,7 +64,7 @@ def _stretch(far, weight, begins):
     "Cost (K,) of edges to neighbours `far` (K, D, 2) away; `begins` (D,) says which edges point at them."
     steps = np.sqrt(np.square(far / (1.3 * ROW, ROW)).sum(-1))
     level, upwards = abs(far[..., 1]) < ROW / 2, np.where(begins, far[..., 1], -far[..., 1]) < ROW / 2
-    return ((np.maximum(steps - 1, 0) + .8 * upwards + .8 * level) * weight).sum(1)
+    return ((np.maximum(steps - 1, 0) + 1.3 * upwards + .8 * level) * weight).sum(1)
 
 def _cost(graph, v, places):
     "Cost (K,) of node `v` at each of `places` (K, 2)."

@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import functional as T
 
 from . import decode, depth
 from .data import network_input
@@ -62,9 +61,10 @@ def database_scene(database, row, source='metric'):
     "The `Scene` of image `row` of a `Database`; `source` is that of `stdg.precompute.prepare_hha`. Raises `ValueError` naming a file that is damaged."
     truth = database.graph(row)
     metres, unit = _depth_of_row(database, row, source, truth.size)
-    holds = database.dense(row) if 'dense_predicates' in database._data else None
+    try: holds = database.dense(row).numpy()
+    except ValueError: holds = None  # only rooms have it
     return Scene(f'{database.folder.name} {database.image_ids[row]}', database.image(row), truth, database.vocabulary, metres, unit,
-                 _hha_of_row(database, row, source, truth.size), holds if holds is None else holds.numpy())
+                 _hha_of_row(database, row, source, truth.size), holds)
 
 # %% ../nbs/16_layers.ipynb #upload-scene
 LONGEST = 512  # pixels
@@ -102,7 +102,7 @@ class Reading:
     predictions: dict  # {task: `Prediction`}, in pixels of the picture
 
 # %% ../nbs/16_layers.ipynb #ask
-def _onto_canvas(picture, canvas): return letterbox(torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1), canvas)
+def _onto_canvas(picture, canvas): return letterbox(torch.from_numpy(np.array(picture)).permute(2, 0, 1), canvas)
 
 def _teacher(model, teacher):
     "The network that teaches, and what it reads: that within `model`, else that of `teacher`, a `STDG` of mode 'depth' or None."

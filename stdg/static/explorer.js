@@ -1,8 +1,9 @@
-// The view of stdg.explore: a picture with boxes, a graph and tables, linked. The protocol is explained in nbs/16d_explore.ipynb.
+// The view of stdg.explore: a picture with boxes, a graph and tables, linked. The protocol is explained in nbs/16e_explore.ipynb.
 // Text reaches the page as text nodes and attributes only; nothing is fetched.
 
 const SVG = 'http://www.w3.org/2000/svg', SIDE = 480, PANEL = [620, 480], HEIGHT = 24;
 const [PREDICTION, TRUTH, BOTH] = [0, 1, 2];
+const STATE = ['show', 'least_object', 'least_triplet', 'count', 'overlay', 'object_class', 'predicate', 'head'];
 const VERDICTS = { hit: ['✓', 'hit'], miss: ['○', 'missed'], wrong: ['✕', 'wrong'], unwritten: ['+', 'holds, not annotated'] };
 const KEYS = 'Tab goes from picture to boxes, nodes, edges and rows, arrows move within; Enter pins, Escape clears.';
 
@@ -131,29 +132,33 @@ class View {
     this.cursor = null;
     this.build();
     this.listeners = [['change:base', () => this.later('base')], ['change:reading', () => this.later('reading')], ['change:graph', () => this.later('graph')],
-      ['change:message', () => this.say()], ['change:pinned', () => { this.pinned = new Set(model.get('pinned')); this.light(); }],
-      ...['show', 'least_object', 'least_triplet', 'count', 'overlay', 'object_class', 'predicate', 'head'].map(name => [`change:${name}`, () => this.later('state')])];
+      ['change:message', () => this.say()], ['change:busy', () => this.root.classList.toggle('stdg-busy', model.get('busy'))], ['change:pinned', () => { this.pinned = new Set(model.get('pinned')); this.light(); }],
+      ...STATE.map(name => [`change:${name}`, () => this.later('state')])];
     for (const [event, callback] of this.listeners) model.on(event, callback);
     this.say();
     this.paint(new Set(['base', 'reading', 'graph']));
   }
   stop() {
     for (const [event, callback] of this.listeners) this.model.off(event, callback);
-    cancelAnimationFrame(this.frame);
+    cancelAnimationFrame(this.waiting);
   }
   later(what) {
     // Collect what changed until the next frame.
     if (!this.changed) {
       this.changed = new Set();
-      this.frame = requestAnimationFrame(() => { const changed = this.changed; this.changed = null; this.paint(changed); });
+      this.waiting = requestAnimationFrame(() => { const changed = this.changed; this.changed = null; this.paint(changed); });
     }
     this.changed.add(what);
   }
-  state() { return Object.fromEntries(['show', 'least_object', 'least_triplet', 'count', 'overlay', 'object_class', 'predicate', 'head'].map(name => [name, this.model.get(name)])); }
+  state() {
+    // Pickers of class and predicate begin with 'any', which is -1 here.
+    const state = Object.fromEntries(STATE.map(name => [name, this.model.get(name)]));
+    return { ...state, object_class: state.object_class - 1, predicate: state.predicate - 1 };
+  }
 
   build() {
     const id = this.id = `stdg-${Math.random().toString(36).slice(2)}`;
-    const arrow = kind => make('marker', { id: `${id}-${kind}`, class: `stdg-arrow stdg-${kind}`, viewBox: '0 0 8 8', refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: 'auto-start-reverse' }, make('path', { d: 'M0 0.6L8 4L0 7.4Z' }));
+    const arrow = kind => make('marker', { id: `${id}-${kind}`, class: `stdg-arrow stdg-${kind}`, viewBox: '0 0 8 8', refX: 7, refY: 4, markerWidth: 10, markerHeight: 10, markerUnits: 'userSpaceOnUse', orient: 'auto' }, make('path', { d: 'M0 0.6L8 4L0 7.4Z' }));
     this.clip = make('rect');
     this.picture = make('image', { class: 'stdg-picture', preserveAspectRatio: 'none' });
     this.field = make('image', { class: 'stdg-field', preserveAspectRatio: 'none', 'clip-path': `url(#${id}-clip)` });
@@ -251,13 +256,22 @@ class View {
   drawGraph() {
     const g = this.graph, used = new Set(this.chosen.triplets.flatMap(t => [t.s, t.o])), nodes = this.chosen.objects.filter(o => used.has(o.key));
     const half = o => [g.widths[o.node] / 2, HEIGHT / 2];
-    const far = nodes.reduce(([x, y], o) => [Math.max(x, Math.abs(g.places[o.node][0]) + half(o)[0]), Math.max(y, Math.abs(g.places[o.node][1]) + half(o)[1])], [0, 0]);
-    const zoom = Math.max(1, (far[0] + 12) / (PANEL[0] / 2), (far[1] + 12) / (PANEL[1] / 2)), [w, h] = PANEL.map(v => v * zoom);
-    this.drawing.setAttribute('viewBox', `${-w / 2} ${-h / 2} ${w} ${h}`);
+    this.frameGraph(nodes.map(o => [g.places[o.node], half(o)]));
     this.edges.replaceChildren(...this.chosen.triplets.map((t, i) => this.edge(t, half, !i)));
     this.nodes.replaceChildren(...nodes.map((o, i) => this.node(o, half(o), !i)));
     this.drawing.setAttribute('aria-label', `graph of ${nodes.length} objects and ${this.chosen.triplets.length} relations`);
     this.graphTitle.textContent = '';
+  }
+  frameGraph(places) {
+    // The part of the drawing that is seen: what it was, as long as all nodes are in it.
+    const edges = [0, 1].map(k => [Math.min(...places.map(([p, half]) => p[k] - half[k])) - 14, Math.max(...places.map(([p, half]) => p[k] + half[k])) + 14]);
+    const inside = this.frame && this.framed === this.graph && edges.every(([low, high], k) => low >= this.frame[k] && high <= this.frame[k] + this.frame[k + 2]);
+    if (!places.length || inside) { if (!this.frame) this.frame = [-PANEL[0] / 2, -PANEL[1] / 2, ...PANEL]; } else {
+      const zoom = Math.max(1, ...edges.map(([low, high], k) => (high - low) / PANEL[k])), size = PANEL.map(v => v * zoom);
+      this.frame = [...edges.map(([low, high], k) => (low + high - size[k]) / 2), ...size];
+    }
+    this.framed = this.graph;
+    this.drawing.setAttribute('viewBox', this.frame.join(' '));
   }
   node(o, [a, b], first) {
     const [x, y] = this.graph.places[o.node], text = make('text', { x, y: y + 4, 'text-anchor': 'middle' }, (o.verdict ? VERDICTS[o.verdict][0] + ' ' : '') + o.title);
@@ -337,6 +351,7 @@ class View {
     else if (state.overlay === 2) field = ['confidence', state.predicate];
     else if (state.overlay === 3) marks.push(...this.voteMarks(v => state.predicate < 0 || v[0] === state.predicate));
     if (state.overlay === 4) marks.push(...this.pointMarks(state.head));
+    this.image.classList.toggle('stdg-sampling', state.overlay === 4);
     this.field.style.display = field ? '' : 'none';
     this.picture.classList.toggle('stdg-faded', !!field);
     if (field) {
