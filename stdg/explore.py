@@ -87,14 +87,14 @@ KERNELS = ('detection, 1st', 'detection, 2nd', 'relation, 1st', 'relation, 2nd')
 
 def _controls(places=(), networks=('',)):
     "{name: control}, in the order in which they are shown; names of `places` and `networks` are offered cut to one line."
-    w, wide = widgets, dict(style=dict(description_width='76px'), layout=widgets.Layout(width='auto', margin='1px 0'))
+    w, wide = widgets, dict(style=dict(description_width='64px'), layout=widgets.Layout(width='auto', margin='1px 0'))
     drop, slide = lambda text, options: w.Dropdown(options=options, description=text, **wide), dict(readout_format='.2f', step=.01, **wide)
     offer = lambda names: [(one_line(name), name) for name in names]
     return dict(place=drop('pictures', [*offer(places), ('own', 'own')]), number=w.BoundedIntText(1, 1, 1, description='number', **wide), network=drop('network', offer(networks)),
                 task=drop('task', TASK_TITLES), show=drop('show', SHOW), layer=drop('picture', LAYERS), overlay=drop('over it', OVERLAYS),
                 object_class=drop('class', ['any']), predicate=drop('predicate', ['any']), head=drop('kernel', KERNELS),
                 least_object=w.FloatSlider(.3, min=.05, max=1, description='objects ≥', **slide), least_triplet=w.FloatSlider(.05, min=0, max=1, description='triplets ≥', **slide),
-                count=w.IntSlider(10, min=1, max=MOST, description='at most', **wide), upload=w.FileUpload(accept='.jpg,.jpeg,.png,.webp,.bmp', description='own picture', layout=w.Layout(width='auto', margin='1px 0 1px 80px')))
+                count=w.IntSlider(10, min=1, max=MOST, description='at most', **wide), upload=w.FileUpload(accept='.jpg,.jpeg,.png,.webp,.bmp', description='own picture', layout=w.Layout(width='auto', margin='1px 0 1px 68px')))
 
 # %% ../nbs/16e_explore.ipynb #explorer
 class Explorer:
@@ -107,7 +107,7 @@ class Explorer:
         self.__dict__.update(controls)
         columns = lambda n: widgets.Layout(grid_template_columns=f'repeat(auto-fit, minmax({n}px, 1fr))', grid_gap='0 12px', max_width='1180px', overflow='hidden')
         controls = tuple(controls.values())
-        self.ui = widgets.VBox([*(widgets.GridBox(controls[rows], layout=columns(n)) for rows, n in ((slice(0, 5), 190), (slice(5, 10), 190), (slice(10, 14), 240))), self.view])
+        self.ui = widgets.VBox([*(widgets.GridBox(controls[rows], layout=columns(n)) for rows, n in ((slice(0, 5), 155), (slice(5, 10), 155), (slice(10, 14), 195))), self.view])
 
     def _load(self, name): return load_network(self.checkpoints[name])
 
@@ -310,7 +310,7 @@ def _trained(settings):
     paths = {f'{settings.name}/{stage}': train.folders(settings)[0]/f'{stage}.safetensors' for stage in STAGES}
     return {name: path for name, path in paths.items() if path.exists()}
 
-def at_hand(run='default', steps=150):
+def at_hand(run='default', steps=100):
     "(arguments for `explore`, a sentence): the networks of that run and its test pictures; or, without them, of a small run made now, of so many `steps` a stage, and the rooms it has learnt."
     path = train.folders(train.Settings(name=run))[0]/'run.yaml'
     found = _trained(train.read_settings(path)) if path.exists() else {}
@@ -324,7 +324,7 @@ def at_hand(run='default', steps=150):
     return dict(checkpoints=_trained(settings), databases=train.folders(settings)[1], split='train'), said
 
 # %% ../nbs/16e_explore.ipynb #arguments
-def arguments(run='default', steps=150, checkpoints=(), data='', split='test', source='metric'):
+def arguments(run='default', steps=100, checkpoints=(), data='', split='test', source='metric'):
     "`at_hand`, unless `checkpoints` are given: then these, and the database in `data`, a folder or a name under data/."
     if not checkpoints: return at_hand(run, steps)
     folder = train.folders(train.Settings(data=str(data)))[1]

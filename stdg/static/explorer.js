@@ -1,7 +1,7 @@
 // The view of stdg.explore: a picture with boxes, a graph and tables, linked. The protocol is explained in nbs/16e_explore.ipynb.
 // Text reaches the page as text nodes and attributes only; nothing is fetched.
 
-const SVG = 'http://www.w3.org/2000/svg', SIDE = 480, PANEL = [620, 480], HEIGHT = 24;
+const SVG = 'http://www.w3.org/2000/svg', HEIGHT = 24;
 const [PREDICTION, TRUTH, BOTH] = [0, 1, 2];
 const STATE = ['show', 'least_object', 'least_triplet', 'count', 'overlay', 'object_class', 'predicate', 'head'];
 const VERDICTS = { hit: ['✓', 'hit'], miss: ['○', 'missed'], wrong: ['✕', 'wrong'], unwritten: ['+', 'holds, not annotated'] };
@@ -130,7 +130,10 @@ class View {
     this.pinned = new Set(model.get('pinned'));
     this.hover = null;
     this.cursor = null;
+    [this.side, this.panel] = [480, [620, 480]];
     this.build();
+    this.resized = new ResizeObserver(() => this.resize());
+    this.resized.observe(this.root);
     this.listeners = [['change:base', () => this.later('base')], ['change:reading', () => this.later('reading')], ['change:graph', () => this.later('graph')],
       ['change:message', () => this.say()], ['change:busy', () => this.root.classList.toggle('stdg-busy', model.get('busy'))], ['change:pinned', () => { this.pinned = new Set(model.get('pinned')); this.light(); }],
       ...STATE.map(name => [`change:${name}`, () => this.later('state')])];
@@ -141,6 +144,7 @@ class View {
   stop() {
     for (const [event, callback] of this.listeners) this.model.off(event, callback);
     cancelAnimationFrame(this.waiting);
+    this.resized.disconnect();
   }
   later(what) {
     // Collect what changed until the next frame.
@@ -163,9 +167,10 @@ class View {
     this.picture = make('image', { class: 'stdg-picture', preserveAspectRatio: 'none' });
     this.field = make('image', { class: 'stdg-field', preserveAspectRatio: 'none', 'clip-path': `url(#${id}-clip)` });
     this.boxes = make('g', { role: 'group', 'aria-label': 'boxes' });
+    this.tags = make('g', { class: 'stdg-tags' });
     this.marks = make('g', { class: 'stdg-marks', 'clip-path': `url(#${id}-clip)` });
     this.imageTitle = make('title');
-    this.image = make('svg', { class: 'stdg-image', tabindex: 0, role: 'group' }, this.imageTitle, make('defs', {}, make('clipPath', { id: `${id}-clip` }, this.clip)), this.picture, this.field, this.boxes, this.marks);
+    this.image = make('svg', { class: 'stdg-image', tabindex: 0, role: 'group' }, this.imageTitle, make('defs', {}, make('clipPath', { id: `${id}-clip` }, this.clip)), this.picture, this.field, this.boxes, this.tags, this.marks);
     this.edges = make('g', { role: 'group', 'aria-label': 'edges' });
     this.nodes = make('g', { role: 'group', 'aria-label': 'nodes' });
     this.graphTitle = make('title');
@@ -181,6 +186,13 @@ class View {
     this.image.addEventListener('pointerleave', () => { this.cursor = null; this.overlay(); });
     this.image.addEventListener('keydown', event => this.walk(event));
     this.root.addEventListener('keydown', event => { if (event.key === 'Escape') { this.pinned.clear(); this.hover = null; this.cursor = null; this.pin(); } });
+  }
+  resize() {
+    // Both drawings are in pixels of the page, so that letters keep their size.
+    const [side, width] = [this.image, this.drawing].map(svg => Math.round(svg.getBoundingClientRect().width));
+    if (!side || !width || side === this.side && width === this.panel[0]) return;
+    [this.side, this.panel, this.frame] = [side, [width, Math.round(width * 480 / 620)], null];
+    this.later('base');
   }
   say() {
     this.message.textContent = this.model.get('message');
@@ -206,7 +218,7 @@ class View {
     this.root.dataset.painted = 1 + Number(this.root.dataset.painted || 0);
   }
   base() {
-    const base = this.size = this.model.get('base'), unit = this.unit = SIDE / Math.max(base.width, base.height);
+    const base = this.size = this.model.get('base'), unit = this.unit = this.side / Math.max(base.width, base.height);
     const [w, h] = [base.width * unit, base.height * unit];
     this.image.setAttribute('viewBox', `0 0 ${w} ${h}`);
     for (const part of [this.clip, this.picture]) { part.setAttribute('width', w); part.setAttribute('height', h); }
@@ -236,22 +248,23 @@ class View {
   kind(item) { return `stdg-${item.verdict || 'plain'}`; }
 
   drawBoxes() {
+    // Small boxes are named first, since they have the least choice, and lie on top.
     const taken = [], area = b => (b[2] - b[0]) * (b[3] - b[1]), u = this.unit, [width, height] = [this.size.width * u, this.size.height * u];
-    const order = [...this.chosen.objects].sort((a, b) => (b.score ?? 1) - (a.score ?? 1)), groups = new Map();
+    const order = [...this.chosen.objects].sort((a, b) => area(a.box) - area(b.box)), boxes = [], tags = [];
     for (const o of order) {
-      const [x1, y1, x2, y2] = o.box.map(v => v * u), w = 6.4 * o.title.length + 10;
+      const [x1, y1, x2, y2] = o.box.map(v => v * u), w = 6.4 * (o.title.length + (o.verdict ? 2 : 0)) + 10;
       const places = [[x1, y1 - 15], [x1, y1], [x2 - w, y1], [x1, y2 - 15], [x1, y2], [x2 - w, y2 - 15]].map(([x, y]) => [Math.min(Math.max(x, 0), width - w), Math.min(Math.max(y, 0), height - 15)]);
       const costs = places.map(([x, y]) => taken.reduce((sum, other) => sum + overlap([x, y, x + w, y + 15], other), 0));
       const least = Math.min(...costs), [x, y] = places[costs.indexOf(least)], crowded = least > 3 * w;
       if (!crowded) taken.push([x, y, x + w, y + 15]);
       const rect = kind => make('rect', { class: kind, x: x1, y: y1, width: Math.max(x2 - x1, 1), height: Math.max(y2 - y1, 1) });
-      const group = make('g', { class: `stdg-box ${this.kind(o)}` + (crowded ? ' stdg-crowded' : ''), style: `--class:${o.colour}` }, rect('stdg-halo'), rect('stdg-line'),
-        make('g', { class: 'stdg-tag' }, make('rect', { x, y, width: w, height: 15, rx: 2 }), make('text', { x: x + w / 2, y: y + 11, 'text-anchor': 'middle' }, (o.verdict ? VERDICTS[o.verdict][0] + ' ' : '') + o.title)));
-      group.prepend(make('title', {}, `${o.full}` + (o.score === undefined ? '' : ` ${share(o.score)}`)));
-      groups.set(o.key, group);
+      const look = { class: this.kind(o), style: `--class:${o.colour}` };
+      boxes.push([o, make('g', { ...look, class: `stdg-box ${look.class}` }, make('title', {}, o.full + (o.score === undefined ? '' : ` ${share(o.score)}`)), rect('stdg-halo'), rect('stdg-line'))]);
+      tags.push(make('g', { ...look, class: `stdg-tag ${look.class}` + (crowded ? ' stdg-crowded' : ''), 'aria-hidden': true, 'data-key': o.key },
+        make('rect', { x, y, width: w, height: 15, rx: 2 }), make('text', { x: x + w / 2, y: y + 11, 'text-anchor': 'middle' }, (o.verdict ? VERDICTS[o.verdict][0] + ' ' : '') + o.title)));
     }
-    order.sort((a, b) => area(b.box) - area(a.box));
-    this.boxes.replaceChildren(...order.map((o, i) => this.item(groups.get(o.key), 'box', o.key, this.name(o), !i)));
+    this.boxes.replaceChildren(...boxes.reverse().map(([o, group], i) => this.item(group, 'box', o.key, this.name(o), !i)));
+    this.tags.replaceChildren(...tags.reverse());
   }
   drawGraph() {
     const g = this.graph, used = new Set(this.chosen.triplets.flatMap(t => [t.s, t.o])), nodes = this.chosen.objects.filter(o => used.has(o.key));
@@ -266,8 +279,8 @@ class View {
     // The part of the drawing that is seen: what it was, as long as all nodes are in it.
     const edges = [0, 1].map(k => [Math.min(...places.map(([p, half]) => p[k] - half[k])) - 14, Math.max(...places.map(([p, half]) => p[k] + half[k])) + 14]);
     const inside = this.frame && this.framed === this.graph && edges.every(([low, high], k) => low >= this.frame[k] && high <= this.frame[k] + this.frame[k + 2]);
-    if (!places.length || inside) { if (!this.frame) this.frame = [-PANEL[0] / 2, -PANEL[1] / 2, ...PANEL]; } else {
-      const zoom = Math.max(1, ...edges.map(([low, high], k) => (high - low) / PANEL[k])), size = PANEL.map(v => v * zoom);
+    if (!places.length || inside) { if (!this.frame) this.frame = [-this.panel[0] / 2, -this.panel[1] / 2, ...this.panel]; } else {
+      const zoom = Math.max(1, ...edges.map(([low, high], k) => (high - low) / this.panel[k])), size = this.panel.map(v => v * zoom);
       this.frame = [...edges.map(([low, high], k) => (low + high - size[k]) / 2), ...size];
     }
     this.framed = this.graph;
@@ -308,7 +321,7 @@ class View {
     this.imageTitle.textContent = `${base.layer} of ${base.name}`;
     this.image.setAttribute('aria-label', `${base.layer} of ${base.name} with ${objects.length} ${what} boxes: ${list(objects, o => this.name(o))}. ${triplets.length} relations: ${list(triplets, t => this.sentence(t))}`);
     const kinds = this.chosen.mode === BOTH ? Object.keys(VERDICTS).filter(kind => kind !== 'unwritten' || this.graph.dense) : [];
-    this.legend.replaceChildren(...kinds.map(kind => make('span', { class: `stdg-key stdg-${kind}` }, make('i'), `${VERDICTS[kind][0]} ${VERDICTS[kind][1]}`)));
+    this.legend.replaceChildren(...kinds.map(kind => make('span', { class: `stdg-key stdg-${kind}` }, make('svg', { viewBox: '0 0 30 8', 'aria-hidden': true }, make('line', { x1: 0, y1: 4, x2: 30, y2: 4 })), `${VERDICTS[kind][0]} ${VERDICTS[kind][1]}`)));
   }
 
   // Hovering and pinning
@@ -334,7 +347,7 @@ class View {
       element.classList.toggle('stdg-lit', lit.has(key));
       element.classList.toggle('stdg-dim', lit.size > 0 && !lit.has(key) && !near.has(key));
       element.classList.toggle('stdg-pinned', this.pinned.has(key));
-      element.setAttribute('aria-pressed', this.pinned.has(key));
+      if (element.dataset.part) element.setAttribute('aria-pressed', this.pinned.has(key));
     }
     this.focus = centre.length ? this.byKey.get(centre[centre.length - 1]) : null;
     this.overlay();
@@ -391,17 +404,20 @@ class View {
   }
   tell(field) {
     // The line below the picture.
-    const base = this.size, r = this.reading, said = [], state = this.state();
-    if (field) said.push(`${field[0] === 'heat' ? 'heat-map' : 'confidence'} of ${field[1] < 0 ? (field[0] === 'heat' ? 'all classes' : 'all predicates') : (field[0] === 'heat' ? r.objects : r.predicates)[field[1]]}`);
-    if (!field && state.overlay === 3) said.push('each confident cell points at its subject (round) and its object (square)');
-    if (state.overlay === 4) said.push(`where it looks: ${'student' in r.offsets ? 'student round' : ''}${'teacher' in r.offsets ? ('student' in r.offsets ? ', ' : '') + 'teacher square' : ''}${this.apart == null ? '' : `, ${this.apart.toFixed(2)} cells apart`}`);
+    const base = this.size, r = this.reading, said = [], state = this.state(), [row, column] = this.cursor ? r.cell(...this.cursor) : [-1, -1];
     if (this.cursor) {
-      const [x, y] = this.cursor.map(Math.floor), index = y * base.width + x, raw = this.values?.[index], [row, column] = r.cell(...this.cursor);
-      said.unshift(`x ${x}, y ${y}` + (this.values ? `: ${base.layer} ${raw === 65535 || raw === undefined ? 'unknown' : (base.low + base.step * raw).toFixed(base.digits) + ' ' + base.unit}` : ''));
-      if (field && row >= 0 && column >= 0 && row < r.rows && column < r.columns) {
-        const n = r.rows * r.columns, at = row * r.columns + column;
-        if (field[1] >= 0) said.push((r[field[0]][field[1] * n + at] / 255).toFixed(2));
-      }
+      const [x, y] = this.cursor.map(Math.floor), raw = this.values?.[y * base.width + x];
+      const value = raw === 65535 || raw === undefined ? 'unknown' : `${(base.low + base.step * raw).toFixed(base.digits)} ${base.unit}`;
+      said.push(`x ${x}, y ${y}` + (this.values ? `: ${base.layer} ${value}` : ''));
+    }
+    if (field) {
+      const [kind, index] = field, names = kind === 'heat' ? r.objects : r.predicates, here = row >= 0 && column >= 0 && row < r.rows && column < r.columns;
+      const name = index >= 0 ? names[index] : kind === 'heat' ? 'all classes' : 'all predicates';
+      said.push(`${kind === 'heat' ? 'heat-map' : 'confidence'} of ${name}` + (here && index >= 0 ? `: ${share(r[kind][(index * r.rows + row) * r.columns + column] / 255)}` : ''));
+    } else if (state.overlay === 3) said.push('each confident cell points at its subject (round) and its object (square)');
+    if (state.overlay === 4) {
+      const looking = [['student', '●'], ['teacher', '◆']].filter(([who]) => who in r.offsets).map(([who, mark]) => `${mark} ${who}`).join(', ');
+      said.push(looking + (this.apart == null ? '' : `: ${this.apart.toFixed(2)} cells apart`));
     }
     this.readout.textContent = said.length ? said.join(' · ') : `${base.layer} of ${base.name}`;
   }
