@@ -476,3 +476,122 @@ def test_truth_and_prediction_compared(open_explorer, known):
     page.choose('task', 'PredCls')
     assert not page.find('.stdg-box.stdg-wrong') and len(page.find('.stdg-box')) == len(scene.truth)
     page.choose('task', 'SGDet')
+
+
+def _upload(page, *paths):
+    "Give files to the button, through the dialog that a script cannot see: its input is caught and filled."
+    page.run("HTMLInputElement.prototype.click = function () { this.className = 'caught'; document.body.append(this) }")
+    page.one('.jupyter-button.widget-upload, .widget-upload button, button.widget-upload').click()
+    page.one('input.caught').send_keys('\n'.join(map(str, paths)))
+    page.run("document.querySelectorAll('input.caught').forEach(e => e.remove())")
+
+
+def test_a_picture_is_uploaded_and_a_bad_one_is_refused(open_explorer, known, tmp_path):
+    page, (scene, *_) = open_explorer, known
+    before, painted = page.pixels('.stdg-image'), page.painted()
+    (tmp_path/'bad.png').write_bytes(b'\x89PNG\r\n\x1a\n no picture')
+    _upload(page, tmp_path/'bad.png')
+    page.wait(lambda: page.text('.stdg-message').startswith('bad.png: the picture is not read'), 'it is said what is wrong')
+    assert page.painted() == painted and (page.pixels('.stdg-image') == before).all(), 'nothing else changes'
+    page.shot('refused')
+    name = '<img src=x onerror=window.hacked=1>.png'
+    Image.fromarray(np.asarray(scene.picture)[:, ::-1]).resize((300, 220)).save(tmp_path/name)
+    _upload(page, tmp_path/name)
+    page.wait(lambda: page.painted() > painted and page.text('.stdg-readout') == f'RGB of {name}', 'it is shown')
+    page.settle()
+    assert page.text('.stdg-message').startswith('Nobody has annotated') and not page.find('.stdg-explorer img') and not page.find('.stdg-legend span')
+    x, y, width, height = map(float, page.attribute('.stdg-image', 'viewBox').split())
+    assert abs(width / height - 300 / 220) < .02 and page.run('return window.hacked') is None
+    page.shot('uploaded')
+    page.choose('pictures', 'rooms')
+    page.wait(lambda: page.text('.stdg-readout') == 'RGB of rooms 1', 'back again')
+    assert page.attribute('.stdg-message', 'hidden') is not None
+
+
+def _luminance(page, css, name='background-color'):
+    numbers = page.run('return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]', css, name).split('(')[1].rstrip(')').split(',')[:3]
+    return sum(w * (v / 12.92 if v <= .04045 else ((v + .055) / 1.055) ** 2.4) for w, v in zip((.2126, .7152, .0722), (float(n) / 255 for n in numbers)))
+
+
+def _contrast(a, b): return (max(a, b) + .05) / (min(a, b) + .05)
+
+
+def test_the_dark_theme(open_explorer):
+    page = open_explorer
+    page.choose('show', 'both, compared')
+    page.away()
+    read = lambda: (_luminance(page, '.stdg-graph'), *(_luminance(page, css, name) for css, name in (
+        ('.stdg-help', 'color'), ('.stdg-table td', 'color'), ('.stdg-edge.stdg-hit text', 'fill'), ('.stdg-edge.stdg-miss text', 'fill'), ('.stdg-edge.stdg-wrong text', 'fill'), ('.stdg-edge.stdg-unwritten text', 'fill'))))
+    light = read()
+    _menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
+    page.wait(lambda: page.run("return document.body.dataset.jpThemeLight") == 'false' and _luminance(page, '.stdg-graph') < .1, 'dark')
+    page.settle()
+    page.shot('dark')
+    dark = read()
+    assert light[0] > .9 and all(_contrast(light[0], ink) >= 4.5 for ink in light[1:]) and all(_contrast(dark[0], ink) >= 4.5 for ink in dark[1:]), (light, dark)
+    _menu(page, 'Settings', 'Theme', 'JupyterLab Light')
+    page.wait(lambda: page.run("return document.body.dataset.jpThemeLight") == 'true', 'light')
+
+
+def test_nothing_has_gone_wrong_so_far(open_explorer): assert not open_explorer.problems()
+
+
+def _delete(lab, path): urllib.request.urlopen(urllib.request.Request(f'{lab.url}{path}?token=secret', method='DELETE')).close()
+
+
+def test_saved_and_opened_again_it_is_a_picture(open_explorer, work, lab):
+    page = open_explorer
+    assert not page.run("return document.querySelector('.stdg-explorer').closest('.jp-OutputArea').querySelector('img').offsetParent"), 'while the view lives, the picture is hidden'
+    time.sleep(4)  # the picture is renewed two seconds after the last change
+    page.actions().key_down(Keys.CONTROL).send_keys('s').key_up(Keys.CONTROL).perform()
+    outputs = lambda: [output for cell in nbformat.read(work/'explore.ipynb', 4).cells for output in cell.get('outputs', [])]
+    page.wait(lambda: any('image/png' in output.get('data', {}) for output in outputs()), 'saved')
+    assert [set(output.data) for output in outputs()][-3:] == [{'application/vnd.jupyter.widget-view+json'}, {'image/png'}, {'text/html'}]
+    for session in json.load(urllib.request.urlopen(f'{lab.url}/api/sessions?token=secret')): _delete(lab, f"/api/sessions/{session['id']}")
+    page.driver.get('about:blank')
+    page.driver.get(f'{lab.url}/lab/tree/explore.ipynb?token=secret&reset')
+    image = page.one('.jp-OutputArea-output img')
+    page.wait(lambda: image.is_displayed() and page.run('return arguments[0].naturalWidth', image) > 900, 'the picture stands there')
+    page.wait(lambda: '| Idle' in page.one('#jp-main-statusbar').text, 'a new kernel')
+    page.settle()
+    seen = page.run("return document.querySelector('.jp-Notebook').innerText")
+    assert 'widget' not in seen.lower().replace('one call, one widget', '') and not page.find('.stdg-explorer'), seen
+    page.run("arguments[0].scrollIntoView({block: 'center'})", image)
+    page.shot('reopened')
+    assert all('model not found' in problem for problem in page.problems()), 'JupyterLab alone says that the widget is gone, in its console'
+
+
+def test_hostile_names_are_shown_and_not_obeyed(work, lab, page):
+    _notebook(work, 'strange.ipynb', checkpoints=[str(work/'runs'/'strange <b>&\u202e'/'student.safetensors')], data='strange', show='both, compared', overlay='class heat-map')
+    _run_all(page, lab, 'strange.ipynb')
+    shown = page.run("return document.querySelector('.stdg-explorer').textContent")
+    assert '<script>window.hacke' in shown and '\u202e' not in shown and 'a' * 500 not in shown
+    for css in ('.stdg-box', '.stdg-node', '.stdg-edge'):
+        page.hover(css)
+        page.settle()
+    page.shot('hostile')
+    options = page.run("return [...document.querySelectorAll('.widget-dropdown option')].map(e => e.textContent)")
+    assert any(option.startswith('"><img src=x') for option in options) and max(map(len, options)) <= 40
+    assert page.run('return window.hacked') is None and not page.find('.stdg-explorer script, .stdg-explorer img, .stdg-explorer foreignObject, .stdg-explorer [onload], .stdg-explorer [onerror]')
+    assert not page.find('.widget-dropdown script') and not page.problems()
+
+
+def test_voila_serves_it(work, page, tmp_path):
+    _notebook(work, 'served.ipynb', checkpoints=[str(work/'runs'/'tests'/'student.safetensors')], data='rooms')
+    server = Server(work, tmp_path, 'voila', 'served.ipynb', '--no-browser', '--Voila.ip=127.0.0.1', '--port={port}')
+    try:
+        page.wait(lambda: _up(server), 'voila is up')
+        page.driver.get(server.url)
+        page.one('.stdg-explorer[data-painted] .stdg-node')
+        page.settle()
+        assert set(listening(_family(server.process.pid))) <= {'0100007F', '00000000000000000000000001000000', '0000000000000000FFFF00000100007F'}
+        page.hover('.stdg-node')
+        page.wait(lambda: lit(page, '.stdg-box'), 'linked')
+        page.shot('voila')
+        assert not page.problems() and not any(image.is_displayed() for image in page.find('.jp-OutputArea-output img'))
+    finally: server.stop()
+
+
+def _up(server):
+    assert server.process.poll() is None, Path(server.log.name).read_text()[-3000:]
+    with socket.socket() as s: return s.connect_ex(('127.0.0.1', server.port)) == 0
