@@ -17,7 +17,7 @@ from PIL import Image
 
 from . import decode, depth
 from .data import network_input
-from .draw import _HHA
+from .draw import HHA_CHANNELS
 from .estimation import DepthFile, depth_path
 from .graph import TASKS, SceneGraph, Vocabulary
 from .inference import letterbox, unbox
@@ -155,7 +155,7 @@ def votes(reading, most=2000):
     return np.column_stack([predicate, sure[best], centre, reading.points[predicate, row, column]]).astype(np.float32)
 
 # %% ../nbs/16_layers.ipynb #layers
-LAYERS = ('RGB', 'depth', *(name for name, *_ in _HHA))
+LAYERS = ('RGB', 'depth', *(name for name, *_ in HHA_CHANNELS))
 
 @dataclass
 class Layer:
@@ -183,7 +183,7 @@ def layer(scene, name):
         return Layer(name, _coloured(values, 'viridis_r'), values, scene.unit)
     if scene.hha is None: return None
     channel = LAYERS.index(name) - 2
-    _, unit, colours, value = _HHA[channel]
+    _, unit, colours, value = HHA_CHANNELS[channel]
     values = value(scene.hha[..., channel].astype(np.float32))
     return Layer(name, _coloured(values, colours), values, unit)
 

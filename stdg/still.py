@@ -16,7 +16,7 @@ from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path as Outline
 
 from .agreement import VERDICTS
-from .draw import _draw_boxes, as_picture
+from .boxes import as_picture, draw_boxes
 from .graph_layout import HEIGHT, PANEL, curve
 from .metrics import one_line
 
@@ -95,7 +95,7 @@ def still(picture, record, names, title='', **state):
     left.set_title(one_line(title, 60), fontsize=9, parse_math=False)
     order = sorted(objects.values(), key=lambda o: -o.get('score', 1))
     lines = [_line(o) if o['verdict'] else (o['colour'], '-', '') for o in order]
-    _draw_boxes(left, [o['box'] for o in order], [f"{mark} {o['title']}".strip() for o, (*_, mark) in zip(order, lines)], [colour for colour, *_ in lines])
+    draw_boxes(left, [o['box'] for o in order], [f"{mark} {o['title']}".strip() for o, (*_, mark) in zip(order, lines)], [colour for colour, *_ in lines])
     for patch, (_, dash, _) in zip(left.patches, lines): patch.set_linestyle(dash)
     _frame(right, _graph(right, record, objects, triplets, names))
     kinds = [kind for kind in VERDICTS if kind in {t['verdict'] for t in (*objects.values(), *triplets.values())}]
