@@ -193,8 +193,9 @@ class Page:
         return next(box.find_element('css selector', css) for box in self.find('.jupyter-widgets:has(> label)') if box.find_element('css selector', 'label').text == label)
 
     def choose(self, label, text):
-        before = self.painted()
-        Select(self.control(label, 'select')).select_by_visible_text(text)
+        before, picker = self.painted(), Select(self.control(label, 'select'))
+        if picker.first_selected_option.text == text: return
+        picker.select_by_visible_text(text)
         self.wait(lambda: self.painted() > before, f'{label}: {text}')
 
     def settle(self): time.sleep(.25)
@@ -488,11 +489,14 @@ def _upload(page, *paths):
 
 def test_a_picture_is_uploaded_and_a_bad_one_is_refused(open_explorer, known, tmp_path):
     page, (scene, *_) = open_explorer, known
-    before, painted = page.pixels('.stdg-image'), page.painted()
+    drawn = lambda: page.run("return ['.stdg-image', '.stdg-graph', '.stdg-tables'].map(css => document.querySelector(css).innerHTML)")
+    page.away()
+    before, painted = drawn(), page.painted()
     (tmp_path/'bad.png').write_bytes(b'\x89PNG\r\n\x1a\n no picture')
     _upload(page, tmp_path/'bad.png')
     page.wait(lambda: page.text('.stdg-message').startswith('bad.png: the picture is not read'), 'it is said what is wrong')
-    assert page.painted() == painted and (page.pixels('.stdg-image') == before).all(), 'nothing else changes'
+    page.settle()
+    assert page.painted() == painted and drawn() == before, 'nothing else changes'
     page.shot('refused')
     name = '<img src=x onerror=window.hacked=1>.png'
     Image.fromarray(np.asarray(scene.picture)[:, ::-1]).resize((300, 220)).save(tmp_path/name)
@@ -546,7 +550,7 @@ def test_saved_and_opened_again_it_is_a_picture(open_explorer, work, lab):
     page.actions().key_down(Keys.CONTROL).send_keys('s').key_up(Keys.CONTROL).perform()
     outputs = lambda: [output for cell in nbformat.read(work/'explore.ipynb', 4).cells for output in cell.get('outputs', [])]
     page.wait(lambda: any('image/png' in output.get('data', {}) for output in outputs()), 'saved')
-    assert [set(output.data) for output in outputs()][-3:] == [{'application/vnd.jupyter.widget-view+json'}, {'image/png'}, {'text/html'}]
+    assert [set(output.get('data', ())) for output in outputs()][-3:] == [{'application/vnd.jupyter.widget-view+json'}, {'image/png'}, {'text/html'}]
     for session in json.load(urllib.request.urlopen(f'{lab.url}/api/sessions?token=secret')): _delete(lab, f"/api/sessions/{session['id']}")
     page.driver.get('about:blank')
     page.driver.get(f'{lab.url}/lab/tree/explore.ipynb?token=secret&reset')
@@ -588,7 +592,8 @@ def test_voila_serves_it(work, page, tmp_path):
         page.hover('.stdg-node')
         page.wait(lambda: lit(page, '.stdg-box'), 'linked')
         page.shot('voila')
-        assert not page.problems() and not any(image.is_displayed() for image in page.find('.jp-OutputArea-output img'))
+        of_voila = [problem for problem in page.problems() if 'fontawesome' not in problem]  # its own page asks a CDN for icons; the explorer needs none
+        assert not of_voila and not any(image.is_displayed() for image in page.find('.jp-OutputArea-output img'))
     finally: server.stop()
 
 
