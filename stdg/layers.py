@@ -51,8 +51,8 @@ def _hha_of_row(database, row, source, size):
 def _depth_of_row(database, row, source, size):
     "Depth (H, W) of one image and its unit; None if nothing is known of it."
     if database.has_depth: return database.depth(row), 'm'
-    path = depth_path(database.folder, source)
-    if not path.exists(): return None, 'm'
+    path = None if source in SOURCES else depth_path(database.folder, source)
+    if path is None or not path.exists(): return None, 'm'
     file = DepthFile(path, database.image_ids)
     if file.metric: return np.asarray(Image.fromarray(file[row]).resize(size[::-1], Image.Resampling.NEAREST)), 'm'
     return depth.pseudo_depth(file[row], max(size))[0][:size[0], :size[1]], '(nearest 1, farthest 10)'

@@ -4,10 +4,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" MPLBACKEND=agg OMP_NUM_THREADS=1 PYTHONHASHSEED=0
 
-# Graphviz draws the graphs. Root on a Debian machine gets it; everybody else is served too, those tests are skipped with a reason.
-if ! command -v dot >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    (apt-get update -qq && apt-get install -y -qq --no-install-recommends graphviz) >/dev/null 2>&1 || echo "graphviz could not be installed: its tests will be skipped"
-fi
+# Graphviz draws the graphs, Chromium tests the explorer. Root on a Debian machine gets them; everybody else is served too, those tests are skipped with a reason.
+get() {
+    command -v "$1" >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null && return
+    (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${@:2}") >/dev/null 2>&1 || echo "${*:2} could not be installed: its tests will be skipped"
+}
+get dot graphviz
+get chromedriver chromium chromium-driver
 
 step() { echo; echo "== $* ($(date +%H:%M:%S))"; }
 
