@@ -23,7 +23,7 @@ from .data import network_input
 from .deform import DeformConv, project_then_gather, sampling_points
 from .files import atomic_path
 from .graph import Prediction, Vocabulary
-from .inference import letterbox, read_image, unbox
+from .inference import letterbox, on_picture, read_image
 from .sharing import check_facts
 
 # %% ../nbs/17b_export.ipynb #sample
@@ -143,8 +143,8 @@ class OnnxModel:
     def __call__(self, pictures): return self.session.run(None, dict(picture=np.asarray(pictures)))
 
     def predict(self, image):
-        "The `Prediction` for a picture (path, PIL image or array), in its own pixels."
+        "The `PicturePrediction` for a picture (path, PIL image or array), in its own pixels, as `stdg.predict`."
         picture = read_image(image)
-        canvas, scale, corner = letterbox(picture, self.size)
+        canvas, *place = letterbox(picture, self.size)
         found = [array[0] for array in self(canvas[None])]
-        return unbox(finish(*found, n_predicates=self.n_predicates), scale, corner, tuple(picture.shape[1:]))
+        return on_picture(finish(*found, n_predicates=self.n_predicates), *place, picture, self.facts, self.facts['config'], str(image) if isinstance(image, (str, Path)) else '')

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from . import checkpoint
 from .files import atomic_path, read_json, write_json
 from .graph import Vocabulary
-from .inference import predict
+from .inference import SHARED, Predictor, predict
 from .metrics import one_line
 
 # %% ../nbs/17_sharing.ipynb #check-facts
@@ -34,6 +34,9 @@ def check_facts(facts, config):
     if type(size) is not int or not 1 <= size <= LARGEST: raise ValueError(f"size is {one_line(size)}; it is the side of the pictures in pixels, 1 to {LARGEST}")
     for name in ('training', 'metrics'):
         if not isinstance(facts.get(name, {}), dict): raise ValueError(f"{name} must be an object of names and values")
+    limits = facts.get('thresholds', {})
+    if not isinstance(limits, dict) or not all(isinstance(value := limits.get(kind, 0), (int, float)) and 0 <= value <= 1 for kind in ('objects', 'triplets')):
+        raise ValueError('thresholds must be numbers from 0 to 1 for objects and triplets')
 
 # %% ../nbs/17_sharing.ipynb #model
 class Model(ModelHubMixin, library_name='stdg', pipeline_tag='object-detection', repo_url='https://github.com/stdg/stdg',
@@ -63,8 +66,8 @@ class Model(ModelHubMixin, library_name='stdg', pipeline_tag='object-detection',
     def size(self): return self.facts.get('size', 512)
 
     def predict(self, image, size=None):
-        "The `Prediction` for a picture (path, PIL image or array), as `stdg.predict`."
-        return predict(image, self.network, size or self.size)
+        "The `PicturePrediction` for a picture, or a list of them for several, as `stdg.predict`."
+        return predict(image, Predictor(self.network, size, facts=self.facts))
 
 # %% ../nbs/17_sharing.ipynb #escaped
 def escaped(text, longest=40):
@@ -174,7 +177,7 @@ def _generate_model_card(self):
 Model.generate_model_card = _generate_model_card
 
 # %% ../nbs/17_sharing.ipynb #save-half
-WEIGHTS, FACTS, CONFIG = 'model.safetensors', 'model.json', 'config.json'
+WEIGHTS, FACTS, CONFIG = SHARED, 'model.json', 'config.json'
 
 def _save_pretrained(self, folder):
     "Write all but the card into `folder`."

@@ -37,9 +37,9 @@ def pictures(n, size): return torch.from_numpy(np.random.default_rng(n).integers
 
 
 def matched(a, b):
-    "For each row of `a` (N, D) the row of `b` that is it, to 1e-3; rounding may have changed their order."
+    "For each row of `a` (N, D), a class and lengths, the row of `b` that is it, to 1e-4 of its longest length; rounding may have changed their order."
     far, partner = torch.cdist(a.double(), b.double(), compute_mode='donot_use_mm_for_euclid_dist').min(1)
-    assert far.max() < 1e-3 and len(partner.unique()) == len(b) == len(a)
+    assert (far <= 1e-4 * b[partner, 1:].abs().amax(1).clamp(min=10)).all() and len(partner.unique()) == len(b) == len(a)
     return partner
 
 
@@ -114,7 +114,7 @@ def test_resnet50(tmp_path):
 
 def test_swin_s(tmp_path):
     "The published Swin network with fewer repetitions of the same block (whole, it takes minutes to export), padded windows and shifted ones."
-    network = model('swin_s', 128, fpn=64, channels=64)
+    network = model('swin_s', 128, fpn=64, channels=64, prior=.4)
     body, transformer = network.network.network.backbone.body, network.network.network.detection.layers
     for stage in (body.layers_2, body.layers_3): stage.blocks = stage.blocks[:2]
     body.layers_0.blocks, body.layers_1.blocks, transformer.blocks = body.layers_0.blocks[:1], body.layers_1.blocks[:2], transformer.blocks[:1]

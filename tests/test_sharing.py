@@ -19,11 +19,11 @@ from huggingface_hub import ModelCard, hub_mixin
 from stdg import checkpoint
 from stdg.graph import Vocabulary
 from stdg.model import STDG
-from stdg.sharing import Model, escaped
+from stdg.sharing import Model, escaped, check_facts
 
 FILES = ['README.md', 'config.json', 'model.json', 'model.safetensors']
 FACTS = dict(vocabulary=Vocabulary(['cup', 'table', 'lamp'], ['near', 'on']).to_json(), size=96, training=dict(stage='student', step=240, epochs=120., seed=3), metrics={'sgdet/R@50': .5, 'AP50': .25},
-             thresholds=dict(objects=[.1, .2, .3], predicates=None), license='cc-by-4.0', notes=['Größe ☕'], pretrained=True)
+             thresholds=dict(objects=.3, triplets=.12, images=200), license='cc-by-4.0', notes=['Größe ☕'], pretrained=True)
 picture = np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8)
 
 
@@ -286,3 +286,8 @@ def test_many_names():
     many = [f'class {i}' for i in range(3000)]
     text = tiny(dict(vocabulary=dict(objects=many, predicates=['on'])), 3000, 1).generate_model_card().text
     assert 'class 999 and 2000 more' in text and 'class 1000,' not in text
+
+
+@pytest.mark.parametrize('wrong', [[], dict(objects='high'), dict(triplets=-.1), dict(objects=[.1])])
+def test_thresholds_are_numbers(wrong):
+    with pytest.raises(ValueError, match='thresholds must be numbers from 0 to 1'): check_facts(dict(thresholds=wrong), dict(n_objects=1, n_predicates=1))
