@@ -277,8 +277,11 @@ def explore(checkpoints,  # .safetensors: a path, several, or {name: path}
     place, number = start.pop('place', explorer.place.value), start.pop('number', 1)
     unknown = [name for name in start if not isinstance(getattr(explorer, name, None), widgets.Widget) or name in ('ui', 'view', 'upload')]
     if unknown: raise ValueError(f"there is no control {unknown[0]!r}; there are {', '.join(_controls())}")
-    explorer._name_options(explorer._load(start.get('network', explorer.network.value))[1])
-    for name, value in (dict(head=KERNELS[3]) | start).items(): getattr(explorer, name).value = value
+    first = start.get('network', explorer.network.value)
+    explorer._name_options(explorer._load(first)[1])
+    least = checkpoint.facts(networks[first]).get('thresholds', {})
+    own = {control: least[kind] for control, kind in (('least_object', 'objects'), ('least_triplet', 'triplets')) if kind in least}
+    for name, value in (dict(head=KERNELS[3]) | own | start).items(): getattr(explorer, name).value = value
     explorer._link()
     explorer._go(place, number)
     explorer._explain()

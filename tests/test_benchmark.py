@@ -17,7 +17,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp('benchmark')
     values = [text for k, v in TOY.items() for text in ('-p', k, str(v))]
     command = [sys.executable, '-m', 'papermill', '--no-progress-bar', str(root/'nbs'/'benchmark.ipynb'), str(out/'out.ipynb'), '-k', 'python3', *values,
-               '-p', 'out', str(out), '-y', 'networks: [resnet50]']
+               '-p', 'out', str(out), '-y', '{networks: [resnet50], exported: [small]}']
     done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (out/'benchmark.png').stat().st_size > 5000
@@ -26,7 +26,7 @@ def results(tmp_path_factory):
 
 def test_every_piece_is_measured(results):
     names = ' '.join(row['name'] for row in results['rows'])
-    for piece in ('HHA', 'target fields', 'loading', 'decoding', 'evaluator', 'deformable convolution', 'training step', 'inference', 'bytes to triplets'): assert piece in names
+    for piece in ('HHA', 'target fields', 'loading', 'decoding', 'evaluator', 'deformable convolution', 'training step', 'inference', 'bytes to triplets', 'onnxruntime', 'explorer, slowest', 'explorer, a new picture'): assert piece in names
     assert all(row['ms'] > 0 for row in results['rows']) and sum('ratio' in row for row in results['rows']) >= 9
     for row in results['rows']:
         if 'ratio' in row: assert row['ratio'] == pytest.approx(row['stand_in_ms'] / row['ms'], rel=.02, abs=.01) and row['stand_in']
