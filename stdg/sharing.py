@@ -39,7 +39,7 @@ def check_facts(facts, config):
         raise ValueError('thresholds must be numbers from 0 to 1 for objects and triplets')
 
 # %% ../nbs/17_sharing.ipynb #model
-class Model(ModelHubMixin, library_name='stdg', pipeline_tag='object-detection', repo_url='https://github.com/stdg/stdg',
+class Model(ModelHubMixin, library_name='stdg', pipeline_tag='object-detection',
             tags=['scene-graph-generation', 'visual-relationship-detection', 'pytorch']):
     """A `STDG` and the facts of its checkpoint (`vocabulary`, `size`, `training`, `metrics`, `license`, or any other that is JSON).
 
@@ -111,56 +111,38 @@ def _licence(model):
     if not re.fullmatch('[a-z0-9][a-z0-9.-]{1,40}', str(licence)): raise ValueError(f"license is {one_line(licence)!r}; an identifier of the Hub is needed, such as 'apache-2.0'")
     return f'{licence}, for the weights.'
 
-# %% ../nbs/17_sharing.ipynb #card-text
-def _reads(model):
-    "What the network reads, whether it was taught, and how it is asked."
-    if model.network.mode == 'depth': return 'It reads HHA pictures, made of depth, and is meant to teach networks that see colours.', "fields = model.network(pictures)  # HHA, as stdg.data.network_input gives it"
-    taught = ' In training it was taught where to look by a network that sees depth.' if model.facts.get('training', {}).get('stage') == 'student' else ''
-    return f'It reads RGB alone.{taught}', "prediction = model.predict('photo.jpg')"
+# %% ../nbs/17_sharing.ipynb #use
+def _opening(model):
+    "What the network does and what it reads."
+    sees = 'It reads HHA pictures, made of depth, and is meant to teach networks that see colours.' if model.network.mode == 'depth' else 'It reads RGB alone.'
+    taught = model.network.mode != 'depth' and model.facts.get('training', {}).get('stage') == 'student'
+    return ('Finds the objects in a picture and how they stand to one another (*cup, on, table*) in one pass over the picture. '
+            + sees + (' In training it was taught where to look by a network that sees depth.' if taught else ''))
 
-def card_text(model):
-    "The model card, without its YAML header, as Markdown. Raises `ValueError` for a licence that cannot be one."
-    reads, asked = _reads(model)
-    return f"""# Scene graphs by STDG ({escaped(model.network.config['backbone'])})
-
-Finds the objects in a picture and how they stand to one another (*cup, on, table*) in one pass over the picture. {reads}
-
-## Use
-
-```python
+def _use(model):
+    "How the network is fetched and asked."
+    asked = ("fields = model.network(pictures)  # HHA, as stdg.data.network_input gives it" if model.network.mode == 'depth' else "prediction = model.predict('photo.jpg')")
+    return f"""```python
 from stdg.sharing import Model
 model = Model.from_pretrained('owner/name')  # or the path of this folder
 {asked}
 ```
 
-The folder holds tensors (safetensors) and JSON; opening it runs no code.
+The folder holds tensors (safetensors) and JSON; opening it runs no code."""
 
-## What it finds
+# %% ../nbs/17_sharing.ipynb #card-text
+def _limits(model):
+    "What not to expect."
+    return ('It knows the classes above and nothing else, and gives every picture a hundred boxes, most of them faint: the scores say which to believe, and they are not probabilities. '
+            'It has learnt the pictures, the habits and the gaps of its training data; other pictures may go worse, and what was seldom annotated is seldom found. '
+            f'A picture is scaled to {model.size} pixels, and what is tiny there is lost. It must not decide anything about people.')
 
-{_classes(model)}
-
-## How it was made
-
-{_training(model)}
-
-## Figures
-
-{_figures(model)}
-
-## Limits
-
-It knows the classes above and nothing else, and gives every picture a hundred boxes, most of them faint: the scores say which to believe, and they are not probabilities. It has learnt the pictures, the habits and the gaps of its training data; other pictures may go worse, and what was seldom annotated is seldom found. A picture is scaled to {model.size} pixels, and what is tiny there is lost. It must not decide anything about people.
-
-## Licence
-
-{_licence(model)}
-
-## Citation
-
-```bibtex
-{CITATION}
-```
-"""
+def card_text(model):
+    "The model card, without its YAML header, as Markdown. Raises `ValueError` for a licence that cannot be one."
+    title = f"# Scene graphs by STDG ({escaped(model.network.config['backbone'])})\n\n{_opening(model)}"
+    sections = {'Use': _use(model), 'What it finds': _classes(model), 'How it was made': _training(model), 'Figures': _figures(model),
+                'Limits': _limits(model), 'Licence': _licence(model), 'Citation': f'```bibtex\n{CITATION}\n```'}
+    return '\n\n'.join([title, *(f'## {name}\n\n{text}' for name, text in sections.items())]) + '\n'
 
 # %% ../nbs/17_sharing.ipynb #card
 class Card(ModelCard):

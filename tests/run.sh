@@ -12,6 +12,11 @@ get() {
 get dot graphviz
 get chromedriver chromium chromium-driver
 
+# What notebooks and tests leave lies in one folder, which goes with this script: 2 GB of notebooks, then at most 6 GB of tests.
+TMPDIR=$(mktemp -d)
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
+
 step() { echo; echo "== $* ($(date +%H:%M:%S))"; }
 
 step "notebooks and modules agree; notebooks are clean; README.md is current"
@@ -19,6 +24,7 @@ python tests/check_reproducible.py
 
 step "nbdev_test: every notebook runs from top to bottom"
 nbdev_test --n_workers 2
+rm -rf "${TMPDIR:?}"/*
 
 step "pytest, one file at a time in each of two processes"
 python -m pytest tests -q -rs -n 2 --dist loadfile --durations=8

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,8 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp('project')
     (home/'settings.ini').touch()
     assert run(home, 'whole')[0] == 0
-    return home
+    yield home
+    shutil.rmtree(home)  # 2 GB of states
 
 
 def run(home, name, kind='none', stage='-', step=0, processes=0, **settings):
