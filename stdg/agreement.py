@@ -84,14 +84,16 @@ FIRST = 10
 def _arrange(record, names):
     "Give `record` the places and widths of its nodes, and each triplet the bend of its edge and the place of its name."
     sides = [side for side in (record, record['truth']) if side]
-    node = {o['node']: o for side in reversed(sides) for o in side['objects']}
+    objects = [o for side in reversed(sides) for o in side['objects']]
+    node = {o['node']: o for o in objects}
     node = [node[n] for n in range(max(node, default=-1) + 1)]
+    widths = [7.2 * max(len(o['title']) for o in objects if o['node'] == n) + 30 for n in range(len(node))]
     ends = [[(side['objects'][t['s']]['node'], side['objects'][t['o']]['node'], t['p']) for t in side['triplets']] for side in sides]
     every = np.array(list(dict.fromkeys(ends[0][:FIRST] + sum(ends[1:], []) + ends[0][FIRST:])), int).reshape(-1, 3)
     middles = np.array([o['box'] for o in node]).reshape(-1, 2, 2).mean(1) / record['size'][::-1] - .5
-    widths = [7.2 * len(o['title']) + 30 for o in node]
-    at = place_nodes(widths, every[:, :2], middles * PANEL)
-    bends, stops = place_names(at, widths, every[:, :2], [6.1 * len(names[p]) + 8 for p in every[:, 2]])
+    lengths = [6.1 * len(names[p]) + 8 for p in every[:, 2]]
+    at = place_nodes(widths, every[:, :2], middles * PANEL, lengths)
+    bends, stops = place_names(at, widths, every[:, :2], lengths)
     line = {tuple(edge): dict(bend=bend, at=stop) for edge, bend, stop in zip(every.tolist(), bends, stops)}
     for end, t in zip(sum(ends, []), [t for side in sides for t in side['triplets']]): t.update(line[end])
     record.update(places=at.tolist(), widths=widths)

@@ -48,33 +48,37 @@ class _Graph:
     half: np.ndarray  # (n, 2) half width and height of the nodes
     edges: np.ndarray  # (E, 2) from, to; best first, no loops
     weight: np.ndarray  # (E,)
+    names: np.ndarray  # (E,) widths of the edges' names
     prior: np.ndarray  # (n, 2) where a node would like to be
     at: np.ndarray  # (n, 2) places
     placed: np.ndarray  # (n,) bool
 
     def around(self, v):
-        "Placed neighbours of `v`, weights of the edges, which of them begin at `v`; and the other edges (R, 2) between placed nodes."
+        "Placed neighbours of `v`, the numbers of the edges to them, and the other edges (R, 2) between placed nodes."
         mine = (self.edges == v).any(1)
         other = self.edges.sum(1) - v
         ready = mine & self.placed[np.where(mine, other, 0)]
-        return other[ready], self.weight[ready], self.edges[ready, 0] == v, self.edges[~mine & self.placed[self.edges].all(1)]
+        return other[ready], np.flatnonzero(ready), self.edges[~mine & self.placed[self.edges].all(1)]
 
 # %% ../nbs/16b_graph_layout.ipynb #cost
-def _stretch(far, weight, begins):
-    "Cost (K,) of edges to neighbours `far` (K, D, 2) away; `begins` (D,) says which edges point at them."
+def _stretch(far, clear, weight, begins):
+    "Cost (K,) of edges to neighbours `far` (K, D, 2) away, with `clear` (K, D) room beside name and nodes; `begins` (D,) says which edges point at them."
     steps = np.sqrt(np.square(far / (1.3 * ROW, ROW)).sum(-1))
     level, upwards = abs(far[..., 1]) < ROW / 2, np.where(begins, far[..., 1], -far[..., 1]) < ROW / 2
-    return ((np.maximum(steps - 1, 0) + 1.3 * upwards + .8 * level) * weight).sum(1)
+    return ((np.maximum(steps - 1, 0) + 1.3 * upwards + .8 * level + 2 * (level & (clear < 20))) * weight).sum(1)
 
 def _cost(graph, v, places):
     "Cost (K,) of node `v` at each of `places` (K, 2)."
-    near, weight, begins, rest = graph.around(v)
+    near, mine, rest = graph.around(v)
+    weight = graph.weight[mine]
     total = .6 * np.square(2 * places / PANEL).sum(1) + .3 * np.square(2 * (places - graph.prior[v]) / PANEL).sum(1)
     c, d = graph.at[rest].transpose(1, 0, 2)
     total += 4 * through(c, d, places[:, None], 1.2 * graph.half[v] + 5).sum(1)
     if not len(near): return total
     start, end = places[:, None, None], graph.at[near][:, None]
-    total += _stretch(graph.at[near] - places[:, None], weight, begins)
+    far = graph.at[near] - places[:, None]
+    clear = abs(far[..., 0]) - graph.half[v, 0] - graph.half[near, 0] - graph.names[mine]
+    total += _stretch(far, clear, weight, graph.edges[mine, 0] == v)
     total += 1.5 * (crossing(start, end, c, d) * weight[:, None]).sum((1, 2))
     others = np.flatnonzero(graph.placed & (np.arange(len(graph.at)) != v))
     hit = through(start, end, graph.at[others], 1.2 * graph.half[others] + 5) & (others != near[:, None])
@@ -93,12 +97,14 @@ def _best(graph, v):
 def place_nodes(widths,  # (n,)
                 edges,  # (E, 2) numbers of nodes, from and to, best first
                 prior=None,  # (n, 2) where each would like to be, if all else is equal
+                name_widths=None,  # (E,) of the edges' names
                ):  # (n, 2) middles
     "Places for the nodes of a graph, in units of the drawing."
     n, edges = len(widths), np.asarray(edges, int).reshape(-1, 2)
-    edges = edges[edges[:, 0] != edges[:, 1]]
+    names = np.zeros(len(edges)) if name_widths is None else np.asarray(name_widths, float)
+    edges, names = edges[loose := edges[:, 0] != edges[:, 1]], names[loose]
     half = np.column_stack([np.asarray(widths, float) / 2, np.full(n, HEIGHT / 2)])
-    graph = _Graph(half, edges, 1 / (1 + np.arange(len(edges)) / 12), np.zeros((n, 2)) if prior is None else np.asarray(prior, float), np.zeros((n, 2)), np.zeros(n, bool))
+    graph = _Graph(half, edges, 1 / (1 + np.arange(len(edges)) / 12), names, np.zeros((n, 2)) if prior is None else np.asarray(prior, float), np.zeros((n, 2)), np.zeros(n, bool))
     order = list(dict.fromkeys([*edges.ravel().tolist(), *range(n)]))
     for v in 2 * order: graph.at[v], graph.placed[v] = _best(graph, v), True
     return graph.at
