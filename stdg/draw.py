@@ -61,7 +61,7 @@ def rgbd(image,  # (H, W, 3) or (3, H, W)
         ):
     "A figure of an image, its depth and its three HHA channels."
     picture = as_picture(image)
-    figure, axes = new_figure(1, 5, PAGE, .75 + PAGE / 5 * picture.shape[0] / picture.shape[1])
+    figure, axes = new_figure(1, 5, PAGE, .6 + PAGE / 5 * picture.shape[0] / picture.shape[1])
     show_image(axes[0, 0], picture, 'image', cmap='gray')
     depth_map(depth, axes[0, 1]).set_title('depth')
     hha_channels(hha, axes[0, 2:])
