@@ -117,7 +117,7 @@ def _opening(model):
     sees = 'It reads HHA pictures, made of depth, and is meant to teach networks that see colours.' if model.network.mode == 'depth' else 'It reads RGB alone.'
     taught = model.network.mode != 'depth' and model.facts.get('training', {}).get('stage') == 'student'
     return ('Finds the objects in a picture and how they stand to one another (*cup, on, table*) in one pass over the picture. '
-            + sees + (' In training it was taught where to look by a network that sees depth.' if taught else ''))
+            + sees + (' In training it was taught where to look by a teacher network, which is needed no more.' if taught else ''))
 
 def _use(model):
     "How the network is fetched and asked."
