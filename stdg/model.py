@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIGURATIONS', 'OTHER', 'MODES', 'PadFirstBlock', 'FPN', 'Backbone', 'Branches', 'position_encoding', 'Transformer',
-           'DetectionHead', 'RelationHead', 'absolute', 'Network', 'STDG', 'recomputed']
+           'DetectionHead', 'RelationHead', 'absolute', 'Network', 'Teacher', 'STDG', 'recomputed']
 
 # %% ../nbs/08_model.ipynb #imports
 import math
@@ -124,6 +124,15 @@ def _first_levels(body, levels):
     end = max(i for i, (name, _) in enumerate(modules) if name == last or name.startswith(last + '.'))
     return [module for _, module in modules[:end + 1]]
 
+# %% ../nbs/08_model.ipynb #body
+def _body(timm_name, stride, fpn, pretrained, **options):
+    "The timm feature extractor with the levels that are needed. Raises `ValueError` when none has that stride."
+    strides = timm.create_model(timm_name, features_only=True).feature_info.reduction()
+    if stride not in strides: raise ValueError(f"{timm_name} has levels of stride {strides}, not {stride}")
+    if timm_name.startswith('resnet') and not fpn and stride == 16: return _dilated_resnet(timm_name, pretrained, stride, out_indices=[len(strides) - 1], **options)
+    levels = [i for i, s in enumerate(strides) if s >= stride][:None if fpn else 1]
+    return (_swin if timm_name.startswith('swin_') else _create)(timm_name, pretrained, out_indices=levels, **options)
+
 # %% ../nbs/08_model.ipynb #backbone
 class Backbone(nn.Module):
     """A timm backbone at one stride: pictures (B, 3, H, W) to features (B, `channels`, ceil(H/stride), ceil(W/stride)).
@@ -131,14 +140,7 @@ class Backbone(nn.Module):
     Raises `ValueError` when the backbone has no level of that stride, or pictures do not have three channels. Source: method spec 3.1."""
     def __init__(self, timm_name, stride, fpn=0, pretrained=True, drop_path_rate=0., frozen=0):
         super().__init__()
-        options = dict(drop_path_rate=drop_path_rate) if drop_path_rate else {}
-        dilated = timm_name.startswith('resnet') and not fpn and stride == 16
-        strides = timm.create_model(timm_name, features_only=True).feature_info.reduction()
-        if stride not in strides: raise ValueError(f"{timm_name} has levels of stride {strides}, not {stride}")
-        levels = [len(strides) - 1] if dilated else [i for i, s in enumerate(strides) if s >= stride][:None if fpn else 1]
-        options.update(out_indices=levels)
-        if dilated: self.body = _dilated_resnet(timm_name, pretrained, stride, **options)
-        else: self.body = (_swin if timm_name.startswith('swin_') else _create)(timm_name, pretrained, **options)
+        self.body = _body(timm_name, stride, fpn, pretrained, **(dict(drop_path_rate=drop_path_rate) if drop_path_rate else {}))
         found = self.body.feature_info.channels()
         self.norms = nn.ModuleList([nn.LayerNorm(c) for c in found] if timm_name.startswith('swin_') else [])
         self.fpn = FPN(found, fpn) if fpn else nn.Identity()
@@ -268,6 +270,24 @@ class Network(nn.Module):
         features = self.backbone(image)
         return [head.pre_head.offsets(features) for head in (self.detection, self.relation)]
 
+# %% ../nbs/08_model.ipynb #architecture
+def _architecture(backbone, head_norm, changed):
+    "The numbers that a `Network` of this `backbone` is built from. Raises `ValueError` for a backbone that is not timm's own."
+    if backbone not in CONFIGURATIONS and not timm.is_model(backbone): raise ValueError(f"backbone {backbone!r} is neither one of {list(CONFIGURATIONS)} nor a model of timm")
+    numbers = {'head_norm': False, **CONFIGURATIONS.get(backbone, {**OTHER, 'timm_name': backbone}), **changed}
+    if head_norm is not None: numbers['head_norm'] = head_norm
+    if not timm.is_model(numbers['timm_name']): raise ValueError(f"timm_name {numbers['timm_name']!r} is not a model of timm")
+    return numbers
+
+# %% ../nbs/08_model.ipynb #teacher
+class Teacher(Network):
+    "A frozen `Network`: nothing in it learns, and it is always in evaluation mode. Source: method spec 4.2."
+    def __init__(self, *sizes, **numbers):
+        super().__init__(*sizes, **numbers)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True): return super().train(False)
+
 # %% ../nbs/08_model.ipynb #stdg
 MODES = dict(rgb='rgb', depth='depth', combine='combine', combine_train='combine')  # the last is a former name
 
@@ -282,25 +302,16 @@ class STDG(nn.Module):
         super().__init__()
         if mode not in MODES: raise ValueError(f"mode {mode!r} is unknown; there are {list(MODES)}")
         if teacher_reads not in ('hha', 'rgb'): raise ValueError(f"teacher_reads is {teacher_reads!r}: a teacher reads 'hha' or 'rgb'")
-        if backbone not in CONFIGURATIONS and not timm.is_model(backbone): raise ValueError(f"backbone {backbone!r} is neither one of {list(CONFIGURATIONS)} nor a model of timm")
+        numbers = _architecture(backbone, head_norm, numbers)
         self.mode, self.colour_order, self.teacher_reads = MODES[mode], colour_order, teacher_reads
-        numbers = {'head_norm': False, **CONFIGURATIONS.get(backbone, {**OTHER, 'timm_name': backbone}), **numbers}
-        if head_norm is not None: numbers['head_norm'] = head_norm
-        if not timm.is_model(numbers['timm_name']): raise ValueError(f"timm_name {numbers['timm_name']!r} is not a model of timm")
         self.config = dict(backbone=backbone, mode=self.mode, n_objects=n_objects, n_predicates=n_predicates, colour_order=colour_order, **(dict(teacher_reads='rgb') if teacher_reads == 'rgb' else {}), **numbers)
         kind = timm.get_pretrained_cfg(numbers['timm_name'])
         self.mean, self.std = tuple(kind.mean), tuple(kind.std)
-        build = lambda pretrained: Network(n_objects, n_predicates, pretrained=pretrained, **numbers)
-        self.network = build(pretrained)
-        self.teacher = build(False).requires_grad_(False).eval() if self.mode == 'combine' else None
+        self.network = Network(n_objects, n_predicates, pretrained=pretrained, **numbers)
+        self.teacher = Teacher(n_objects, n_predicates, pretrained=False, **numbers) if self.mode == 'combine' else None
 
     @property
     def stride(self): return self.network.backbone.stride
-
-    def train(self, mode=True):
-        super().train(mode)
-        if self.teacher is not None: self.teacher.eval()
-        return self
 
     def forward(self, image):
         "Detection (B, C+4, h, w) and relation (B, P, 7, h, w) fields; in evaluation mode as `stdg.decode` reads them."
