@@ -200,12 +200,22 @@ def side_by_side(image,  # (H, W, 3) or (3, H, W)
     figure.legend(handles, ['in both', 'in one only'], loc='outside lower center', ncols=2, frameon=False)
     return figure
 
-# %% ../nbs/14_draw.ipynb #paper-figure
-def _panel(ax, letter, name):
-    "Name a panel, at the left."
-    ax.set_title('')
-    ax.set_title(f'({letter}) {name}', loc='left')
+# %% ../nbs/14_draw.ipynb #panels
+def _panels(shape, tall, channels):
+    "A figure and its axes by letter: three pictures of `shape` a row, and below them the graph, `tall` inches."
+    rows = ['abc', 'def', 'ggg'] if channels else ['abc', 'ddd']
+    heights = [PAGE / 3 * shape[0] / shape[1] + .45] * (len(rows) - 1) + [tall + .2]
+    figure, axes = plt.subplot_mosaic('\n'.join(rows), figsize=(PAGE, sum(heights)), height_ratios=heights, layout='constrained')
+    plt.close(figure)
+    return figure, axes
 
+def _name_panels(axes, names):
+    "Letter and name of each panel, at the left."
+    for (letter, ax), name in zip(axes.items(), names):
+        ax.set_title('')
+        ax.set_title(f'({letter}) {name}', loc='left')
+
+# %% ../nbs/14_draw.ipynb #paper-figure
 @for_print
 def paper_figure(image,  # (H, W, 3) or (3, H, W)
                  depth,  # (H, W) metres
@@ -224,19 +234,13 @@ def paper_figure(image,  # (H, W, 3) or (3, H, W)
     edges, scores = edges_of(graph, min_score if min_triplet is None else min_triplet, top)
     names = _named(graph, vocabulary, min_score, top, edges)
     drawing = graph_picture(graph, vocabulary, edges, scores, names=names)
-    layout = drawing.layout
-    tall, side = max(_graph_height([layout], PAGE)[0], .3), PAGE / 3 * picture.shape[0] / picture.shape[1]
-    rows = ['abc', 'def', 'ggg'] if channels else ['abc', 'ddd']
-    heights = [side + .45] * (len(rows) - 1) + [tall + .2]
-    figure, axes = plt.subplot_mosaic('\n'.join(rows), figsize=(PAGE, sum(heights)), height_ratios=heights, layout='constrained')
-    plt.close(figure)
+    figure, axes = _panels(picture.shape, max(_graph_height([drawing.layout], PAGE)[0], .3), channels)
     image_boxes(picture, graph, vocabulary, axes['a'], names=names, fontsize=6)
     depth_map(depth, axes['b'])
     show_image(axes['c'], hha).set_xlabel('RGB: angle, height, disparity')
     if channels: hha_channels(hha, [axes[letter] for letter in 'def'])
-    draw_graph(drawing, axes[rows[-1][0]], layout)
-    panels = ['image', 'depth', 'HHA', *[name for name, *_ in HHA_CHANNELS] * channels, 'scene graph']
-    for (letter, ax), name in zip(axes.items(), panels): _panel(ax, letter, name)
+    draw_graph(drawing, [*axes.values()][-1], drawing.layout)
+    _name_panels(axes, ['image', 'depth', 'HHA', *[name for name, *_ in HHA_CHANNELS] * channels, 'scene graph'])
     return figure
 
 # %% ../nbs/14_draw.ipynb #read-log

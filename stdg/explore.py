@@ -43,9 +43,11 @@ class View(anywidget.AnyWidget):
     least_object, least_triplet = (traitlets.Float().tag(sync=True) for _ in range(2))
 
 # %% ../nbs/16e_explore.ipynb #base-record
+def _known_layer(scene, name): return layer(scene, name) or layer(scene, 'RGB')
+
 def base_record(scene, name):
     "The `base` of a scene and the layer of that name; RGB where the layer is not known."
-    one = layer(scene, name) or layer(scene, 'RGB')
+    one = _known_layer(scene, name)
     out = dict(png=png(one.picture), width=scene.size[1], height=scene.size[0], layer=one.name, name=scene.name)
     if one.values is None: return out
     known = np.isfinite(one.values)
@@ -138,7 +140,7 @@ def _said(self, scene, reading):
     said = []
     if scene.truth is not None and 'predcls' not in reading.predictions: said.append('This network knows other classes than these pictures are annotated with: its own finding is shown, without the truth.')
     elif scene.truth is None and (self.task.value != 'sgdet' or self.show.index): said.append('Nobody has annotated this picture: what the network finds is shown.')
-    if layer(scene, self.layer.value) is None: said.append(f'The {self.layer.value} of this picture is not known: RGB is shown.')
+    if self.view.base['layer'] != self.layer.value: said.append(f'The {self.layer.value} of this picture is not known: RGB is shown.')
     if self.overlay.index == 4 and 'teacher' not in reading.offsets: said.append('There is no teacher here that could look, or no depth for it to look at.')
     return ' '.join(said)
 
@@ -187,12 +189,7 @@ def _go(self, place, number):
     self.place.value = place
     self._change()
 
-# %% ../nbs/16e_explore.ipynb #display
-_RULE = """<style>
-.jp-OutputArea-child:has(.stdg-stays) { display: none }
-.jp-OutputArea-child:has(+ .jp-OutputArea-child + .jp-OutputArea-child .stdg-stays):not(:has(.stdg-explorer)) { display: none }
-</style><span class="stdg-stays"></span>"""
-
+# %% ../nbs/16e_explore.ipynb #still
 def _state(self):
     "What the controls let `stdg.still.choose` show."
     return dict(show=self.show.index, least_object=self.least_object.value, least_triplet=self.least_triplet.value, count=self.count.value, predicate=self.predicate.index - 1)
@@ -200,9 +197,15 @@ def _state(self):
 def _still(self):
     "PNG bytes of what is shown."
     at = self.place.value, self.number.value
-    one = layer(self.scene(*at), self.layer.value) or layer(self.scene(*at), 'RGB')
+    one = _known_layer(self.scene(*at), self.layer.value)
     names = [one_line(name, 28) for name in self.reading(*at, self.network.value).vocabulary.predicates]
     return still(one.picture, self.view.graph, names, f'{one.name} of {self.scene(*at).name}', **self._state())
+
+# %% ../nbs/16e_explore.ipynb #display
+_RULE = """<style>
+.jp-OutputArea-child:has(.stdg-stays) { display: none }
+.jp-OutputArea-child:has(+ .jp-OutputArea-child + .jp-OutputArea-child .stdg-stays):not(:has(.stdg-explorer)) { display: none }
+</style><span class="stdg-stays"></span>"""
 
 def _display(self):
     show = lambda bundle, **options: display(bundle, raw=True, **options)
@@ -210,6 +213,7 @@ def _display(self):
     self._stills.append(show({'image/png': self.still()}, display_id=True))
     show({'text/html': _RULE})
 
+# %% ../nbs/16e_explore.ipynb #refresh
 def _refresh(self, _=None, after=2.):
     "Renew the picture that stays, `after` so many seconds without a further change."
     if self._timer: self._timer.cancel()
@@ -218,14 +222,14 @@ def _refresh(self, _=None, after=2.):
     self._timer.daemon = True
     self._timer.start()
 
+def _renew(self):
+    picture = self.still()
+    for handle in self._stills: handle.update({'image/png': picture}, raw=True)
+
 def _close(self):
     "End the explorer: its widgets are gone, its picture stays."
     if self._timer: self._timer.cancel()
     for widget in (*(getattr(self, name) for name in _controls()), *self.ui.children, self.ui): widget.close()
-
-def _renew(self):
-    picture = self.still()
-    for handle in self._stills: handle.update({'image/png': picture}, raw=True)
 
 # %% ../nbs/16e_explore.ipynb #link
 _LINKED = ('show', 'least_object', 'least_triplet', 'count', 'overlay', 'object_class', 'predicate', 'head')
@@ -246,12 +250,14 @@ def _explain(self, _=None):
     "Say what is asked and cannot be shown, and disable what has no effect."
     at = self.place.value, self.number.value
     self.object_class.disabled, self.head.disabled = self.overlay.index != 1, self.overlay.index != 4
-    self._say(self._said(self.scene(*at), self.reading(*at, self.network.value)))
+    if at[0] == 'own' and not self.own: return
+    try: self._say(self._said(self.scene(*at), self.reading(*at, self.network.value)))
+    except (ValueError, OSError) as error: self._say(str(error))
 
 for f in (_graph, _said, _change, _say, _name_options, _uploaded, _go, _state, _refresh, _renew, _link, _explain): setattr(Explorer, f.__name__, f)
 Explorer.still, Explorer.close, Explorer._ipython_display_ = _still, _close, _display
 
-# %% ../nbs/16e_explore.ipynb #explore
+# %% ../nbs/16e_explore.ipynb #named
 def _named(paths, name):
     "{short name: path}; `paths` is one path, several, or such a dictionary. A name that comes twice is the whole path."
     if isinstance(paths, dict): return paths
@@ -259,6 +265,31 @@ def _named(paths, name):
     short = [name(Path(path)) for path in paths]
     return {str(path) if short.count(text) > 1 else text: path for path, text in zip(paths, short)}
 
+def _networks(checkpoints): return _named(checkpoints, lambda path: f'{path.parent.name}/{path.stem}' if path.parent.name else path.stem)
+
+def _databases(folders): return {name: Database(path) for name, path in _named(folders, lambda path: path.name).items()}
+
+def _pictures(paths): return [upload_scene(Path(path).read_bytes(), Path(path).name) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+
+# %% ../nbs/16e_explore.ipynb #begin
+def _begin(self, start):
+    "Set the controls to `start`, {name: value}, then link them and show what they ask for. Raises `ValueError` for a control that there is not, or if nothing can be shown."
+    place, number = start.pop('place', self.place.value), start.pop('number', 1)
+    unknown = [name for name in start if not isinstance(getattr(self, name, None), widgets.Widget) or name in ('ui', 'view', 'upload')]
+    if unknown: raise ValueError(f"there is no control {unknown[0]!r}; there are {', '.join(_controls())}")
+    first = start.get('network', self.network.value)
+    self._name_options(self._load(first)[1])
+    least = checkpoint.facts(self.checkpoints[first]).get('thresholds', {})
+    own = {control: least[kind] for control, kind in (('least_object', 'objects'), ('least_triplet', 'triplets')) if kind in least}
+    for name, value in (dict(head=KERNELS[3]) | own | start).items(): getattr(self, name).value = value
+    self._link()
+    self._go(place, number)
+    if not self.view.base: raise ValueError(self.view.message)
+    self._explain()
+
+Explorer._begin = _begin
+
+# %% ../nbs/16e_explore.ipynb #explore
 def explore(checkpoints,  # .safetensors: a path, several, or {name: path}
             databases=(),  # folders of databases: a path, several, or {name: path}
             pictures=(),  # paths of pictures of one's own
@@ -268,23 +299,11 @@ def explore(checkpoints,  # .safetensors: a path, several, or {name: path}
     """An `Explorer`, which shows itself in a notebook.
 
     Raises `FileNotFoundError` or `ValueError` naming a checkpoint, database or picture that cannot be read, or a control that there is not."""
-    networks = _named(checkpoints, lambda path: f'{path.parent.name}/{path.stem}' if path.parent.name else path.stem)
-    places = {name: Database(path) for name, path in _named(databases, lambda path: path.name).items()}
-    own = [upload_scene(Path(path).read_bytes(), Path(path).name) for path in ([pictures] if isinstance(pictures, (str, Path)) else pictures)]
+    networks, places, own = _networks(checkpoints), _databases(databases), _pictures(pictures)
     if not networks or not (places or own): raise ValueError('explore needs a checkpoint, and a database or a picture')
     explorer = Explorer(networks, places, split, source)
     explorer.own += own
-    place, number = start.pop('place', explorer.place.value), start.pop('number', 1)
-    unknown = [name for name in start if not isinstance(getattr(explorer, name, None), widgets.Widget) or name in ('ui', 'view', 'upload')]
-    if unknown: raise ValueError(f"there is no control {unknown[0]!r}; there are {', '.join(_controls())}")
-    first = start.get('network', explorer.network.value)
-    explorer._name_options(explorer._load(first)[1])
-    least = checkpoint.facts(networks[first]).get('thresholds', {})
-    own = {control: least[kind] for control, kind in (('least_object', 'objects'), ('least_triplet', 'triplets')) if kind in least}
-    for name, value in (dict(head=KERNELS[3]) | own | start).items(): getattr(explorer, name).value = value
-    explorer._link()
-    explorer._go(place, number)
-    explorer._explain()
+    explorer._begin(start)
     return explorer
 
 # %% ../nbs/16e_explore.ipynb #answer-times

@@ -75,7 +75,7 @@ def _graph(ax, record, objects, triplets, names):
         ax.text(*at[o['node']], f"{mark} {o['title']}".strip(), color=colour if hollow else 'white', fontsize=9, ha='center', va='center', parse_math=False, zorder=5)
     return at[[objects[key]['node'] for key in used]]
 
-# %% ../nbs/16d_still.ipynb #still
+# %% ../nbs/16d_still.ipynb #frame
 def _frame(ax, places):
     "Bring all nodes at `places` into the axes, not larger than life."
     places = places if len(places) else np.zeros((1, 2))
@@ -84,6 +84,14 @@ def _frame(ax, places):
     ax.set(xlim=(middle[0] - reach[0], middle[0] + reach[0]), ylim=(middle[1] + reach[1], middle[1] - reach[1]), aspect='equal', xticks=[], yticks=[])
     for side in ax.spines.values(): side.set_color('.85')
 
+def _legend(ax, verdicts):
+    "Say which line is which verdict, of those that occur."
+    said = dict(hit='hit', miss='missed', wrong='wrong', unwritten='holds, not annotated')
+    kinds = [kind for kind in VERDICTS if kind in verdicts]
+    lines = [Line2D([], [], color=VERDICTS[kind][0], ls=VERDICTS[kind][1], lw=2, label=f'{VERDICTS[kind][2]} {said[kind]}') for kind in kinds]
+    if lines: ax.legend(handles=lines, loc='lower left', ncols=4, fontsize=8, frameon=False)
+
+# %% ../nbs/16d_still.ipynb #still
 def still(picture, record, names, title='', **state):
     "PNG bytes: `picture` (H, W, 3) uint8 with the boxes of `choose(record, **state)`, and the graph; `names` are the predicates', cut to one line."
     objects, triplets = choose(record, **state)
@@ -98,9 +106,6 @@ def still(picture, record, names, title='', **state):
     draw_boxes(left, [o['box'] for o in order], [f"{mark} {o['title']}".strip() for o, (*_, mark) in zip(order, lines)], [colour for colour, *_ in lines])
     for patch, (_, dash, _) in zip(left.patches, lines): patch.set_linestyle(dash)
     _frame(right, _graph(right, record, objects, triplets, names))
-    kinds = [kind for kind in VERDICTS if kind in {t['verdict'] for t in (*objects.values(), *triplets.values())}]
-    handles = [Line2D([], [], color=VERDICTS[kind][0], ls=VERDICTS[kind][1], lw=2) for kind in kinds]
-    said = dict(hit='hit', miss='missed', wrong='wrong', unwritten='holds, not annotated')
-    if kinds: right.legend(handles, [f'{VERDICTS[kind][2]} {said[kind]}' for kind in kinds], loc='lower left', ncols=4, fontsize=8, frameon=False)
+    _legend(right, {item['verdict'] for item in (*objects.values(), *triplets.values())})
     figure.savefig(out := io.BytesIO(), format='png')
     return out.getvalue()
