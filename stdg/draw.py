@@ -234,12 +234,13 @@ def paper_figure(image,  # (H, W, 3) or (3, H, W)
     edges, scores = edges_of(graph, min_score if min_triplet is None else min_triplet, top)
     names = _named(graph, vocabulary, min_score, top, edges)
     drawing = graph_picture(graph, vocabulary, edges, scores, names=names)
-    figure, axes = _panels(picture.shape, max(_graph_height([drawing.layout], PAGE)[0], .3), channels)
+    layout = drawing.layout
+    figure, axes = _panels(picture.shape, max(_graph_height([layout], PAGE)[0], .3), channels)
     image_boxes(picture, graph, vocabulary, axes['a'], names=names, fontsize=6)
     depth_map(depth, axes['b'])
     show_image(axes['c'], hha).set_xlabel('RGB: angle, height, disparity')
     if channels: hha_channels(hha, [axes[letter] for letter in 'def'])
-    draw_graph(drawing, [*axes.values()][-1], drawing.layout)
+    draw_graph(drawing, [*axes.values()][-1], layout)
     _name_panels(axes, ['image', 'depth', 'HHA', *[name for name, *_ in HHA_CHANNELS] * channels, 'scene graph'])
     return figure
 
