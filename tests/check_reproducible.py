@@ -23,7 +23,7 @@ def main():
             subprocess.run(command, cwd=copy, check=True, env={**os.environ, 'PYTHONPATH': str(copy)})
         changed = [path.relative_to(copy) for path in sorted(copy.rglob('*')) if path.is_file() and '__pycache__' not in path.parts
                    and (not (here/path.relative_to(copy)).exists() or (here/path.relative_to(copy)).read_bytes() != path.read_bytes())]
-        stale = [path.relative_to(here) for path in sorted((here/'stdg').glob('*.py')) if not (copy/path.relative_to(here)).exists()]
+        stale = [path.relative_to(here) for path in sorted((here/'stdg').rglob('*.py')) if not (copy/path.relative_to(here)).exists()]
     if changed or stale:
         sys.exit(f"These differ after export, clean and README: {[str(p) for p in changed + stale]}. "
                  "Run nbdev_export, nbdev_clean and python tests/make_readme.py, and commit what they change.")

@@ -7,12 +7,14 @@ import resource
 import signal
 import sys
 
-from stdg import model, states, train, training
+from stdg import train
+from stdg.training import resume as states, loop as training
+from stdg.backbone import OTHER
 
 config, kind, stage, step = sys.argv[1:]
 step = int(step)
 one_step, save_state, save_file, write_json = training._one_step, training.save_state, states.save_file, states.write_json
-if 'NO_NORM' in os.environ: model.OTHER['head_norm'] = False  # batch norms see what their own process sees
+if 'NO_NORM' in os.environ: OTHER['head_norm'] = False  # batch norms see what their own process sees
 now = ['', -1]  # of the state that is being written
 
 

@@ -5,8 +5,8 @@ import torch
 from stdg import fields
 from stdg.data import network_input
 from stdg.decode import ideal_output
-from stdg.inference import letterbox
-from stdg.layers import on_canvas
+from stdg.inference.predictor import letterbox
+from stdg.explore.scene import on_canvas
 from stdg.model import STDG
 
 

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from stdg import checkpoint, decode, evaluation, fields, hha, losses, metrics
-from stdg.data import SceneGraphs, prepare_hha
-from stdg.files import atomic_path
+from stdg import checkpoint, decode, fields, hha, losses, metrics
+from stdg.evaluation import core as evaluation
+from stdg.data import SceneGraphs
+from stdg.depth.precompute import prepare_hha
+from stdg.io.files import atomic_path
 from stdg.graph import TASKS, SceneGraph, Vocabulary
 from stdg.model import STDG
-from stdg.visual_genome import Database, write_annotations, write_images
+from stdg.datasets.visual_genome import Database, write_annotations, write_images
 
 names = Vocabulary(['cup', 'table'], ['near', 'on'])
 

@@ -25,14 +25,14 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from sample_network import by_heart
-from stdg import rooms
+from stdg.rooms import build as rooms
 from stdg.deform import sampling_points
-from stdg.explore import load_network
-from stdg.agreement import record
+from stdg.explore.widget import load_network
+from stdg.explore.compare import record
 from stdg.graph import SceneGraph, Vocabulary
-from stdg.layers import database_scene, read
-from stdg.still import BOTH, choose
-from stdg.visual_genome import Database, write_annotations, write_images
+from stdg.explore.scene import database_scene, read
+from stdg.explore.snapshot import BOTH, choose
+from stdg.datasets.visual_genome import Database, write_annotations, write_images
 
 here = Path(__file__).parent.parent
 chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)

@@ -14,9 +14,11 @@ import pytest
 import torch
 import yaml
 
-from stdg import data, model, train, training
+from stdg import data, model, train
+from stdg.training import loop as training
 from stdg.checkpoint import facts, load
-from stdg.model import CONFIGURATIONS, STDG
+from stdg.backbone import CONFIGURATIONS
+from stdg.model import STDG
 
 root = Path(__file__).parent.parent
 configs = root/'nbs'/'configs'

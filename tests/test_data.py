@@ -15,12 +15,13 @@ from scipy import ndimage
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms.v2.functional import adjust_hue
 
-from stdg import data, fields, training
+from stdg import data, fields
+from stdg.training import loop as training
 from stdg.data import FILL, SceneGraphs, geometry, jitter, loader, photometry
 from stdg.graph import SceneGraph, Vocabulary
-from stdg.packed import write_packed
-from stdg.precompute import hha_path
-from stdg.visual_genome import Database, write_annotations, write_images
+from stdg.io.packed import write_packed
+from stdg.depth.hha_file import hha_path
+from stdg.datasets.visual_genome import Database, write_annotations, write_images
 
 CANVAS, SIZES = 256, [(256, 176), (170, 256), (256, 256), (131, 256), (256, 131), (255, 200)]
 COLOURS = np.array([(r, g, b) for r in (40, 230) for g in (40, 230) for b in (40, 230)][1:], np.uint8)
@@ -393,7 +394,7 @@ def test_killed_worker_is_told(folders):
     script = f"""if True:
         import os, signal
         from stdg.data import SceneGraphs, loader
-        from stdg.visual_genome import Database
+        from stdg.datasets.visual_genome import Database
         batches = loader(SceneGraphs(Database({str(folders['jpeg'])!r}), 'train', train=True), 1, workers=1)
         try:
             for _ in range(50):

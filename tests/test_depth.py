@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from stdg.depth import camera_matrix, inverse_depth_from, pseudo_depth, read_pfm, stereo_motorcycle, write_pfm
+from stdg.depth.maps import (
+    camera_matrix, inverse_depth_from, pseudo_depth, read_pfm, stereo_motorcycle, write_pfm)
 
 GOLDEN = np.load(Path(__file__).parent/'golden'/'hha.npz')
 

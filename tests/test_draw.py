@@ -12,8 +12,10 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from stdg import boxes, dot, draw
+from stdg import draw
+from stdg.draw import boxes, figures, graphs as dot
 from stdg.graph import Prediction, SceneGraph, Vocabulary
+from stdg.draw.style import HIT, MISS, as_picture, class_colour, own_axes
 
 VG = Vocabulary.visual_genome()
 HOSTILE = ['<script>alert(1)</script>', ']]>', '"quoted\\" & \'single\'', '\\N \\G', '$\\frac{$', '$x_$', '<<b>bold</b>>', 'tab\tline\nnull\x00\ud800',
@@ -59,20 +61,20 @@ def parse(svg):
 
 @pytest.mark.parametrize('image', [np.zeros((120, 160, 3), np.uint8), np.full((120, 160, 3), 1.5), torch.rand(3, 120, 160), torch.rand(1, 120, 160), np.zeros((120, 160))])
 def test_images_of_every_kind(image):
-    assert draw.as_picture(image).shape[:2] == (120, 160)
+    assert as_picture(image).shape[:2] == (120, 160)
     draw.image_boxes(image, scene()[1], VG).figure.canvas.draw()
 
 
 def test_odd_images_are_refused():
     for shape in [(2, 5, 5), (5,), (1, 3, 5, 5)]:
-        with pytest.raises(ValueError, match='an image has shape'): draw.as_picture(np.zeros(shape))
+        with pytest.raises(ValueError, match='an image has shape'): as_picture(np.zeros(shape))
 
 
 def test_a_class_keeps_its_colour():
-    assert draw.class_colour('cup') == draw.class_colour('cup')
-    colours = [draw.class_colour(name) for name in VG.objects]
+    assert class_colour('cup') == class_colour('cup')
+    colours = [class_colour(name) for name in VG.objects]
     assert len(set(colours)) > 50
-    for colour in [*colours, draw.HIT, draw.MISS]:
+    for colour in [*colours, HIT, MISS]:
         linear = np.array([c / 12.92 if c < .04 else ((c + .055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(colour)])
         assert 1.05 / (linear @ (.2126, .7152, .0722) + .05) > 4.5, f'white letters cannot be read on {colour}'
 
@@ -108,7 +110,7 @@ def test_boxes_are_where_they_are():
     ax = draw.image_boxes(image, truth, VG)
     drawn = [[p.get_x(), p.get_y(), p.get_x() + p.get_width(), p.get_y() + p.get_height()] for p in ax.patches if isinstance(p, Rectangle)]
     assert np.allclose(drawn, truth.boxes) and texts(ax) == ['cup', 'table', 'chair #1', 'chair #2']
-    assert matplotlib.colors.to_hex(ax.patches[0].get_edgecolor()) == draw.class_colour('cup')
+    assert matplotlib.colors.to_hex(ax.patches[0].get_edgecolor()) == class_colour('cup')
     own = plt.subplots()[1]
     assert draw.image_boxes(image, prediction, VG, ax=own) is own and texts(own) == ['table 1.00', 'cup 0.90', 'chair 0.80']
     assert texts(draw.image_boxes(image, prediction, VG, min_score=0, top=2)) == ['table 1.00', 'cup 0.90']
@@ -129,7 +131,7 @@ def test_labels_stay_inside_and_apart(n, width, dpi):
     rng = np.random.default_rng(n)
     corner = rng.uniform(0, 150, (n, 2))
     crowd = SceneGraph(np.hstack([corner, corner + rng.uniform(5, 50, (n, 2))]), rng.integers(0, 150, n), [])
-    ax = draw.image_boxes(np.zeros((200, 200, 3), np.uint8), crowd, VG, ax=boxes.own_axes(None, width, width))
+    ax = draw.image_boxes(np.zeros((200, 200, 3), np.uint8), crowd, VG, ax=own_axes(None, width, width))
     ax.figure.set_dpi(dpi)
     shown = frames(ax)
     assert shared(shown) < 1e-6 and len(shown) > 3
@@ -346,11 +348,11 @@ def test_side_by_side_tells_hits_from_misses(program, tmp_path):
     figure = draw.side_by_side(image, truth, prediction, VG, min_score=.05)
     hex = matplotlib.colors.to_hex
     colours = [{text.get_text(): hex(text.get_bbox_patch().get_facecolor()) for text in ax.texts} for ax in figure.axes[:2]]
-    assert colours[0] == {'cup': draw.HIT, 'table': draw.HIT, 'chair #1': draw.HIT, 'chair #2': draw.MISS}
-    assert colours[1] == {'table 1.00': draw.HIT, 'cup 0.90': draw.HIT, 'chair 0.80': draw.HIT, 'lamp 0.10': draw.MISS}
-    left, right = draw._compare(truth, prediction, .05, 12)
-    assert left[3] == [draw.HIT, draw.MISS, draw.MISS]  # on; near, near
-    assert right[3] == [draw.HIT, draw.MISS]  # on; behind
+    assert colours[0] == {'cup': HIT, 'table': HIT, 'chair #1': HIT, 'chair #2': MISS}
+    assert colours[1] == {'table 1.00': HIT, 'cup 0.90': HIT, 'chair 0.80': HIT, 'lamp 0.10': MISS}
+    left, right = figures._compare(truth, prediction, .05, 12)
+    assert left[3] == [HIT, MISS, MISS]  # on; near, near
+    assert right[3] == [HIT, MISS]  # on; behind
     assert [text.get_text() for text in figure.legends[0].texts] == ['in both', 'in one only']
     for kind in ('png', 'pdf', 'svg'):
         figure.savefig(tmp_path / f'pair.{kind}')

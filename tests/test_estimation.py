@@ -19,10 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stdg import estimation
-from stdg.estimation import DepthFile, Estimator, depth_path, estimate_depth, merge_depth
+from stdg.depth.depth_file import DepthFile, depth_path
+from stdg.depth.estimators import Estimator, estimate_depth, merge_depth
 from stdg.graph import SceneGraph, Vocabulary
-from stdg.visual_genome import Database, write_annotations, write_images
+from stdg.datasets.visual_genome import Database, write_annotations, write_images
 
 transformers = pytest.importorskip('transformers')
 SHAPES = [(48, 64), (64, 48), (64, 64), (40, 64), (3, 64)]

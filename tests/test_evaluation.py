@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from stdg import calibration, evaluation, matching, metrics, report
+from stdg.evaluation import diagnostics as calibration, core as evaluation, diagnostics as report
+from stdg import matching, metrics
 from stdg.checkpoint import _unused, released_name
-from stdg.data import SceneGraphs, prepare_hha
+from stdg.data import SceneGraphs
+from stdg.depth.precompute import prepare_hha
 from stdg.graph import TASKS, Prediction, SceneGraph, Vocabulary
 from stdg.model import STDG
-from stdg.rooms import make_rooms
-from stdg.visual_genome import Database, write_annotations, write_images
+from stdg.rooms.build import make_rooms
+from stdg.datasets.visual_genome import Database, write_annotations, write_images
+from stdg.released import any_network
 from test_metrics import golden_cases
 
 root = Path(__file__).parent.parent
@@ -250,10 +253,10 @@ def test_a_released_depth_teacher_on_hha(rooms, tmp_path):
     teacher = STDG('resnet50', 'depth', n_objects=35, n_predicates=10, pretrained=False)
     state = {released_name(k, 'depth'): v for k, v in teacher.state_dict().items()} | {k: torch.zeros(shape) for k, shape in _unused(teacher).items()}
     torch.save(dict(model=state, epoch=60), tmp_path/'epoch060.pkl')
-    read = evaluation.any_network(tmp_path/'epoch060.pkl', rooms.vocabulary)
+    read = any_network(tmp_path/'epoch060.pkl', rooms.vocabulary)
     assert read.mode == 'depth' and all(torch.equal(a, b) for a, b in zip(teacher.state_dict().values(), read.state_dict().values()))
     with pytest.raises(ValueError, match='epoch060.pkl: it knows 35 object classes and 10 predicates, the vocabulary has 3 and 3'):
-        evaluation.any_network(tmp_path/'epoch060.pkl', NAMES)
+        any_network(tmp_path/'epoch060.pkl', NAMES)
     with pytest.raises(ValueError, match="mode 'depth' reads 'hha'"): evaluation.evaluate(read, SceneGraphs(rooms, 'test'), progress=False)
     hha = SceneGraphs(rooms, 'test', ('hha',))
     mine, theirs = (untimed(evaluation.evaluate(network, hha, ('sgdet', 'predcls'), protocol='strict', intervals=20, progress=False)) for network in (teacher, read))

@@ -13,11 +13,11 @@ from PIL import Image
 
 from stdg import decode
 from stdg.data import network_input
-from stdg.export import NAMES, Deployed, OnnxModel, export_onnx, export_program, finish
-from stdg.files import write_json
+from stdg.inference.export import NAMES, Deployed, OnnxModel, export_onnx, export_program, finish
+from stdg.io.files import write_json
 from stdg.graph import Vocabulary
 from stdg.model import STDG
-from stdg.sharing import Model
+from stdg.inference.hub import Model
 
 OBJECTS, PREDICATES = 20, 5
 names = Vocabulary([f'class {i}' for i in range(OBJECTS)], [f'predicate {i}' for i in range(PREDICATES)])
@@ -222,7 +222,7 @@ def test_foreign_files(small, tmp_path):
     for facts in ('{}', '[]', '{', json.dumps(dict(config=dict(n_objects=1, n_predicates=1), size=10**9))):
         graph.metadata_props[0].value = facts
         onnx.save(graph, tmp_path/'b.onnx')
-        with pytest.raises(ValueError, match='b.onnx was not written by stdg.export.export_onnx'): OnnxModel(tmp_path/'b.onnx')
+        with pytest.raises(ValueError, match='b.onnx was not written by stdg.inference.export.export_onnx'): OnnxModel(tmp_path/'b.onnx')
 
 
 def test_the_extra_is_asked_for_when_it_is_needed(tmp_path):
@@ -230,9 +230,9 @@ def test_the_extra_is_asked_for_when_it_is_needed(tmp_path):
     code = """
 import sys
 for name in ('onnx', 'onnxscript', 'onnxruntime'): sys.modules[name] = None
-from stdg.export import OnnxModel, export_onnx, export_program
+from stdg.inference.export import OnnxModel, export_onnx, export_program
 from stdg.model import STDG
-from stdg.sharing import Model
+from stdg.inference.hub import Model
 model = Model(STDG('resnet18', n_objects=2, n_predicates=1, pretrained=False, stride=16, fpn=8, channels=8), dict(size=64))
 for ask in (lambda: export_onnx(model, 'a.onnx'), lambda: OnnxModel('a.onnx')):
     try: ask()

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from stdg.files import write_json
-from stdg.formats import image_number, read_own, scaled_boxes, to_coco, write_database
+from stdg.io.files import write_json
+from stdg.datasets.coco import image_number, read_own, scaled_boxes, to_coco, write_database
 from stdg.graph import SceneGraph, Vocabulary
-from stdg.public import read_gqa, read_open_images, read_psg
-from stdg.visual_genome import Database, write_annotations, write_images
+from stdg.datasets.public import read_gqa, read_open_images, read_psg
+from stdg.datasets.visual_genome import Database, write_annotations, write_images
 
 SIZES = (64, 96)
 

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from stdg import data, decode, deform, evaluation, rooms, training
+from stdg import data, decode, deform
+from stdg.evaluation import core as evaluation
+from stdg.rooms import build as rooms
+from stdg.training import loop as training
 from stdg.checkpoint import load
 from stdg.model import STDG
-from stdg.states import states
-from stdg.visual_genome import Database
+from stdg.training.resume import states
+from stdg.datasets.visual_genome import Database
+from stdg.depth.precompute import prepare_hha
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 TINY = dict(epochs=2, batch_size=4, lr=1e-3, lr_backbone=1e-3, decay=(), warm_up=.5, progress=False, device='cuda')
@@ -20,7 +24,7 @@ TINY = dict(epochs=2, batch_size=4, lr=1e-3, lr_backbone=1e-3, decay=(), warm_up
 def database(tmp_path_factory):
     folder = tmp_path_factory.mktemp('rooms')
     rooms.make_rooms(folder, 16, 4, 4, size=96)
-    data.prepare_hha(Database(folder), progress=False)
+    prepare_hha(Database(folder), progress=False)
     return Database(folder)
 
 

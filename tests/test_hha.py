@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from stdg.depth import camera_matrix, pseudo_depth
+from stdg.depth.maps import camera_matrix, pseudo_depth
 from stdg.hha import encode, gravity, normals
 
 GOLDEN = np.load(Path(__file__).parent/'golden'/'hha.npz')

@@ -1,7 +1,7 @@
 "Trackers: what TensorBoard and wandb are told, and that both keep to the run's folder."
 import pytest
 
-from stdg.log import Log
+from stdg.training.log import Log
 
 
 def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):

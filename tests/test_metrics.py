@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stdg.graph import Prediction, SceneGraph
-from stdg.metrics import TASKS, Evaluator, FrequencyPrior, average_precision, evaluate, match, pixel_iou, results_table
+from stdg.metrics import (
+    TASKS, Evaluator, FrequencyPrior, average_precision, evaluate, match, pixel_iou,
+    results_table)
 
 GOLDEN = Path(__file__).parent / 'golden'
 

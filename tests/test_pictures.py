@@ -13,11 +13,11 @@ from PIL import ExifTags, Image, ImageOps
 
 from sample_pictures import CAT, FORK, forks, saved, small, zipped
 
-import stdg.pictures as pictures
+from stdg.datasets import images as pictures
 from stdg.graph import Vocabulary
-from stdg.pictures import check_pictures, make_images, read_listing, scaled_size
-from stdg.sources import open_sources, picture_size, read_picture
-from stdg.visual_genome import Database, annotation_file
+from stdg.datasets.images import check_pictures, make_images, read_listing, scaled_size
+from stdg.io.archives import open_sources, picture_size, read_picture
+from stdg.datasets.visual_genome import Database, annotation_file
 
 
 # Checking

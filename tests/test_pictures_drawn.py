@@ -17,6 +17,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from stdg import draw
 from stdg.graph import Prediction, SceneGraph, Vocabulary
+from stdg.draw.style import rendered
 
 GOLDEN = Path(__file__).parent/'golden'/'pictures'
 VG = Vocabulary.visual_genome()
@@ -73,7 +74,7 @@ FIGURES = dict(boxes=lambda: draw.image_boxes(scene()[0], scene()[3], VG).figure
                channels=lambda: draw.rgbd(*scene()[:3]), curves=curves, offsets=offsets)
 
 
-def dots(figure, dpi=90): return Image.open(io.BytesIO(draw.rendered(figure, 'png', dpi))).convert('RGB')
+def dots(figure, dpi=90): return Image.open(io.BytesIO(rendered(figure, 'png', dpi))).convert('RGB')
 
 
 def strange(picture, other, reach=9, least=70):

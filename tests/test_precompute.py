@@ -16,11 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from stdg import depth, hha, precompute
+from stdg import depth
+from stdg.depth import precompute
+from stdg import hha
 from stdg.graph import SceneGraph, Vocabulary
-from stdg.packed import write_packed
-from stdg.precompute import HHAFile, hha_of, hha_of_estimate, hha_path, merge_hha, prepare_hha
-from stdg.visual_genome import Database, write_annotations, write_images
+from stdg.io.packed import write_packed
+from stdg.depth.hha_file import HHAFile, hha_path
+from stdg.depth.precompute import hha_of, hha_of_estimate, merge_hha, prepare_hha
+from stdg.datasets.visual_genome import Database, write_annotations, write_images
 
 GOLDEN = np.load(Path(__file__).parent/'golden'/'hha.npz')
 
@@ -202,7 +205,7 @@ def png(picture):
 
 def test_bad_hha_files(database):
     path, ids = database.folder/'hha_64_x.h5', database.image_ids
-    with pytest.raises(FileNotFoundError, match='hha_64_x.h5 is missing. Make it with stdg.precompute.prepare_hha'): HHAFile(path, ids)
+    with pytest.raises(FileNotFoundError, match='hha_64_x.h5 is missing. Make it with stdg.depth.precompute.prepare_hha'): HHAFile(path, ids)
     good = png(np.zeros((48, 64, 3), np.uint8))
     write_packed(path, 'png', [good, good[:-30], b'GIF89a', png(np.zeros((8, 5000, 3), np.uint8)), png(np.zeros((8, 8), np.uint8)), b''], image_ids=ids)
     file = HHAFile(path, ids)

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from stdg import depth
-from stdg.files import write_json
+from stdg.io.files import write_json
 from stdg.prepare import prepare
 from stdg.data import SceneGraphs
-from stdg.precompute import HHAFile, hha_path
-from stdg.visual_genome import Database
+from stdg.depth.hha_file import HHAFile, hha_path
+from stdg.datasets.visual_genome import Database
 
 N = 9
 

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stdg import raw
-from stdg.pictures import Listing, write_listing
-from stdg.raw import RAW, make_database, merge_boxes
-from stdg.visual_genome import Database, to_corners, write_images
+from stdg.datasets import vg_raw as raw
+from stdg.datasets.images import Listing, write_listing
+from stdg.datasets.vg_raw import RAW, make_database, merge_boxes
+from stdg.datasets.visual_genome import Database, to_corners, write_images
 
 OBJECTS, PREDICATES = ['cup', 'man', 'person', 'table'], ['near', 'on']
 FILES = {'object_alias.txt': 'cup,mug\nman,guy\n', 'predicate_alias.txt': 'on,on top of\n', 'object_list.txt': '\n'.join(reversed(OBJECTS)), 'predicate_list.txt': '\n'.join(PREDICATES)}
@@ -282,7 +282,7 @@ def write_many(folder, n):
 
 CHILD = '''
 import json, resource, sys
-from stdg.raw import make_database
+from stdg.datasets.vg_raw import make_database
 summary = make_database(sys.argv[1], sys.argv[2], progress=False)
 print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, summary['counts']['objects kept']]))
 '''

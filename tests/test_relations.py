@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from stdg.relations import COUNTS, PREDICATES, Bodies, annotate, gap, footprints, relations, separation
+from stdg.rooms.relations import (
+    COUNTS, PREDICATES, Bodies, annotate, gap, footprints, relations, separation)
 
 
 def block(x, y, z, w, d, h, fixed=False, tops=(), insides=(), yaw=0):

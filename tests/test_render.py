@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 
-from stdg.forms import Material, Part, ball, block, plain
-from stdg.render import Camera, Light, Scene, amodal_pixels, render
-from stdg.shapes import make
+from stdg.rooms.solids import Material, Part, ball, block, plain
+from stdg.rooms.render import Camera, Light, Scene, amodal_pixels, render
+from stdg.rooms.catalogue import make
 
 GREY, EYE = plain([.5, .5, .5]), np.eye(4)
 GROUND = Part(np.array([(-9, -9, 0), (9, -9, 0), (9, 9, 0), (-9, 9, 0)], float), np.array([[0, 1, 2], [0, 2, 3]]), GREY)

@@ -8,11 +8,11 @@ import time
 import numpy as np
 import pytest
 
-import stdg.rooms as rooms
-from stdg.layout import arrange
-from stdg.relations import PREDICATES, separation
-from stdg.rooms import VOCABULARY, make_rooms, room
-from stdg.visual_genome import Database
+from stdg.rooms import build as rooms
+from stdg.rooms.layout import arrange
+from stdg.rooms.relations import PREDICATES, separation
+from stdg.rooms.build import VOCABULARY, make_rooms, room
+from stdg.datasets.visual_genome import Database
 
 SMALL = dict(size=64, samples=1)
 

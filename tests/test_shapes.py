@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 
-from stdg.forms import Material
+from stdg.rooms.solids import Material
 from stdg.graph import Vocabulary
-from stdg.shapes import CATEGORIES, make
+from stdg.rooms.catalogue import CATEGORIES, make
 
 SEEDS = range(12)
 

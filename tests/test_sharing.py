@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, hub_mixin
 from stdg import checkpoint
 from stdg.graph import Vocabulary
 from stdg.model import STDG
-from stdg.sharing import Model, escaped, check_facts
+from stdg.inference.hub import Model, escaped, check_facts
 
 FILES = ['README.md', 'config.json', 'model.json', 'model.safetensors']
 FACTS = dict(vocabulary=Vocabulary(['cup', 'table', 'lamp'], ['near', 'on']).to_json(), size=96, training=dict(stage='student', step=240, epochs=120., seed=3), metrics={'sgdet/R@50': .5, 'AP50': .25},
@@ -64,7 +64,7 @@ import sys
 def refuse(event, args):
     if event.startswith('socket.'): raise AssertionError(f'{event}: the network was asked for')
 sys.addaudithook(refuse)
-from stdg.sharing import Model
+from stdg.inference.hub import Model
 model = Model.from_pretrained(sys.argv[1])
 model.save_pretrained(sys.argv[2])
 again = Model.from_pretrained(sys.argv[2])
@@ -161,7 +161,7 @@ def test_a_revision_is_pinned(tmp_path):
 def test_only_three_files_are_asked_for(monkeypatch, shared):
     asked = []
     def fetch(name, **how): return asked.append((name, how)) or str(shared)
-    monkeypatch.setattr('stdg.sharing.snapshot_download', fetch)
+    monkeypatch.setattr('stdg.inference.hub.snapshot_download', fetch)
     Model.from_pretrained('owner/rooms', revision='abc', token='hf_x')
     assert asked == [('owner/rooms', dict(allow_patterns=['model.safetensors', 'model.json', 'config.json'], revision='abc', token='hf_x'))]
 

@@ -16,8 +16,8 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from sample_pictures import CAT, FORK, forks, saved, small, zipped
 
-import stdg.sources as sources
-from stdg.sources import FolderSource, ZipSource, picture_size, read_picture
+from stdg.io import archives as sources
+from stdg.io.archives import FolderSource, ZipSource, picture_size, read_picture
 
 
 def patched(path, what, value, entry=0):

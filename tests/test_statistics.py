@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from stdg import data
-from stdg.analysis import predicate_groups
-from stdg.files import read_json
+from stdg.datasets.statistics import predicate_groups
+from stdg.io.files import read_json
 from stdg.graph import SceneGraph, Vocabulary
 from stdg.metrics import Evaluator, FrequencyPrior
-from stdg.statistics import (annotations, box_geometry, filtered, object_counts, plot_images, plot_objects, plot_predicates, plot_triplets, predicate_counts,
-                             prior_tables, read_zero_shot, relation_distance, report, triplets, write_statistics, zero_shot_triplets)
-from stdg.visual_genome import SPLITS, Database, write_annotations, write_images
+from stdg.datasets.statistics import (
+    annotations, box_geometry, filtered, object_counts, plot_images, plot_objects,
+    plot_predicates, plot_triplets, predicate_counts, prior_tables, read_zero_shot,
+    relation_distance, report, triplets, write_statistics, zero_shot_triplets)
+from stdg.datasets.visual_genome import SPLITS, Database, write_annotations, write_images
 
 names = Vocabulary([f'object {i}' for i in range(6)], [f'predicate {i}' for i in range(4)])
 

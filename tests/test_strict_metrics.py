@@ -1,4 +1,4 @@
-"""The strict protocol against a plain evaluator in loops, hand-made traps, and the promises that it makes; intervals and groups of `stdg.analysis`."""
+"""The strict protocol against a plain evaluator in loops, hand-made traps, and the promises that it makes; intervals and groups of `stdg.evaluation.intervals`."""
 import math
 
 import numpy as np
@@ -7,7 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from stdg.analysis import difference, group_recall, intervals, predicate_groups, predicate_table, resample
+from stdg.evaluation.intervals import difference, group_recall, intervals, predicate_table, resample
+from stdg.datasets.statistics import predicate_groups
 from stdg.graph import TASKS, Prediction, SceneGraph
 from stdg.matching import PROTOCOLS, _own, found_relations
 from stdg.metrics import Evaluator, evaluate

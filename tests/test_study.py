@@ -13,7 +13,8 @@ import pytest
 import yaml
 from scipy.stats import ttest_1samp, ttest_rel
 
-from stdg import study, train
+from stdg.training import experiments as study
+from stdg import train
 from test_configs import parameters
 
 root = Path(__file__).parent.parent
@@ -48,7 +49,7 @@ def test_a_killed_study_leaves_no_process(tmp_path):
     notebook.cells = [nbformat.v4.new_code_cell("import os, time, pathlib\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(300)")]
     nbformat.write(notebook, tmp_path/'sleep.ipynb')
     (tmp_path/'settings.ini').touch()
-    parent = subprocess.Popen([sys.executable, '-c', "from stdg.study import Run, run_study\nrun_study([Run('a', {}, notebook='sleep.ipynb')])"], cwd=tmp_path)
+    parent = subprocess.Popen([sys.executable, '-c', "from stdg.training.experiments import Run, run_study\nrun_study([Run('a', {}, notebook='sleep.ipynb')])"], cwd=tmp_path)
     end = time.monotonic() + 60
     while not (tmp_path/'pid').exists() or not (tmp_path/'pid').read_text(): assert time.monotonic() < end; time.sleep(.1)
     pid = int((tmp_path/'pid').read_text())

@@ -16,7 +16,7 @@ import torch
 from stdg import train
 from stdg.checkpoint import load
 from stdg.data import loader
-from stdg.states import load_state, states
+from stdg.training.resume import load_state, states
 
 here = Path(__file__).parent
 TOY = train.Settings(name='whole', size=64, n_train=16, n_val=3, n_test=2, backbone='resnet10t.c3_in1k', pretrained=False, stages=['teacher', 'student'], epochs=2, batch_size=4, warm_up=.5,
