@@ -16,7 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import inference
+from .inference.predictor import (
+    is_picture, load_predictor, pictures_in, predict, read_image, read_member, stream)
 from .inference import video
 from .io.files import atomic_path, project_folder, write_json
 from .io.text import one_line
@@ -66,13 +67,13 @@ def resume_lines(path, made_by):
 # %% ../nbs/commands/03_command_line.ipynb #listed
 def listed(paths):
     "(names, refused {name: why}, function that reads a name) of pictures, or of one folder or archive. Raises `FileNotFoundError` or `ValueError` naming it."
-    if len(paths) == 1 and inference.is_picture(paths[0]): return [str(paths[0])], {}, inference.read_image
+    if len(paths) == 1 and is_picture(paths[0]): return [str(paths[0])], {}, read_image
     if len(paths) > 1:
         folders = [path for path in paths if Path(path).is_dir()]
         if folders: raise ValueError(f"{folders[0]}: give one folder, or several pictures")
-        return list(dict.fromkeys(map(str, paths))), {}, inference.read_image
+        return list(dict.fromkeys(map(str, paths))), {}, read_image
     source, = open_sources(paths)
-    return *inference.pictures_in(source), lambda name: inference.read_member(source, name)
+    return *pictures_in(source), lambda name: read_member(source, name)
 
 def _drawn(found, path, options):
     "Draw to `path`: picture and graph if it ends in .svg, the graph alone if in .png or .pdf."
@@ -101,7 +102,7 @@ def _with_bar(todo, refused, read, network, batch_size, progress):
     "Yield (name, prediction or error), with a progress bar; errors are also printed above it."
     with tqdm(total=len(todo) + len(refused), desc='predicting', disable=not progress) as bar:
         without = [(name, ValueError(f'{name}: it is refused: {why}')) for name, why in refused.items()]
-        for name, found in chain(without, inference.stream(todo, network, read, batch_size)):
+        for name, found in chain(without, stream(todo, network, read, batch_size)):
             bar.update()
             if isinstance(found, Exception): bar.write(one_line(str(found), 300), sys.stderr)
             yield name, found
@@ -109,7 +110,7 @@ def _with_bar(todo, refused, read, network, batch_size, progress):
 # %% ../nbs/commands/03_command_line.ipynb #one
 def predict_one(path, network, writer, output=None, drawing=None):
     "Write, draw, or else print the graph of one picture. Raises `FileNotFoundError` or `ValueError` naming what cannot be read."
-    found = inference.predict(path, network)
+    found = predict(path, network)
     if output: write_json(output, writer.record(str(path), found))
     if drawing: _drawn(found, Path(drawing), writer.options)
     if output or drawing: return
@@ -162,7 +163,7 @@ def _run_video(given, network, writer):
     "Exit code of `stdg video`."
     if not given.jsonl and not given.draw: raise ValueError('give --jsonl, the file for the graphs, or --draw, the .mp4 for the film with boxes')
     source = int(given.source) if given.source.isdecimal() else given.source
-    number = video.write_film(source, network, given.jsonl, given.draw, max(given.every, 1), writer.options, over=given.over)
+    number = video.write_video(source, network, given.jsonl, given.draw, max(given.every, 1), writer.options, over=given.over)
     print(f"{' and '.join(filter(None, (given.jsonl, given.draw)))}: {number} frames")
     return 0
 
@@ -176,7 +177,7 @@ def main(arguments=None):
     path = given.checkpoint or project_folder()/'runs'/'default'/'student.safetensors'
     try:
         if not given.checkpoint and not path.is_file(): raise FileNotFoundError('no network: give --checkpoint, or run make train first')
-        network = inference.predictor(path, given.size, given.device)
+        network = load_predictor(path, given.size, given.device)
         run = _run_predict if given.command == 'predict' else _run_video
         return run(given, network, Writer(network, given.min_score, given.top, given.min_object))
     except (ValueError, OSError, ImportError) as error: print(f'stdg {given.command}: {error}', file=sys.stderr)

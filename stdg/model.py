@@ -178,6 +178,16 @@ class STDG(nn.Module):
     @property
     def stride(self): return self.network.backbone.stride
 
+    @property
+    def reads(self):
+        "The kind of picture it is called with: 'hha' in mode 'depth', else 'rgb'."
+        return 'hha' if self.mode == 'depth' else 'rgb'
+
+    @property
+    def training_inputs(self):
+        "The kinds of pictures that a training sample must hold: its own, and where a teacher reads HHA, that."
+        return ('rgb', 'hha') if self.mode == 'combine' and self.teacher_reads == 'hha' else (self.reads,)
+
     def forward(self, image):
         "Detection (B, C+4, h, w) and relation (B, P, 7, h, w) fields; in evaluation mode as `stdg.decode` reads them."
         return self.network(image)[:2]

@@ -28,10 +28,10 @@ from sample_network import by_heart
 from stdg.rooms import build as rooms
 from stdg.deform import sampling_points
 from stdg.explore.widget import load_network
-from stdg.explore.compare import record
+from stdg.explore.compare import comparison_record
 from stdg.graph import SceneGraph, Vocabulary
 from stdg.explore.scene import database_scene, read
-from stdg.explore.snapshot import BOTH, choose
+from stdg.explore.snapshot import BOTH, choose_shown
 from stdg.datasets.visual_genome import Database, write_annotations, write_images
 
 here = Path(__file__).parent.parent
@@ -263,14 +263,14 @@ def known(work):
     "What Python computes of the first room: scene, reading, record."
     scene = database_scene(Database(work/'data'/'rooms'), 0)
     reading = read(scene, *load_network(work/'runs'/'tests'/'student.safetensors'))
-    return scene, reading, record(reading.predictions['sgdet'], reading.vocabulary, scene.truth, scene.holds)
+    return scene, reading, comparison_record(reading.predictions['sgdet'], reading.vocabulary, scene.truth, scene.holds)
 
 
 # The tests, in the order of a visit
 
 def test_shows_what_python_has_computed(open_explorer, known):
     page, (scene, reading, graph) = open_explorer, known
-    objects, triplets = choose(graph)
+    objects, triplets = choose_shown(graph)
     assert set(page.keys('.stdg-box')) == set(objects) and page.keys('.stdg-edge') == list(triplets) == page.keys('.stdg-table tr') and len(triplets) >= 4
     assert set(page.keys('.stdg-node')) == {t[end] for t in triplets.values() for end in 'so'}
     page.shot('prediction')
@@ -317,7 +317,7 @@ def test_hovering_a_node_lights_its_box_its_rows_and_its_field(open_explorer, kn
     pixels, key = page.pixels('.stdg-image'), page.keys('.stdg-node')[0]
     page.hover('.stdg-node')
     page.wait(lambda: lit(page, '.stdg-box') == {key}, 'its box')
-    mine = {k for k, t in choose(graph)[1].items() if key in (t['s'], t['o'])}
+    mine = {k for k, t in choose_shown(graph)[1].items() if key in (t['s'], t['o'])}
     assert lit(page, '.stdg-table tr') == mine == lit(page, '.stdg-edge')
     page.settle()
     name = reading.vocabulary.objects[graph['objects'][int(key[1:])]['c']]
@@ -329,7 +329,7 @@ def test_hovering_a_node_lights_its_box_its_rows_and_its_field(open_explorer, kn
 
 def test_hovering_an_edge_shows_the_cells_that_voted(open_explorer, known):
     page, (_, reading, graph) = open_explorer, known
-    triplet = choose(graph)[1][page.keys('.stdg-edge')[0]]
+    triplet = choose_shown(graph)[1][page.keys('.stdg-edge')[0]]
     page.hover('.stdg-edge text')
     page.wait(lambda: page.find('.stdg-vote'), 'votes')
     assert lit(page, '.stdg-box') == {triplet['s'], triplet['o']} == lit(page, '.stdg-node') and page.text('.stdg-readout') == f"confidence of {reading.vocabulary.predicates[triplet['p']]}"
@@ -443,7 +443,7 @@ def test_fields_and_vectors(open_explorer, known):
     page.away()
     page.choose('predicate', 'on')
     on = reading.vocabulary.predicate_index('on')
-    assert page.text('.stdg-readout') == 'confidence of on' and page.keys('.stdg-edge') == list(choose(graph, predicate=on)[1])
+    assert page.text('.stdg-readout') == 'confidence of on' and page.keys('.stdg-edge') == list(choose_shown(graph, predicate=on)[1])
     page.shot('confidence')
     page.choose('over it', 'vectors')
     assert len(page.find('.stdg-vote')) == min(150, (reading.confidence[on] > .1).sum())
@@ -460,7 +460,7 @@ def test_fields_and_vectors(open_explorer, known):
 def test_truth_and_prediction_compared(open_explorer, known):
     page, (scene, _, graph) = open_explorer, known
     page.choose('show', 'both, compared')
-    objects, triplets = choose(graph, BOTH)
+    objects, triplets = choose_shown(graph, BOTH)
     assert {t['verdict'] for t in triplets.values()} == {'hit', 'miss', 'wrong', 'unwritten'}
     for css, items in (('.stdg-box', objects), ('.stdg-edge', triplets)):
         for verdict in ('hit', 'miss', 'wrong', 'unwritten'): assert set(page.keys(f'{css}.stdg-{verdict}')) == {k for k, t in items.items() if t['verdict'] == verdict}

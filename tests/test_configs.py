@@ -149,7 +149,7 @@ def test_a_local_file_of_weights_begins_both_networks(tmp_path, monkeypatch):
     torch.save(whole, tmp_path/'resnet18.pth')
     monkeypatch.setattr(model, 'urlopen', lambda *args, **kwargs: pytest.fail('the network was asked'))
     begins, notes = training.check_start(['teacher'], 'resnet18.tv_in1k', str(tmp_path/'resnet18.pth'))
-    network = training.build(0, 'resnet18.tv_in1k', 'depth', 3, 2, pretrained=begins)
+    network = training.build_network(0, 'resnet18.tv_in1k', 'depth', 3, 2, pretrained=begins)
     assert not notes and torch.equal(network.network.backbone.body.state_dict()['layer4.1.conv2.weight'], whole['layer4.1.conv2.weight'])
     (tmp_path/'cut.pth').write_bytes((tmp_path/'resnet18.pth').read_bytes()[:5000])
     for trial in (False, True):

@@ -139,7 +139,7 @@ def test_a_quarter_to_the_pixel():
     "Cut at x = 15 of 20: exactly 0.75 is left, which is too little; at 16 it is enough. What lies outside has no area and is ignored as well."
     graph = SceneGraph([[0, 0, 20, 10], [30, 0, 40, 10], [5, 5, 5, 9]], [0, 1, 2], [[0, 1, 0], [0, 2, 1]], (10, 40))
     for edge, ignored in ((15, True), (16, False)):
-        steps = data.Steps(False, (1., 1.), graph.boxes, (0., 0., 40., 10.), (0, 0, edge, 10), 40, False)
+        steps = data.Placement(False, (1., 1.), graph.boxes, (0., 0., 40., 10.), (0, 0, edge, 10), 40, False)
         moved, valid = data._move(graph, steps)
         assert moved.ignore.tolist() == [ignored, True, True] and moved.boxes[0].tolist() == [(40 - edge) // 2, 15, (40 - edge) // 2 + edge, 25]
         assert valid == ((40 - edge) // 2, 15, edge - 1, 9)
@@ -356,7 +356,7 @@ def test_training_does_not_depend_on_workers(folders, tmp_path):
     weights = []
     for workers in (0, 2):
         torch.rand(workers)
-        model = training.build(0, **tiny)
+        model = training.build_network(0, **tiny)
         dataset = both(folders['jpeg'], stride=model.stride)
         training.fit(model, dataset, tmp_path/str(workers), 'student', epochs=2, steps=3, batch_size=4, workers=workers, progress=False)
         weights.append(list(model.state_dict().values()))

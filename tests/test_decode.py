@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from stdg.decode import decode, decode_batch, detect, ideal_output, match
+from stdg.decode import decode, decode_batch, detect, ideal_output, hungarian_match
 from stdg.fields import encode
 from stdg.graph import TASKS, SceneGraph
 
@@ -132,7 +132,7 @@ def test_unmatched_boxes_do_not_leak_their_class():
 def test_match_is_one_to_one_and_best_in_total():
     boxes = torch.tensor([[0., 0, 100, 100], [10, 0, 110, 100]])
     others = torch.tensor([[4., 0, 104, 100], [200, 200, 300, 300], [0, 0, 70, 100]])
-    ours, theirs = match(boxes, others)
+    ours, theirs = hungarian_match(boxes, others)
     assert list(zip(ours.tolist(), theirs.tolist())) == [(0, 2), (1, 0)]
 
 

@@ -12,7 +12,7 @@ from stdg.rooms import build as rooms
 from stdg.training import loop as training
 from stdg.checkpoint import load
 from stdg.model import STDG
-from stdg.training.resume import states
+from stdg.training.resume import saved_states
 from stdg.datasets.visual_genome import Database
 from stdg.depth.precompute import prepare_hha
 
@@ -30,7 +30,7 @@ def database(tmp_path_factory):
 
 def network(database, mode='rgb'):
     sizes = dict(n_objects=len(database.vocabulary.objects), n_predicates=len(database.vocabulary.predicates))
-    return training.build(0, 'small', mode, pretrained=False, **sizes)
+    return training.build_network(0, 'small', mode, pretrained=False, **sizes)
 
 
 def samples(database, mode='rgb'):
@@ -79,7 +79,7 @@ def test_resumed_and_compiled_training(database, tmp_path):
     whole = training.fit(network(database), samples(database), tmp_path/'whole', 'control', **TINY)
     training.fit(network(database), samples(database), tmp_path/'cut', 'control', **TINY, steps=3)
     again = training.fit(network(database), samples(database), tmp_path/'cut', 'control', **TINY)
-    assert states(tmp_path/'cut'/'states', 'control')[-1].stem == 'control-00000008'
+    assert saved_states(tmp_path/'cut'/'states', 'control')[-1].stem == 'control-00000008'
     for a, b in zip(records(tmp_path/'whole'), records(tmp_path/'cut')): assert a['loss'] == pytest.approx(b['loss'], rel=.05)
     assert all(torch.isfinite(p).all() for p in again.parameters()) and len(whole.state_dict()) == len(load(tmp_path/'cut'/'control.safetensors').state_dict())
     thrifty = training.fit(network(database), samples(database), tmp_path/'thrifty', 'control', **TINY, recompute=True, accumulate=2, clip=1.)

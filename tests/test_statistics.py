@@ -16,9 +16,9 @@ from stdg.io.files import read_json
 from stdg.graph import SceneGraph, Vocabulary
 from stdg.metrics import Evaluator, FrequencyPrior
 from stdg.datasets.statistics import (
-    annotations, box_geometry, filtered, object_counts, plot_images, plot_objects,
+    annotations, box_geometry, select_relations, object_counts, plot_images, plot_objects,
     plot_predicates, plot_triplets, predicate_counts, prior_tables, read_zero_shot,
-    relation_distance, report, triplets, write_statistics, zero_shot_triplets)
+    relation_distance, report, triplet_counts, write_statistics, zero_shot_triplets)
 from stdg.datasets.visual_genome import SPLITS, Database, write_annotations, write_images
 
 names = Vocabulary([f'object {i}' for i in range(6)], [f'predicate {i}' for i in range(4)])
@@ -48,7 +48,7 @@ def some(request, tmp_path_factory):
 
 def plain(some, split, n_val=0, overlap=False, unique=False):
     "Graphs of a split after the filters of training, and [(subject class, object class, predicate), ...] of all of them."
-    graphs = [data.filtered(some.graph(i), overlap, unique) for i in some.indices(split, n_val)]
+    graphs = [data.filter_relations(some.graph(i), overlap, unique) for i in some.indices(split, n_val)]
     return graphs, [(int(g.labels[s]), int(g.labels[o]), p) for g in graphs for s, o, p in g.relations.tolist()]
 
 
@@ -57,11 +57,11 @@ def plain(some, split, n_val=0, overlap=False, unique=False):
 @pytest.mark.parametrize('split, n_val', [('train', 0), ('train', 5), ('val', 5), ('test', 0)])
 def test_counts(some, split, n_val, overlap, unique):
     graphs, named = plain(some, split, n_val, overlap, unique)
-    flat = filtered(annotations(some, split, n_val), overlap, unique)
+    flat = select_relations(annotations(some, split, n_val), overlap, unique)
     assert [tuple(row) for row in np.column_stack([flat.labels[flat.relations[:, :2]], flat.relations[:, 2]]).tolist()] == named, 'order is kept as well'
     assert [counts.tolist() for counts in flat.per_image()] == [[len(g) for g in graphs], [len(g.relations) for g in graphs]]
     assert flat.boxes.tolist() == [box for g in graphs for box in g.boxes.int().tolist()] and flat.sizes.tolist() == [list(g.size) for g in graphs]
-    rows, counts = triplets(flat)
+    rows, counts = triplet_counts(flat)
     assert dict(zip(map(tuple, rows.tolist()), counts.tolist())) == Counter(named) and (np.diff(counts) <= 0).all()
     assert predicate_counts(flat).tolist() == [Counter(p for *_, p in named)[p] for p in range(4)]
     assert object_counts(flat).tolist() == [sum(g.labels.tolist().count(c) for g in graphs) for c in range(6)]
@@ -71,7 +71,7 @@ def test_prior_tables(some):
     for overlap in (False, True):
         graphs = plain(some, 'train', 3, overlap, True)[0]
         prior = FrequencyPrior(6, 4).fit(g for g in graphs if len(g.relations))
-        table, pairs = prior_tables(filtered(annotations(some, 'train', 3), overlap))
+        table, pairs = prior_tables(select_relations(annotations(some, 'train', 3), overlap))
         assert np.array_equal(table, prior.counts) and np.array_equal(pairs, prior.pairs) and table.sum() > 0
 
 
@@ -102,8 +102,8 @@ def test_geometry_of_a_wide_picture(tmp_path):
 def test_nothing_at_all(tmp_path):
     empty = database(tmp_path, [SceneGraph([], [], [], (9, 9))] * 2, [0, 0])
     flat = annotations(empty)
-    assert len(flat.labels) == len(filtered(flat, overlap=True).relations) == 0 and [c.tolist() for c in flat.per_image()] == [[0, 0]] * 2
-    assert len(triplets(flat)[0]) == 0 and prior_tables(flat)[1].sum() == 0 and zero_shot_triplets(empty).shape == (0, 3)
+    assert len(flat.labels) == len(select_relations(flat, overlap=True).relations) == 0 and [c.tolist() for c in flat.per_image()] == [[0, 0]] * 2
+    assert len(triplet_counts(flat)[0]) == 0 and prior_tables(flat)[1].sum() == 0 and zero_shot_triplets(empty).shape == (0, 3)
     assert len(box_geometry(flat)[0]) == len(relation_distance(flat)) == 0
     with pytest.raises(ValueError, match=f'{tmp_path.name}: no relation is annotated in the training split'): write_statistics(tmp_path)
     assert not (tmp_path/'statistics.json').exists()
@@ -232,12 +232,12 @@ def test_figures_show_the_counts(some):
     assert bars(plot_predicates(train).axes[0])[:4] == sorted(predicate_counts(train), reverse=True)
     assert bars(plot_predicates(train, top=2).axes[0])[:2] == sorted(predicate_counts(train), reverse=True)[:2]
     assert bars(plot_objects(train, top=3).axes[0]) == sorted(object_counts(train), reverse=True)[:3]
-    rows, counts = triplets(train)
+    rows, counts = triplet_counts(train)
     shown = plot_triplets(train, 'predicate 1').axes[0]
     assert sum(int(text.get_text()) for text in shown.texts) == predicate_counts(train)[1] == counts[rows[:, 2] == 1].sum()
     row, column = np.unravel_index(shown.images[0].get_array().argmax(), shown.images[0].get_array().shape)
     most = rows[rows[:, 2] == 1][0]
-    largest = triplets(train)[1][rows[:, 2] == 1]
+    largest = triplet_counts(train)[1][rows[:, 2] == 1]
     if largest[0] > largest[1]: assert (shown.get_yticklabels()[row].get_text(), shown.get_xticklabels()[column].get_text()) == (f'object {most[0]}', f'object {most[1]}')
     figure = plot_images({split: annotations(some, split) for split in SPLITS})
     for ax, which in zip(figure.axes, (0, 1)):

@@ -16,7 +16,7 @@ import torch
 from stdg import train
 from stdg.checkpoint import load
 from stdg.data import loader
-from stdg.training.resume import load_state, states
+from stdg.training.resume import load_state, saved_states
 
 here = Path(__file__).parent
 TOY = train.Settings(name='whole', size=64, n_train=16, n_val=3, n_test=2, backbone='resnet10t.c3_in1k', pretrained=False, stages=['teacher', 'student'], epochs=2, batch_size=4, warm_up=.5,
@@ -43,7 +43,7 @@ def run(home, name, kind='none', stage='-', step=0, processes=0, **settings):
     return done.returncode, done.stdout + done.stderr
 
 
-def last(home, name, stage): return states(home/'runs'/name/'states', stage)[-1]
+def last(home, name, stage): return saved_states(home/'runs'/name/'states', stage)[-1]
 
 
 def assert_same(home, name):
@@ -90,7 +90,7 @@ def test_what_a_resumed_run_must_agree_on(home, monkeypatch):
     for change, message in ((dict(batch_size=8), 'other settings: batch_size was 4, is 8'), (dict(backbone='resnet18.tv_in1k'), 'other settings: config.backbone was .resnet10t.c3_in1k., is .resnet18.tv_in1k.'),
                             (dict(hold_out=4), 'was written by a run on other data')):
         settings = train.Settings(**asdict(TOY) | change)
-        with pytest.raises(ValueError, match=f'teacher-00000008.json.*{message}.*-p resume False'): train.train_stage(settings, 'teacher', train.prepare(settings))
+        with pytest.raises(ValueError, match=f'teacher-00000008.json.*{message}.*-p resume False'): train.train_stage(settings, 'teacher', train.prepare_run(settings))
     assert_same(home, 'whole')
 
 

@@ -49,20 +49,20 @@ def write_listing(folder, listing):
 
 def read_listing(folder):
     "The `Listing` of `folder`. Raises `FileNotFoundError` or `ValueError` when it is missing or broken."
-    path, mend = Path(folder)/'pictures.h5', 'Make it with stdg.datasets.images.check_pictures.'
-    with open_h5(path, dict.fromkeys(_LISTING, 1), mend) as file: listing = Listing(*(file[name][:] for name in _LISTING))
-    if len({len(column) for column in vars(listing).values()}) != 1 or listing.files.dtype.kind != 'S': raise ValueError(f"{path}: its columns do not fit together. {mend}")
+    path, hint = Path(folder)/'pictures.h5', 'Make it with stdg.datasets.images.check_pictures.'
+    with open_h5(path, dict.fromkeys(_LISTING, 1), hint) as file: listing = Listing(*(file[name][:] for name in _LISTING))
+    if len({len(column) for column in vars(listing).values()}) != 1 or listing.files.dtype.kind != 'S': raise ValueError(f"{path}: its columns do not fit together. {hint}")
     return listing
 
 # %% ../../nbs/datasets/02_images.ipynb #listed-picture
 def _picture(self, sources, row):
     "Picture `row` from the `sources` that were checked, as `read_picture` gives it. Raises `ValueError` when it is no longer what it was."
-    mend = 'Give the sources that check_pictures was given, in the same order; if a picture has changed, check again'
-    if not 0 <= self.source[row] < len(sources): raise ValueError(f"image {self.image_ids[row]} is in source {self.source[row]}, {len(sources)} are given. {mend}")
+    hint = 'Give the sources that check_pictures was given, in the same order; if a picture has changed, check again'
+    if not 0 <= self.source[row] < len(sources): raise ValueError(f"image {self.image_ids[row]} is in source {self.source[row]}, {len(sources)} are given. {hint}")
     h, w = int(self.heights[row]), int(self.widths[row])
     try: picture = read_picture(sources[self.source[row]].read(self.file(row)), h * w)
-    except ValueError as error: raise ValueError(f"image {self.image_ids[row]} ({self.file(row)}): {error}. {mend}") from None
-    if picture.size != (w, h): raise ValueError(f"image {self.image_ids[row]} ({self.file(row)}): it has {picture.size[0]} x {picture.size[1]} pixels, {w} x {h} are listed. {mend}")
+    except ValueError as error: raise ValueError(f"image {self.image_ids[row]} ({self.file(row)}): {error}. {hint}") from None
+    if picture.size != (w, h): raise ValueError(f"image {self.image_ids[row]} ({self.file(row)}): it has {picture.size[0]} x {picture.size[1]} pixels, {w} x {h} are listed. {hint}")
     return picture
 
 Listing.picture = _picture

@@ -14,14 +14,14 @@ from ..io.files import stream_json
 from .coco import Collector, image_key, numbers, size_of
 
 # %% ../../nbs/datasets/06_public.ipynb #stream
-_MEND = 'Is it the file of that data set, whole? Fetch it again.'
+_HINT = 'Is it the file of that data set, whole? Fetch it again.'
 
 def _stream(path, read, *prefix):
     "What `read`, a function of `ijson`, yields of the file. Raises `FileNotFoundError` or `ValueError` naming the file."
     try:
         with open(path, 'rb') as file: yield from stream_json(file, read, *prefix)
-    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {_MEND}") from None
-    except ijson.JSONError as error: raise ValueError(f"{path} is not whole JSON ({error}). {_MEND}") from None
+    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {_HINT}") from None
+    except ijson.JSONError as error: raise ValueError(f"{path} is not whole JSON ({error}). {_HINT}") from None
 
 def _at(values, i, what):
     "Entry `i` of a list; `ValueError` unless it is a number from 0 to the last."
@@ -37,7 +37,7 @@ def _psg_lists(path):
     for prefix, event, value in _stream(path, ijson.parse):
         if event in ('string', 'number') and prefix[:-5] in found and prefix.endswith('.item'): found[prefix[:-5]].append(value)
     for name in _PSG[:3]:
-        if not found[name]: raise ValueError(f"{path} has no list '{name}'. {_MEND}")
+        if not found[name]: raise ValueError(f"{path} has no list '{name}'. {_HINT}")
     return found
 
 # %% ../../nbs/datasets/06_public.ipynb #read-psg-itself
@@ -88,10 +88,10 @@ def _rows(path, columns=None):
     try:
         with open(path, newline='', encoding='utf-8') as file:
             rows = csv.DictReader(file) if columns else csv.reader(file)
-            if missing := set(columns or ()) - set(columns and rows.fieldnames or ()): raise ValueError(f"{path} has no column {sorted(missing)[0]}. {_MEND}")
+            if missing := set(columns or ()) - set(columns and rows.fieldnames or ()): raise ValueError(f"{path} has no column {sorted(missing)[0]}. {_HINT}")
             yield from rows
-    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {_MEND}") from None
-    except (csv.Error, UnicodeDecodeError) as error: raise ValueError(f"{path} is not a CSV file ({error}). {_MEND}") from None
+    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {_HINT}") from None
+    except (csv.Error, UnicodeDecodeError) as error: raise ValueError(f"{path} is not a CSV file ({error}). {_HINT}") from None
 
 # %% ../../nbs/datasets/06_public.ipynb #read-open-images-itself
 def read_open_images(files:dict,  # split ('train', 'val' or 'test') to the path of its CSV of relations

@@ -170,13 +170,13 @@ def _write_depth(file, i, record, shape):
 _ANNOTATIONS = dict(labels=2, split=1, img_to_first_box=1, img_to_last_box=1, predicates=2, relationships=2, img_to_first_rel=1, img_to_last_rel=1)
 _DENSE = dict(dense_predicates=2, dense_relationships=2, img_to_first_dense_rel=1, img_to_last_dense_rel=1)
 _IMAGES = dict(image_ids=1, image_heights=1, image_widths=1)
-_MEND = 'Make rooms with stdg.rooms.make_rooms, or fetch the database again.'
+_HINT = 'Make rooms with stdg.rooms.make_rooms, or fetch the database again.'
 
 def _rows_of(first, last, n, path, what):
     "Image number of each row, checked: ranges inside the arrays and in order."
     has = first >= 0
     if (last[has] < first[has]).any() or (last[has] >= n).any() or (first[has][1:] <= last[has][:-1]).any():
-        raise ValueError(f"{path}: the row ranges of {what} overlap or leave the {n} rows. {_MEND}")
+        raise ValueError(f"{path}: the row ranges of {what} overlap or leave the {n} rows. {_HINT}")
     image, counts = np.full(n, -1), (last - first + 1)[has]
     rows = np.arange(counts.sum()) + np.repeat(first[has] - (counts.cumsum() - counts), counts)
     image[rows] = np.repeat(np.flatnonzero(has), counts)
@@ -186,13 +186,13 @@ def _check_rows(data, vocabulary, path, prefix=''):
     "Raise `ValueError` for a label or predicate without a name, or a relation that leaves its image."
     for name, names in (('labels', vocabulary.objects), (prefix + 'predicates', vocabulary.predicates)):
         wrong = np.flatnonzero((data[name] < 1) | (data[name] > len(names)))
-        if len(wrong): raise ValueError(f"{path}: {name} row {wrong[0]} is {data[name].flat[wrong[0]]}, outside 1..{len(names)} of VG-SGG-dicts.json. {_MEND}")
+        if len(wrong): raise ValueError(f"{path}: {name} row {wrong[0]} is {data[name].flat[wrong[0]]}, outside 1..{len(names)} of VG-SGG-dicts.json. {_HINT}")
     pairs, n = data[prefix + 'relationships'], len(data['labels'])
     box_image = _rows_of(data['img_to_first_box'], data['img_to_last_box'], n, path, 'boxes')
     rel_image = _rows_of(data[f'img_to_first_{prefix}rel'], data[f'img_to_last_{prefix}rel'], len(pairs), path, 'relations')
     outside = ((pairs < 0) | (pairs >= n)).any(1)
     wrong = np.flatnonzero(outside | (box_image[np.where(outside[:, None], 0, pairs)] != rel_image[:, None]).any(1)) if n else np.arange(len(pairs))
-    if len(wrong): raise ValueError(f"{path}: {prefix}relationships row {wrong[0]} {pairs[wrong[0]].tolist()} points to an object that is not in its image. {_MEND}")
+    if len(wrong): raise ValueError(f"{path}: {prefix}relationships row {wrong[0]} {pairs[wrong[0]].tolist()} points to an object that is not in its image. {_HINT}")
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #database-parts
 def _find(folder, name, ending):
@@ -202,25 +202,25 @@ def _find(folder, name, ending):
 
 def _read_vocabulary(path):
     "The `Vocabulary` of a names file of spec 1.3."
-    record = read_json(path, _MEND)
+    record = read_json(path, _HINT)
     try: return Vocabulary(*[[record[key][str(i)] for i in range(1, len(record[key]) + 1)] for key in ('idx_to_label', 'idx_to_predicate')])
-    except (KeyError, TypeError) as error: raise ValueError(f"{path} is not a names file of this format: {error} is missing. {_MEND}") from None
+    except (KeyError, TypeError) as error: raise ValueError(f"{path} is not a names file of this format: {error} is missing. {_HINT}") from None
 
 def _find_size(folder, file):
     "The largest size of which both boxes (in the open annotation `file`) and pictures are there."
     sizes = [int(name[6:]) for name in file if name.startswith('boxes_') and name[6:].isdigit()]
     there = [s for s in sizes if (folder/f'imdb_{s}.h5').exists()]
-    if not there: raise FileNotFoundError(f"{folder}/imdb_<size>.h5 is missing; {Path(file.filename).name} has boxes for size {sizes}. {_MEND}")
+    if not there: raise FileNotFoundError(f"{folder}/imdb_<size>.h5 is missing; {Path(file.filename).name} has boxes for size {sizes}. {_HINT}")
     return max(there)
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #read-annotations
 def _read_annotations(folder, size, path):
     "Side of the pictures, and the annotations as arrays by name, of the file `path`."
-    with open_h5(path, _ANNOTATIONS, _MEND) as file:
+    with open_h5(path, _ANNOTATIONS, _HINT) as file:
         size = int(size or _find_size(folder, file))
         if f'boxes_{size}' not in file: raise ValueError(f"{path} has no boxes_{size}; it has {[n for n in file if n.startswith('boxes_')]}")
         needs = {**_ANNOTATIONS, f'boxes_{size}': 2, **(_DENSE if 'dense_predicates' in file else {})}
-    with open_h5(path, needs, _MEND) as file: return size, {name: file[name][:] for name in needs}
+    with open_h5(path, needs, _HINT) as file: return size, {name: file[name][:] for name in needs}
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #database
 class Database(PerProcess):
@@ -236,17 +236,17 @@ class Database(PerProcess):
         self._corners = to_corners(self._data[f'boxes_{self.size}'], released)
         for prefix in ('', 'dense_')[:1 + ('dense_predicates' in self._data)]: _check_rows(self._data, self.vocabulary, path, prefix)
         images = self._images()
-        self._jpeg = Packed(images.filename, 'jpeg', _MEND) if 'jpeg' in images else None
+        self._jpeg = Packed(images.filename, 'jpeg', _HINT) if 'jpeg' in images else None
         self.image_ids, self._heights, self._widths = (images[name][:] for name in ('image_ids', 'image_heights', 'image_widths'))
-        if len(self.image_ids) != len(self): raise ValueError(f"{images.filename} has {len(self.image_ids)} images, {path} has {len(self)}. {_MEND}")
+        if len(self.image_ids) != len(self): raise ValueError(f"{images.filename} has {len(self.image_ids)} images, {path} has {len(self)}. {_HINT}")
 
     def _images(self): return self._opened(self._open_images)
 
     def _open_images(self):
         path = self.folder/f'imdb_{self.size}.h5'
-        with open_h5(path, _IMAGES, _MEND) as file: there = set(file)
+        with open_h5(path, _IMAGES, _HINT) as file: there = set(file)
         needs = {**_IMAGES, **(dict(jpeg=1, jpeg_end=1) if 'jpeg' in there else dict(images=4)), **(dict(depth=3, camera=3) if 'depth' in there else {})}
-        return open_h5(path, needs, _MEND)
+        return open_h5(path, needs, _HINT)
 
     def __len__(self): return len(self._data['split'])
     def __repr__(self): return f"Database({self.folder.name}: {len(self)} images at {self.size} px, {self.vocabulary}, depth={self.has_depth})"
@@ -287,7 +287,7 @@ def _image(self, i):
         with Image.open(io.BytesIO(self._jpeg[i]), formats=('JPEG',)) as picture:
             if picture.size != (w, h): raise OSError(f"it has {picture.size[0]} x {picture.size[1]} pixels, {w} x {h} are announced")
             return np.array(picture.convert('RGB'))
-    except (OSError, SyntaxError) as error: raise ValueError(f"{self._jpeg.path}: the JPEG of image {self.image_ids[i]} is damaged ({error}). {_MEND}") from None
+    except (OSError, SyntaxError) as error: raise ValueError(f"{self._jpeg.path}: the JPEG of image {self.image_ids[i]} is damaged ({error}). {_HINT}") from None
 
 def _depth(self, i):
     "Depth of image `i`, (H, W) float32 metres along the optical axis, 0 where missing. Raises `ValueError` if there is none or it is not finite."

@@ -27,7 +27,7 @@ def model_tag(model):
 # %% ../../nbs/depth/02_depth_file.ipynb #depth-file
 def depth_path(folder, model): return Path(folder)/f'depth_{model_tag(model)}.h5'
 
-_MEND = 'Make it with stdg.depth.estimators.estimate_depth.'
+_HINT = 'Make it with stdg.depth.estimators.estimate_depth.'
 
 class DepthFile:
     """The maps of a depth file by position: (H, W) float32, relative inverse depth, or metres where `metric` is True. May be handed to other processes.
@@ -36,21 +36,21 @@ class DepthFile:
     Raises `FileNotFoundError` or `ValueError` naming the file when it is missing, cut off, inconsistent, or of other images than `image_ids`."""
     def __init__(self, path, image_ids=None):
         self.path = Path(path)
-        with open_h5(path, dict(image_ids=1), _MEND) as file: camera = dict(camera=3) if 'camera' in file else {}
-        with open_h5(path, dict(depth=1, depth_end=1, image_ids=1, shape=2, metric=1, **camera), _MEND) as file:
-            if file['depth'].dtype != np.float16: raise ValueError(f"{path}: the maps are {file['depth'].dtype}, float16 is needed. {_MEND}")
+        with open_h5(path, dict(image_ids=1), _HINT) as file: camera = dict(camera=3) if 'camera' in file else {}
+        with open_h5(path, dict(depth=1, depth_end=1, image_ids=1, shape=2, metric=1, **camera), _HINT) as file:
+            if file['depth'].dtype != np.float16: raise ValueError(f"{path}: the maps are {file['depth'].dtype}, float16 is needed. {_HINT}")
             self.image_ids, self.shapes, metric = (file[name][:] for name in ('image_ids', 'shape', 'metric'))
             self.cameras = file['camera'][:] if camera else None
-        self._maps, self.metric = Packed(path, 'depth', _MEND), bool(metric.any())
+        self._maps, self.metric = Packed(path, 'depth', _HINT), bool(metric.any())
         self._check()
         if image_ids is not None and not np.array_equal(self.image_ids, image_ids):
             raise ValueError(f"{path} was made for other images: remove it and make it anew with stdg.depth.estimators.estimate_depth")
 
     def _check(self):
         rows = [len(self._maps), len(self.shapes), len(self.image_ids)] + ([len(self.cameras)] if self.cameras is not None else [])
-        if len(set(rows)) > 1: raise ValueError(f"{self.path}: {rows[0]} maps, {rows[1]} shapes and {rows[2]} image_ids, cameras: {rows[3:]}. {_MEND}")
+        if len(set(rows)) > 1: raise ValueError(f"{self.path}: {rows[0]} maps, {rows[1]} shapes and {rows[2]} image_ids, cameras: {rows[3:]}. {_HINT}")
         wrong = np.flatnonzero((self.shapes < 1).any(1) | (self.shapes.astype(np.int64).prod(1) != np.diff(self._maps.ends)))
-        if len(wrong): raise ValueError(f"{self.path}: the map of image {self.image_ids[wrong[0]]} hasn't the {self.shapes[wrong[0]].tolist()} pixels that are announced. {_MEND}")
+        if len(wrong): raise ValueError(f"{self.path}: the map of image {self.image_ids[wrong[0]]} hasn't the {self.shapes[wrong[0]].tolist()} pixels that are announced. {_HINT}")
 
     def __len__(self): return len(self._maps)
     def __getitem__(self, row):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..io.devices import choose_device
 from . import maps as depth
 from ..io.files import read_json
 from ..io.packed import Parts, run_parts, started_parts
@@ -41,18 +42,18 @@ def is_metric(config, metric=None):
     return _METRIC[config.model_type]
 
 # %% ../../nbs/depth/04_estimators.ipynb #check-folder
-_LOAD_MEND = f"Give a model's name on the Hugging Face hub ({MODEL}), or a folder with config.json, preprocessor_config.json and model.safetensors, as save_pretrained writes it."
+_LOAD_HINT = f"Give a model's name on the Hugging Face hub ({MODEL}), or a folder with config.json, preprocessor_config.json and model.safetensors, as save_pretrained writes it."
 
 def _check_folder(model):
     "Raise `FileNotFoundError` or `ValueError` for a local folder from which nothing can be loaded."
     local = Path(model)
     if not local.is_dir():
         if local.exists() or local.is_absolute() or str(model).count('/') != 1 or str(model)[0] in '.~':
-            raise FileNotFoundError(f"{model} is not a folder of a depth model. {_LOAD_MEND}")
+            raise FileNotFoundError(f"{model} is not a folder of a depth model. {_LOAD_HINT}")
         return
     for name in ('config.json', 'preprocessor_config.json'):
-        if not (local/name).is_file(): raise FileNotFoundError(f"{local} has no {name}. {_LOAD_MEND}")
-    if not any(local.glob('*.safetensors')): raise FileNotFoundError(f"{local} has no weights as .safetensors; pickled weights (.bin, .pt) are not read. {_LOAD_MEND}")
+        if not (local/name).is_file(): raise FileNotFoundError(f"{local} has no {name}. {_LOAD_HINT}")
+    if not any(local.glob('*.safetensors')): raise FileNotFoundError(f"{local} has no weights as .safetensors; pickled weights (.bin, .pt) are not read. {_LOAD_HINT}")
 
 # %% ../../nbs/depth/04_estimators.ipynb #load
 def _load(model, metric):
@@ -63,7 +64,7 @@ def _load(model, metric):
         processor = transformers.AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
         network, info = transformers.AutoModelForDepthEstimation.from_pretrained(model, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # what a broken folder raises depends on the model
-        raise ValueError(f"{model} can't be loaded as a depth estimator: {' '.join(str(error).split())[:300]}. {_LOAD_MEND}") from error
+        raise ValueError(f"{model} can't be loaded as a depth estimator: {' '.join(str(error).split())[:300]}. {_LOAD_HINT}") from error
     weights, absent = network.state_dict(), sorted(info['missing_keys'])
     for name in absent:
         if name in weights and weights[name].is_floating_point(): weights[name].fill_(torch.nan)
@@ -84,7 +85,7 @@ class Estimator:
     Attributes: `metric`, `tag`. Raises `ImportError` without `transformers`, `FileNotFoundError` or `ValueError` naming a model that can't be loaded. Source: method spec 2.1."""
     def __init__(self, model=MODEL, device=None, metric=None, dtype=None):
         self.model, self.tag = str(model), model_tag(model)
-        self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        self.device = choose_device(device)
         self.dtype = dtype or (torch.bfloat16 if self.device.type == 'cuda' else torch.float32)
         self.processor, self.network, self.metric, self.absent = _load(model, metric)
         self.network.to(self.device).requires_grad_(False)

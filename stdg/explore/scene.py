@@ -112,7 +112,7 @@ def _teacher(model, teacher):
 
 def _asked(model, teacher, pictures):
     "Fields (1, ...) of the model and the offsets of all, from `pictures`, {'rgb', 'hha': (3, canvas, canvas)}."
-    kind = 'hha' if model.mode == 'depth' else 'rgb'
+    kind = model.reads
     detection, relation, own = model.network(network_input(model, pictures[kind][None], kind))
     offsets = {'teacher' if kind == 'hha' else 'student': own}
     network, kind = _teacher(model, teacher)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'ENDINGS', 'read_image', 'letterbox', 'unbox', 'names_of', 'thresholds_of', 'on_picture', 'Predictor',
-           'predictor', 'stream', 'is_picture', 'pictures_in', 'read_member', 'predict']
+           'load_predictor', 'stream', 'is_picture', 'pictures_in', 'read_member', 'predict']
 
 # %% ../../nbs/inference/02_predictor.ipynb #imports
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as T
 
+from ..io.devices import choose_device
 from .. import checkpoint, decode
 from ..data import centred, network_input
 from ..graph import Prediction, Vocabulary
@@ -94,7 +95,7 @@ class Predictor:
         self.model = network if self.path is None else checkpoint.load(self.path) if ours else any_network(self.path, Vocabulary.visual_genome())
         if self.model.mode == 'depth': raise ValueError(f"{self.path or 'this network'} reads HHA, not RGB: use a student")
         if self.model.mode == 'combine': self.model = self.model.student()  # the teacher is not needed any more
-        self.model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'), memory_format=torch.channels_last).eval()
+        self.model.to(choose_device(device), memory_format=torch.channels_last).eval()
         self.size = size or self.facts.get('size', 512)
 
     @property
@@ -116,7 +117,7 @@ Predictor.__call__ = _call
 @lru_cache(maxsize=2)
 def _loaded(path, changed, size, device): return Predictor(path, size, device)
 
-def predictor(network, size=None, device=None):
+def load_predictor(network, size=None, device=None):
     "The `Predictor` of `network`; for a path it is kept, and made anew when one of its files has changed."
     if isinstance(network, Predictor): return network
     if isinstance(network, STDG): return Predictor(network, size, device)
@@ -136,8 +137,8 @@ def _tried(read, item):
 def stream(items, network, read=read_image, batch_size=8, names=str, **options):
     """Yield (item, `PicturePrediction`, or the `ValueError` or `OSError` that `read` raised) for each of `items`, in order.
 
-    `read` makes an item a (3, H, W) uint8 picture, `names` its name; `options` are those of `predictor`."""
-    ready = predictor(network, **options)
+    `read` makes an item a (3, H, W) uint8 picture, `names` its name; `options` are those of `load_predictor`."""
+    ready = load_predictor(network, **options)
     with ThreadPoolExecutor(min(4, batch_size)) as pool:
         ahead = None
         for batch in _batches(items, batch_size):

@@ -51,11 +51,11 @@ def write_json(path, record, indent=1):
     with atomic_path(path) as partial: partial.write_text(text + '\n', encoding='utf-8')
 
 # %% ../../nbs/io/01_files.ipynb #read-json
-def read_json(path, mend='Is the path right?'):
-    "The JSON in `path`. Raises `FileNotFoundError` or `ValueError` naming the file, with the `mend` that the caller knows."
+def read_json(path, hint='Is the path right?'):
+    "The JSON in `path`. Raises `FileNotFoundError` or `ValueError` naming the file, with the `hint` that the caller knows."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {mend}") from None
-    except (ValueError, RecursionError) as error: raise ValueError(f"{path} is not whole JSON ({error}). {mend}") from None  # also of numbers too long and brackets too deep
+    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {hint}") from None
+    except (ValueError, RecursionError) as error: raise ValueError(f"{path} is not whole JSON ({error}). {hint}") from None  # also of numbers too long and brackets too deep
 
 # %% ../../nbs/io/01_files.ipynb #shallow
 MAX_DEPTH = 1000
@@ -99,17 +99,17 @@ def _problem(file, name, dims):
 # %% ../../nbs/io/01_files.ipynb #open-h5
 def open_h5(path,
             needs:dict,  # name of a dataset to its number of dimensions
-            mend='Is the path right?'):  # -> h5py.File, open for reading
+            hint='Is the path right?'):  # -> h5py.File, open for reading
     "Open `path` for reading. Raises `FileNotFoundError` or `ValueError` naming the file and what is wrong with it."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing. {mend}")
+    if not path.is_file(): raise FileNotFoundError(f"{path} is missing. {hint}")
     try: file = h5py.File(path, 'r')
-    except OSError as error: raise ValueError(f"{path} is not a whole HDF5 file ({error}). Was it cut off while it was copied? {mend}") from None
+    except OSError as error: raise ValueError(f"{path} is not a whole HDF5 file ({error}). Was it cut off while it was copied? {hint}") from None
     for name, dims in needs.items():
         problem = _problem(file, name, dims)
         if problem:
             file.close()
-            raise ValueError(f"{path}{problem}. {mend}")
+            raise ValueError(f"{path}{problem}. {hint}")
     return file
 
 # %% ../../nbs/io/01_files.ipynb #per-process

@@ -69,14 +69,14 @@ def write_packed(path,
 # %% ../../nbs/io/02_packed.ipynb #packed
 class Packed(PerProcess):
     "The pieces `name` of a packed file, by position. Raises what `open_h5` raises, and `ValueError` when ends and data disagree."
-    def __init__(self, path, name, mend='Is the path right?'):
-        self.path, self.name, self.mend = Path(path), name, mend
+    def __init__(self, path, name, hint='Is the path right?'):
+        self.path, self.name, self.hint = Path(path), name, hint
         file = self._open()
         self.ends = np.concatenate([[0], file[f'{name}_end'][:]])
         if (np.diff(self.ends) < 0).any() or self.ends[-1] != len(file[name]):
-            raise ValueError(f"{path}: {name}_end tells of {self.ends[-1]} elements, there are {len(file[name])}. {mend}")
+            raise ValueError(f"{path}: {name}_end tells of {self.ends[-1]} elements, there are {len(file[name])}. {hint}")
 
-    def _open(self): return self._opened(lambda: open_h5(self.path, {self.name: 1, f'{self.name}_end': 1}, self.mend))
+    def _open(self): return self._opened(lambda: open_h5(self.path, {self.name: 1, f'{self.name}_end': 1}, self.hint))
     def __len__(self): return len(self.ends) - 1
     def __getitem__(self, i):
         if not -len(self) <= i < len(self): raise IndexError(f"{self.path}: piece {i} of {len(self)}")
@@ -85,7 +85,7 @@ class Packed(PerProcess):
 
     def column(self, name):
         "The whole column `name`."
-        if name not in self._open(): raise ValueError(f"{self.path} has no '{name}'. {self.mend}")
+        if name not in self._open(): raise ValueError(f"{self.path} has no '{name}'. {self.hint}")
         return self._open()[name][:]
 
 # %% ../../nbs/io/02_packed.ipynb #parts
@@ -138,10 +138,10 @@ def _merge(self, **columns):
 
 def _append_part(self, k, writer, found):
     "Move the pieces of part `k` to `writer`, its columns to the lists in `found`; the number of pieces."
-    mend = 'Remove it and run the step again.'
-    part = Packed(self.part(k), self.name, mend)
+    hint = 'Remove it and run the step again.'
+    part = Packed(self.part(k), self.name, hint)
     with part._open() as file:
-        if not np.array_equal(part.column('keys'), self.keys[self.rows(k)]): raise ValueError(f"{part.path} holds other pieces than it should: {part.column('keys')[:3].tolist()}... {mend}")
+        if not np.array_equal(part.column('keys'), self.keys[self.rows(k)]): raise ValueError(f"{part.path} holds other pieces than it should: {part.column('keys')[:3].tolist()}... {hint}")
         whole = file[self.name][:]
         for a, b in zip(part.ends, part.ends[1:]): writer.add(whole[a:b])
         for key in set(file) - {self.name, f'{self.name}_end', 'keys'}: found.setdefault(key, []).append(file[key][:])

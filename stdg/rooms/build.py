@@ -23,7 +23,7 @@ from ..io.files import atomic_path, read_json, writable_folder, write_json
 from ..graph import SceneGraph, Vocabulary
 from .layout import arrange, extent
 from .relations import PREDICATES, Bodies, annotate, footprints, heights, relations
-from .render import Camera, Light, Scene, amodal_pixels, render
+from .render import Camera, Light, RayScene, amodal_pixels, render
 from .catalogue import CATEGORIES, make
 from .solids import Material, Part
 from ..datasets.visual_genome import write_annotations, write_images
@@ -133,8 +133,8 @@ class Room:
 
 # %% ../../nbs/rooms/09_build.ipynb #build-scene
 def build_scene(layout, rng, clutter):
-    "The `Scene` to render: background is instance 0, the things are 1 to N."
-    scene = Scene()
+    "The `RayScene` to render: background is instance 0, the things are 1 to N."
+    scene = RayScene()
     scene.add(shell(layout, rng, clutter), np.eye(4), 0)
     for parts, place in prints(layout, rng, clutter): scene.add(parts, place, 0)
     for i, (shape, pose) in enumerate(zip(layout.shapes, layout.poses)): scene.add(shape.parts, _pose(*pose), i + 1)

@@ -20,7 +20,7 @@ import torch
 import yaml
 from scipy import stats
 
-from .distributed import child
+from .distributed import child_process
 from ..draw.style import HIT, MISS
 from ..io.files import atomic_path, project_folder, read_json, writable_folder
 from ..io.text import html_table, markdown_table, one_line
@@ -61,7 +61,7 @@ def _start(run, threads, slot):
     gpus = torch.cuda.device_count()
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MPLBACKEND='agg', **(dict(CUDA_VISIBLE_DEVICES=str(slot % gpus)) if gpus > 1 else {}))
     command = [sys.executable, '-m', 'papermill', '--no-progress-bar', run.notebook, folder/Path(run.notebook).name, '-k', 'python3', '-f', file]
-    with open(folder/'run.log', 'wb') as log: return child(command, cwd=project_folder(), env=environment, stdout=log, stderr=subprocess.STDOUT)
+    with open(folder/'run.log', 'wb') as log: return child_process(command, cwd=project_folder(), env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 def _why(run, code):
     "Why a run failed: the last line that it has printed, or that its notebook went through and left no results; and where the notebook is."
