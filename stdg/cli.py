@@ -16,25 +16,28 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .inference.predictor import (
-    is_picture, load_predictor, pictures_in, predict, read_image, read_member, stream)
 from .inference import video
+from .inference.predictor import is_picture, load_predictor, pictures_in, predict, read_image, read_member, stream
+from .io.archives import open_sources
 from .io.files import atomic_path, project_folder, write_json
 from .io.text import one_line
-from .io.archives import open_sources
 
 # %% ../nbs/commands/03_command_line.ipynb #record
 def _short_name(path):
     "The file's name and the beginning of its hash."
-    with open(path, 'rb') as file: return f"{Path(path).name} {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+    with open(path, 'rb') as file:
+        return f"{Path(path).name} {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
 
 class Writer:
-    "Makes records of pictures: `min_score`, `top` and `min_object` as in `PicturePrediction.graph`, by default the network's own thresholds."
+    """Makes records of pictures: `min_score`, `top` and `min_object` as in
+    `PicturePrediction.graph`, by default the network's own thresholds."""
     def __init__(self, network, min_score=None, top=None, min_object=None):
         self.options = dict(min_score=min_score, top=top, min_object=min_object)
         shown = network.thresholds
-        self.made_by = dict(network=_short_name(network.path), canvas=network.size, min_score=shown['triplets'] if min_score is None else min_score,
-                            top=top, min_object=shown['objects'] if min_object is None else min_object)
+        self.made_by = dict(network=_short_name(network.path), canvas=network.size,
+                            min_score=shown['triplets'] if min_score is None else min_score,
+                            top=top, min_object=shown['objects'] if min_object is None
+                            else min_object)
 
     def record(self, name, found):
         "What is written of a picture: its graph, or why there is none."
@@ -43,30 +46,45 @@ class Writer:
 
 # %% ../nbs/commands/03_command_line.ipynb #resume
 def _kept_lines(path, made_by):
-    "Yield (name, line) of the finished pictures in `path`. Raises `ValueError` if it is something else, or made in another way."
+    """Yield (name, line) of the finished pictures in `path`.
+
+    Raises `ValueError` if it is something else, or made in another way."""
     with open(path, encoding='utf-8', errors='replace') as file:
         for number, line in enumerate(file, 1):
             try: record = json.loads(line)
             except json.JSONDecodeError:
                 if not line.endswith('\n'): return  # cut off by a kill
-                raise ValueError(f"{path}, line {number}: not JSON. Is it a file of `stdg predict`? Choose another name") from None
-            if not isinstance(record, dict) or 'file' not in record: raise ValueError(f"{path}, line {number}: no line of `stdg predict`. Choose another name")
+                raise ValueError(f"{path}, line {number}: not JSON. Is it a file of `stdg "
+                                 "predict`? Choose another name") from None
+            if not isinstance(record, dict) or 'file' not in record:
+                raise ValueError(f"{path}, line {number}: no line of `stdg predict`. Choose "
+                                 "another name")
             differ = [k for k, v in made_by.items() if record.get(k) != v]
-            if differ: raise ValueError(f"{path} was made with another {', '.join(differ)} ({', '.join(str(record.get(k)) for k in differ)}; now {', '.join(str(made_by[k]) for k in differ)}). Choose another name, or remove it")
+            if differ:
+                raise ValueError(f"{path} was made with another {', '.join(differ)} "
+                                 f"({', '.join(str(record.get(k)) for k in differ)}; now "
+                                 f"{', '.join(str(made_by[k]) for k in differ)}). Choose another "
+                                 "name, or remove it")
             if 'error' not in record: yield record['file'], line
 
 def resume_lines(path, made_by):
-    "Names that are finished in the JSON lines `path`, which afterwards holds their lines alone. Raises `ValueError` naming the file."
+    """Names that are finished in the JSON lines `path`, which afterwards holds their lines alone.
+
+    Raises `ValueError` naming the file."""
     if not Path(path).exists(): return set()
     done = set()
     with atomic_path(path) as partial, open(partial, 'w', encoding='utf-8') as out:
         for name, line in _kept_lines(path, made_by):
-            done.add(name); out.write(line)
+            done.add(name)
+            out.write(line)
     return done
 
 # %% ../nbs/commands/03_command_line.ipynb #listed
 def listed(paths):
-    "(names, refused {name: why}, function that reads a name) of pictures, or of one folder or archive. Raises `FileNotFoundError` or `ValueError` naming it."
+    """(names, refused {name: why}, function that reads a name) of pictures, or of one folder or
+    archive.
+
+    Raises `FileNotFoundError` or `ValueError` naming it."""
     if len(paths) == 1 and is_picture(paths[0]): return [str(paths[0])], {}, read_image
     if len(paths) > 1:
         folders = [path for path in paths if Path(path).is_dir()]
@@ -83,9 +101,11 @@ def _drawn(found, path, options):
 
 # %% ../nbs/commands/03_command_line.ipynb #many
 def predict_many(paths, network, path, writer, drawings=None, batch_size=8, progress=True):
-    """Write a JSON line for each picture of `paths` (a folder, an archive, or pictures) to `path`, and if asked an SVG each to the folder `drawings`.
+    """Write a JSON line for each picture of `paths` (a folder, an archive, or pictures) to `path`,
+    and if asked an SVG each to the folder `drawings`.
 
-    Goes on where it was killed. Returns how many were tried now, and how many failed. Raises `FileNotFoundError` or `ValueError` naming what does not fit."""
+    Goes on where it was killed. Returns how many were tried now, and how many failed. Raises
+    `FileNotFoundError` or `ValueError` naming what does not fit."""
     names, refused, read = listed(paths)
     made = resume_lines(path, writer.made_by)
     todo = [name for name in names if name not in made]
@@ -93,15 +113,18 @@ def predict_many(paths, network, path, writer, drawings=None, batch_size=8, prog
     with open(path, 'a', encoding='utf-8') as out:
         for name, found in _with_bar(todo, refused, read, network, batch_size, progress):
             failed += isinstance(found, Exception)
-            if drawings and not isinstance(found, Exception): _drawn(found, Path(drawings)/f"{name.lstrip('/')}.svg", writer.options)
-            out.write(json.dumps(writer.record(name, found), ensure_ascii=False, allow_nan=False) + '\n')
+            if drawings and not isinstance(found, Exception):
+                _drawn(found, Path(drawings)/f"{name.lstrip('/')}.svg", writer.options)
+            out.write(json.dumps(writer.record(name, found), ensure_ascii=False, allow_nan=False)
+                      + '\n')
             out.flush()
     return len(todo) + len(refused), failed
 
 def _with_bar(todo, refused, read, network, batch_size, progress):
     "Yield (name, prediction or error), with a progress bar; errors are also printed above it."
     with tqdm(total=len(todo) + len(refused), desc='predicting', disable=not progress) as bar:
-        without = [(name, ValueError(f'{name}: it is refused: {why}')) for name, why in refused.items()]
+        without = [(name, ValueError(f'{name}: it is refused: {why}'))
+                   for name, why in refused.items()]
         for name, found in chain(without, stream(todo, network, read, batch_size)):
             bar.update()
             if isinstance(found, Exception): bar.write(one_line(str(found), 300), sys.stderr)
@@ -109,41 +132,57 @@ def _with_bar(todo, refused, read, network, batch_size, progress):
 
 # %% ../nbs/commands/03_command_line.ipynb #one
 def predict_one(path, network, writer, output=None, drawing=None):
-    "Write, draw, or else print the graph of one picture. Raises `FileNotFoundError` or `ValueError` naming what cannot be read."
+    """Write, draw, or else print the graph of one picture.
+
+    Raises `FileNotFoundError` or `ValueError` naming what cannot be read."""
     found = predict(path, network)
     if output: write_json(output, writer.record(str(path), found))
     if drawing: _drawn(found, Path(drawing), writer.options)
     if output or drawing: return
     graph = found.graph(**writer.options)
-    for sentence, score in zip(graph.sentences(), graph.relation_scores.tolist()): print(f'{score:.2f} {one_line(sentence)}')
-    if not len(graph.relations): print(f"no relation scores above {writer.made_by['min_score']:.2f}; lower it with --min-score")
+    for sentence, score in zip(graph.sentences(), graph.relation_scores.tolist()):
+        print(f'{score:.2f} {one_line(sentence)}')
+    if not len(graph.relations):
+        print(f"no relation scores above {writer.made_by['min_score']:.2f}; lower it with "
+              "--min-score")
 
 # %% ../nbs/commands/03_command_line.ipynb #parser
-OTHERS = dict(train='stdg.train', prepare='stdg.prepare', released='stdg.released')  # programs that have a parser of their own
+# programs that have a parser of their own
+OTHERS = dict(train='stdg.train', prepare='stdg.prepare', released='stdg.released')
 
 def _common(parser):
     "Options that pictures and films share."
-    parser.add_argument('-c', '--checkpoint', help='the network, .safetensors or a released file; default: runs/default/student.safetensors, which make train writes')
-    parser.add_argument('--size', type=int, help='side of the canvas in pixels; default: as the network was trained')
+    parser.add_argument('-c', '--checkpoint', help='the network, .safetensors or a released file; '
+                        'default: runs/default/student.safetensors, which make train writes')
+    parser.add_argument('--size', type=int, help='side of the canvas in pixels; default: as the '
+                        'network was trained')
     parser.add_argument('--device', help='cpu or cuda; default: a GPU if there is one')
-    parser.add_argument('--min-score', type=float, help="show triplets that score more; default: the network's own threshold")
-    parser.add_argument('--min-object', type=float, help='show objects that score at least this; default: the same')
+    parser.add_argument('--min-score', type=float, help="show triplets that score more; default: "
+                        "the network's own threshold")
+    parser.add_argument('--min-object', type=float, help='show objects that score at least this; '
+                        'default: the same')
     parser.add_argument('--top', type=int, help='show no more triplets than this')
     parser.add_argument('--jsonl', help='file of JSON lines to write or to go on with')
 
 def _parser():
-    parser = argparse.ArgumentParser('stdg', description='Scene graphs of your pictures.', epilog=f"Also: stdg {', stdg '.join(OTHERS)}, each with --help.")
+    parser = argparse.ArgumentParser('stdg', description='Scene graphs of your pictures.',
+                                     epilog=f"Also: stdg {', stdg '.join(OTHERS)}, each with "
+                                     "--help.")
     commands = parser.add_subparsers(dest='command', required=True)
-    one = commands.add_parser('predict', help='scene graphs of pictures, of a folder or of a zip archive')
+    one = commands.add_parser('predict', help='scene graphs of pictures, of a folder or of a zip '
+                              'archive')
     one.add_argument('source', nargs='+', help='a picture, several, a folder, or a zip archive')
     one.add_argument('-o', '--output', help='JSON file for the graph of one picture')
-    one.add_argument('--draw', help='of one picture: .svg (picture and graph), .png or .pdf (graph); of several: a folder for SVG files')
+    one.add_argument('--draw', help='of one picture: .svg (picture and graph), .png or .pdf '
+                     '(graph); of several: a folder for SVG files')
     one.add_argument('--batch-size', type=int, default=8, help='pictures at a time')
     _common(one)
     film = commands.add_parser('video', help='scene graphs of a film or a webcam, without flicker')
-    film.add_argument('source', help="a film's file, or the number of a webcam, the first is 0 (stop it with Ctrl-C)")
+    film.add_argument('source', help="a film's file, or the number of a webcam, the first is 0 "
+                      "(stop it with Ctrl-C)")
     film.add_argument('--draw', help='.mp4 file for the film with boxes')
-    film.add_argument('--over', type=float, default=.3, help='seconds over which scores and boxes are averaged; 0: none')
+    film.add_argument('--over', type=float, default=.3, help='seconds over which scores and boxes '
+                      'are averaged; 0: none')
     film.add_argument('--every', type=int, default=1, help='take each n-th frame')
     _common(film)
     return parser
@@ -151,24 +190,34 @@ def _parser():
 # %% ../nbs/commands/03_command_line.ipynb #main
 def _run_predict(given, network, writer):
     "Exit code of `stdg predict`."
-    single = len(given.source) == 1 and not Path(given.source[0]).is_dir() and Path(given.source[0]).suffix.lower() != '.zip'
-    if single and not given.jsonl: return predict_one(given.source[0], network, writer, given.output, given.draw) or 0
+    single = len(given.source) == 1 and not Path(given.source[0]).is_dir() and Path(
+        given.source[0]).suffix.lower() != '.zip'
+    if single and not given.jsonl:
+        return predict_one(given.source[0], network, writer, given.output, given.draw) or 0
     if given.output: raise ValueError('-o takes the graph of one picture; for several give --jsonl')
-    if not given.jsonl: raise ValueError('several pictures: give --jsonl, the file for their graphs')
-    tried, failed = predict_many(given.source, network, given.jsonl, writer, given.draw, given.batch_size)
-    print(f"{given.jsonl}: {tried - failed} pictures done" + (f', {failed} failed; the same command tries them again' if failed else ''))
+    if not given.jsonl:
+        raise ValueError('several pictures: give --jsonl, the file for their graphs')
+    tried, failed = predict_many(given.source, network, given.jsonl, writer, given.draw,
+                                 given.batch_size)
+    print(f"{given.jsonl}: {tried - failed} pictures done" + (f', {failed} failed; the same '
+        'command tries them again' if failed else ''))
     return min(failed, 1)
 
 def _run_video(given, network, writer):
     "Exit code of `stdg video`."
-    if not given.jsonl and not given.draw: raise ValueError('give --jsonl, the file for the graphs, or --draw, the .mp4 for the film with boxes')
+    if not given.jsonl and not given.draw:
+        raise ValueError('give --jsonl, the file for the graphs, or --draw, the .mp4 for the film '
+                         'with boxes')
     source = int(given.source) if given.source.isdecimal() else given.source
-    number = video.write_video(source, network, given.jsonl, given.draw, max(given.every, 1), writer.options, over=given.over)
+    number = video.write_video(source, network, given.jsonl, given.draw, max(given.every, 1),
+                               writer.options, over=given.over)
     print(f"{' and '.join(filter(None, (given.jsonl, given.draw)))}: {number} frames")
     return 0
 
 def main(arguments=None):
-    "The program `stdg`; returns the exit code. What is wrong with the command is one line, and exit code 2."
+    """The program `stdg`; returns the exit code.
+
+    What is wrong with the command is one line, and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments and arguments[0] in OTHERS:
         import_module(OTHERS[arguments[0]]).main(arguments[1:])
@@ -176,11 +225,13 @@ def main(arguments=None):
     given = _parser().parse_args(arguments)
     path = given.checkpoint or project_folder()/'runs'/'default'/'student.safetensors'
     try:
-        if not given.checkpoint and not path.is_file(): raise FileNotFoundError('no network: give --checkpoint, or run make train first')
+        if not given.checkpoint and not path.is_file():
+            raise FileNotFoundError('no network: give --checkpoint, or run make train first')
         network = load_predictor(path, given.size, given.device)
         run = _run_predict if given.command == 'predict' else _run_video
         return run(given, network, Writer(network, given.min_score, given.top, given.min_object))
-    except (ValueError, OSError, ImportError) as error: print(f'stdg {given.command}: {error}', file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        print(f'stdg {given.command}: {error}', file=sys.stderr)
     return 2
 
 # %% ../nbs/commands/03_command_line.ipynb #run-main

@@ -22,36 +22,44 @@ from torchvision.ops import box_area
 from torchvision.transforms.v2 import functional as T
 
 from . import fields
-from .graph import SceneGraph
+from .datasets.visual_genome import Database, boxes_overlap
 from .depth.hha_file import SOURCES, HHAFile, hha_path
 from .depth.precompute import prepare_hha
-from .datasets.visual_genome import Database, boxes_overlap
+from .graph import SceneGraph
 
 # %% ../nbs/method/13_data.ipynb #filters
 def overlapping(graph):
-    "Which relations (R,) join boxes that overlap, by the inclusive-pixel convention. Source: method spec 1.4."
+    """Which relations (R,) join boxes that overlap, by the inclusive-pixel convention.
+
+    Source: method spec 1.4."""
     boxes, pairs = graph.boxes.numpy(), graph.relations.numpy()[:, :2]
     return torch.from_numpy(boxes_overlap(boxes[pairs[:, 0]], boxes[pairs[:, 1]]))
 
 def overlapping_counts(database):
-    "Number of relations of each image that `overlapping` keeps, (N,) int64; all at once, since a graph at a time takes a minute for Visual Genome."
+    """Number of relations of each image that `overlapping` keeps, (N,) int64; all at once, since a
+    graph at a time takes a minute for Visual Genome."""
     flat = database.flat()
     return flat.per_image(flat.overlapping)[1]
 
 def filter_relations(graph, overlap=False, unique=True):
-    "`graph` with only overlapping relations and without repeated rows, in order of first appearance."
+    """`graph` with only overlapping relations and without repeated rows, in order of first
+    appearance."""
     rows = graph.relations[overlapping(graph)] if overlap else graph.relations
     if unique and len(rows):
         _, inverse = torch.unique(rows, dim=0, return_inverse=True)
-        first = torch.full((int(inverse.max()) + 1,), len(rows)).scatter_reduce(0, inverse, torch.arange(len(rows)), 'amin')
+        first = torch.full((int(inverse.max()) + 1,), len(rows)).scatter_reduce(0, inverse,
+            torch.arange(len(rows)), 'amin')
         rows = rows[first.sort().values]
     return SceneGraph(graph.boxes, graph.labels, rows, graph.size, graph.ignore)
 
 # %% ../nbs/method/13_data.ipynb #steps
-def _uniform(low, high, generator=None): return float(torch.empty((), dtype=torch.float64).uniform_(low, high, generator=generator))
+def _uniform(low, high, generator=None):
+    return float(torch.empty((), dtype=torch.float64).uniform_(low, high, generator=generator))
 
 class Placement(NamedTuple):
-    "What happens to one sample. Lengths are pixels of the mirrored and scaled picture, places in it x first."
+    """What happens to one sample.
+
+    Lengths are pixels of the mirrored and scaled picture, places in it x first."""
     flip: bool
     factors: tuple  # of the scale, x and y
     boxes: torch.Tensor  # (N, 4) after mirroring and scaling
@@ -62,16 +70,22 @@ class Placement(NamedTuple):
 
 # %% ../nbs/method/13_data.ipynb #window
 def _window(lo, hi, start, end, canvas, generator=None):
-    "Start of a window of `canvas` pixels on an axis whose picture goes from `start` to `end`, near the objects between `lo` and `hi`. Source: method spec 1.5 step 5."
+    """Start of a window of `canvas` pixels on an axis whose picture goes from `start` to `end`,
+    near the objects between `lo` and `hi`.
+
+    Source: method spec 1.5 step 5."""
     margin = 50 * canvas / 512
     first = int(max(min(max(lo - margin, start), end - canvas), 0))
     last = int(max(min(hi + margin, end), start + canvas)) - canvas
     if last <= first: return first
-    return int(torch.randint(first - canvas//2, last + canvas//2, (), generator=generator).clamp(first, last))
+    return int(torch.randint(first - canvas//2, last + canvas//2, (),
+                             generator=generator).clamp(first, last))
 
 # %% ../nbs/method/13_data.ipynb #draw-steps
 def _draw(graph, canvas, scale, stretch, flip, generator=None, released=False):
-    "The random numbers of one sample, and the `Placement` that follow from them. Source: method spec 1.5 steps 2, 3 and 5."
+    """The random numbers of one sample, and the `Placement` that follow from them.
+
+    Source: method spec 1.5 steps 2, 3 and 5."""
     (h, w), flipped, less = graph.size, _uniform(0, 1, generator) < flip, int(released)
     s = 2 ** _uniform(*np.log2(scale), generator)
     width, height = max(int(w * s * _uniform(*stretch, generator)), 1), max(int(h * s), 1)
@@ -81,18 +95,26 @@ def _draw(graph, canvas, scale, stretch, flip, generator=None, released=False):
     boxes = boxes * torch.tensor([fx, fy, fx, fy])
     valid = less * flipped * fx, 0., (w - less * (not flipped)) * fx, (h - less) * fy
     near = [*boxes[:, :2].amin(0).tolist(), *boxes[:, 2:].amax(0).tolist()] if len(boxes) else valid
-    x, y = [_window(near[a], near[a + 2], valid[a], valid[a + 2], canvas, generator) if length > canvas else 0 for a, length in enumerate((width, height))]
-    return Placement(flipped, (fx, fy), boxes, valid, (x, y, min(width, canvas), min(height, canvas)), canvas, released)
+    x, y = [_window(near[a], near[a + 2], valid[a], valid[a + 2], canvas, generator)
+            if length > canvas else 0 for a, length in enumerate((width, height))]
+    return Placement(flipped, (fx, fy), boxes, valid,
+                     (x, y, min(width, canvas), min(height, canvas)), canvas, released)
 
 # %% ../nbs/method/13_data.ipynb #move-boxes
 def _move(graph, steps):
-    "`graph` in the pixels of the canvas, boxes clipped and mostly lost objects ignored, and the valid area (x, y, w, h). Source: method spec 1.5 steps 5 to 7."
+    """`graph` in the pixels of the canvas, boxes clipped and mostly lost objects ignored, and the
+    valid area (x, y, w, h).
+
+    Source: method spec 1.5 steps 5 to 7."""
     x, y, w, h = steps.window
-    (x1, y1), (x2, y2) = np.maximum(steps.valid[:2], (x, y)), np.minimum(steps.valid[2:], (x + w, y + h))
-    inside = torch.stack([steps.boxes[:, 0::2].clamp(x1, x2), steps.boxes[:, 1::2].clamp(y1, y2)], -1).flatten(1)
+    (x1, y1), (x2, y2) = np.maximum(steps.valid[:2], (x, y)), np.minimum(steps.valid[2:],
+        (x + w, y + h))
+    inside = torch.stack([steps.boxes[:, 0::2].clamp(x1, x2), steps.boxes[:, 1::2].clamp(y1, y2)],
+                         -1).flatten(1)
     lost = box_area(inside) <= .75 * box_area(steps.boxes)
     dx, dy = (steps.canvas - w)//2 - x, (steps.canvas - h)//2 - y
-    moved = SceneGraph(inside + torch.tensor([dx, dy, dx, dy]), graph.labels, graph.relations, (steps.canvas, steps.canvas), graph.ignore | lost)
+    moved = SceneGraph(inside + torch.tensor([dx, dy, dx, dy]), graph.labels, graph.relations,
+                       (steps.canvas, steps.canvas), graph.ignore | lost)
     last = int(not steps.released)
     return moved, (x1 + dx, y1 + dy, x2 - x1 - last, y2 - y1 - last)
 
@@ -104,25 +126,34 @@ def centred(picture, canvas):
     channels, h, w = picture.shape
     x, y = (canvas - w)//2, (canvas - h)//2
     if (h, w) == (canvas, canvas): return picture, (0, 0)
-    out = torch.tensor(FILL, dtype=picture.dtype).repeat(channels//3)[:, None, None].repeat(1, canvas, canvas)
+    out = torch.tensor(FILL, dtype=picture.dtype).repeat(channels//3)[:, None, None].repeat(1,
+        canvas, canvas)
     out[:, y:y + h, x:x + w] = picture
     return out, (x, y)
 
-def _corner_aligned(picture, size): return interpolate(picture[None].float(), size, mode='bilinear', align_corners=True)[0].round().byte()
+def _corner_aligned(picture, size):
+    return interpolate(picture[None].float(), size, mode='bilinear',
+                       align_corners=True)[0].round().byte()
 
 def _place(picture, steps):
-    "`picture` (3, H, W) uint8 after `steps`, (3, canvas, canvas); fastest if the channels come last in memory."
-    (x, y, w, h), size = steps.window, [round(n * f) for n, f in zip(picture.shape[1:], steps.factors[::-1])]
+    """`picture` (3, H, W) uint8 after `steps`, (3, canvas, canvas); fastest if the channels come
+    last in memory."""
+    (x, y, w, h), size = steps.window, [round(n * f) for n, f in zip(picture.shape[1:],
+        steps.factors[::-1])]
     if steps.flip: x = size[1] - x - w
-    scaled = _corner_aligned(picture, size) if steps.released else T.resize(picture, size, antialias=True)
+    scaled = _corner_aligned(picture, size) if steps.released else T.resize(picture, size,
+        antialias=True)
     part = scaled[:, y:y + h, x:x + w].contiguous()
     return centred(part.flip(2) if steps.flip else part, steps.canvas)[0]
 
 # %% ../nbs/method/13_data.ipynb #geometry
-def geometry(pictures, graph, canvas, scale=(.7, 1.5), stretch=(.75, 1.33), flip=.5, generator=None, released=False):
-    """Mirror, scale, cut and pad `pictures`, (3, H, W) uint8 of one scene, and its `graph` together.
+def geometry(pictures, graph, canvas, scale=(.7, 1.5), stretch=(.75, 1.33), flip=.5, generator=None,
+             released=False):
+    """Mirror, scale, cut and pad `pictures`, (3, H, W) uint8 of one scene, and its `graph`
+    together.
 
-    Returns the pictures (3, canvas, canvas), the graph, and the valid area (x, y, w, h). Source: method spec 1.5 steps 2 to 7."""
+    Returns the pictures (3, canvas, canvas), the graph, and the valid area (x, y, w, h). Source:
+    method spec 1.5 steps 2 to 7."""
     steps = _draw(graph, canvas, scale, stretch, flip, generator, released)
     return [_place(picture, steps) for picture in pictures], *_move(graph, steps)
 
@@ -130,17 +161,20 @@ def geometry(pictures, graph, canvas, scale=(.7, 1.5), stretch=(.75, 1.33), flip
 _GREY, _PLACES = torch.tensor([.299, .587, .114]), torch.tensor([[0.], [2], [4]])
 
 def _turn_hue(x, turn):
-    "Colours (3, N) float with their hue in HSV turned by `turn` (1: all the way round; up to 1/6 to either side)."
+    """Colours (3, N) float with their hue in HSV turned by `turn` (1: all the way round; up to 1/6
+    to either side)."""
     r, g, b = x
     top = torch.maximum(torch.maximum(r, g), b)
     chroma = top - torch.minimum(torch.minimum(r, g), b)
-    hue = torch.where(r == top, g - b, torch.where(g == top, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4)))
+    hue = torch.where(r == top, g - b, torch.where(g == top, (b - r).add_(chroma, alpha=2),
+                                                   (r - g).add_(chroma, alpha=4)))
     away = (hue.div_(chroma.clamp(min=1e-6)).add_(6 * turn) - _PLACES).abs_()
     return torch.addcmul(top, chroma, torch.minimum(away, 6 - away).sub_(1).clamp_(0, 1), value=-1)
 
 # %% ../nbs/method/13_data.ipynb #jitter
 def jitter(picture, generator=None, brightness=.4, contrast=.1, saturation=.4, hue=.1):
-    "`picture` (3, H, W) uint8 with brightness, contrast and saturation times random factors within 1 ± each, hue turned by up to `hue` of the circle, in random order."
+    """`picture` (3, H, W) uint8 with brightness, contrast and saturation times random factors
+    within 1 ± each, hue turned by up to `hue` of the circle, in random order."""
     b, c, s = (_uniform(1 - r, 1 + r, generator) for r in (brightness, contrast, saturation))
     turn, x = _uniform(-hue, hue, generator), picture.flatten(1).float()
     for step in torch.randperm(4, generator=generator).tolist():
@@ -148,73 +182,99 @@ def jitter(picture, generator=None, brightness=.4, contrast=.1, saturation=.4, h
         elif step == 1: x.sub_(mean := _GREY @ x.mean(1)).mul_(c).add_(mean)
         elif step == 2: x.sub_(grey := _GREY @ x).mul_(s).add_(grey)
         else:
-            for part in x.chunk(8, 1): part.copy_(_turn_hue(part, turn))  # in pieces that the processor's cache can hold
+            # in pieces that the processor's cache can hold
+            for part in x.chunk(8, 1): part.copy_(_turn_hue(part, turn))
         x.clamp_(0, 255)
     return x.round_().byte().view(picture.shape)
 
 def _compressed(picture, quality=50):
     "`picture` (3, H, W) uint8 as JPEG of that quality shows it."
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file := io.BytesIO(), 'JPEG', quality=quality)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file := io.BytesIO(), 'JPEG',
+        quality=quality)
     return torch.from_numpy(np.array(Image.open(file)).transpose(2, 0, 1).copy())
 
 # %% ../nbs/method/13_data.ipynb #photometry
 def photometry(pictures, jpeg=.1, grey=.01, generator=None):
-    "Colour changes of `pictures`, (3, H, W) uint8, each by draws of its own; but JPEG, where it fires, puts the first in place of all. Source: method spec 1.5 step 8."
+    """Colour changes of `pictures`, (3, H, W) uint8, each by draws of its own; but JPEG, where it
+    fires, puts the first in place of all.
+
+    Source: method spec 1.5 step 8."""
     pictures = [jitter(picture, generator) for picture in pictures]
     if _uniform(0, 1, generator) < jpeg: pictures = [_compressed(pictures[0])] * len(pictures)
-    return [T.rgb_to_grayscale(picture, 3) if _uniform(0, 1, generator) < grey else picture for picture in pictures]
+    return [T.rgb_to_grayscale(picture, 3) if _uniform(0, 1, generator) < grey else picture
+            for picture in pictures]
 
 # %% ../nbs/method/13_data.ipynb #dataset
 class SceneGraphs(Dataset):
     """The pictures of one split that have a relation, as samples for training or evaluation.
 
-    `inputs` names what the network reads: 'rgb', 'hha' or both; `limit` keeps the first so many images. `augment` turns all augmentation off,
-    `colour` that of colours; `scale`, `stretch` and `flip` go to `geometry`. A database opened with `released=True` is augmented in the released ways.
-    Raises `ValueError` when nothing is left. Source: method spec 1.4 to 1.6."""
-    def __init__(self, database, split='train', inputs=('rgb',), train=False, stride=16, source='metric', n_val=0, limit=None, overlap=False,
+    `inputs` names what the network reads: 'rgb', 'hha' or both; `limit` keeps the first so many
+    images. `augment` turns all augmentation off, `colour` that of colours; `scale`, `stretch` and
+    `flip` go to `geometry`. A database opened with `released=True` is augmented in the released
+    ways. Raises `ValueError` when nothing is left. Source: method spec 1.4 to 1.6."""
+    def __init__(self, database, split='train', inputs=('rgb',), train=False, stride=16,
+                 source='metric', n_val=0, limit=None, overlap=False,
                  augment=True, colour=True, **augmentation):
-        self.database, self.inputs, self.training, self.stride, self.released = database, tuple(inputs), train, stride, database.released
+        self.database, self.inputs, self.training, self.stride, self.released = database, tuple(
+            inputs), train, stride, database.released
         self.source, self.overlap, self.augment, self.colour, self.augmentation = source, overlap and train, augment and train, augment and colour and train, augmentation
-        if set(inputs) - {'rgb', 'hha'} or not inputs: raise ValueError(f"inputs {inputs} must be 'rgb', 'hha' or both")
-        old_hha = self.released and source not in SOURCES  # of metric and relative depth there is only one
-        self._hha = HHAFile(hha_path(database, source, old_hha), database.image_ids) if 'hha' in inputs else None
+        if set(inputs) - {'rgb', 'hha'} or not inputs:
+            raise ValueError(f"inputs {inputs} must be 'rgb', 'hha' or both")
+        # of metric and relative depth there is only one
+        old_hha = self.released and source not in SOURCES
+        self._hha = HHAFile(hha_path(database, source, old_hha),
+                            database.image_ids) if 'hha' in inputs else None
         counts = overlapping_counts(database) if self.overlap else database.relation_counts()
         self.rows = [i for i in database.indices(split, n_val).tolist() if counts[i]][:limit]
-        if not self.rows: raise ValueError(f"{database.folder}: no image of split {split!r} has a relation")
+        if not self.rows:
+            raise ValueError(f"{database.folder}: no image of split {split!r} has a relation")
 
     def __len__(self): return len(self.rows)
-    def _graph(self, row): return filter_relations(self.database.graph(row), self.overlap, self.training)
+    def _graph(self, row):
+        return filter_relations(self.database.graph(row), self.overlap, self.training)
 
     def truth(self, i):
         "The `SceneGraph` of sample `i`, boxes in the pixels of the canvas that the network sees."
         return self._centred(self._graph(self.rows[i]))
 
     def picture(self, i):
-        "The RGB picture of sample `i`, (3, canvas, canvas) uint8, in whose pixels `truth` and predictions are."
-        return centred(torch.from_numpy(self.database.image(self.rows[i]).copy()).permute(2, 0, 1), self.database.size)[0]
+        """The RGB picture of sample `i`, (3, canvas, canvas) uint8, in whose pixels `truth` and
+        predictions are."""
+        return centred(torch.from_numpy(self.database.image(self.rows[i]).copy()).permute(2, 0, 1),
+                       self.database.size)[0]
 
     def _centred(self, graph):
         canvas = self.database.size
         pad = ((canvas - graph.size[1])//2, (canvas - graph.size[0])//2)
-        return SceneGraph(graph.boxes + torch.tensor([*pad, *pad]), graph.labels, graph.relations, (canvas, canvas), graph.ignore)
+        return SceneGraph(graph.boxes + torch.tensor([*pad, *pad]), graph.labels, graph.relations,
+                          (canvas, canvas), graph.ignore)
 
 # %% ../nbs/method/13_data.ipynb #dataset-pictures
 def _hha_picture(self, row, size):
-    "HHA (H, W, 3) uint8; for the released augmentation on its square canvas. Raises `ValueError` if it is smaller than its picture."
+    """HHA (H, W, 3) uint8; for the released augmentation on its square canvas.
+
+    Raises `ValueError` if it is smaller than its picture."""
     picture, canvas = self._hha[row].transpose(1, 2, 0), self.database.size
     if picture.shape[0] < size[0] or picture.shape[1] < size[1]:
-        raise ValueError(f"{self._hha.path}: the HHA of image {self.database.image_ids[row]} has {picture.shape[1]} x {picture.shape[0]} pixels, its picture {size[1]} x {size[0]}. "
+        raise ValueError(f"{self._hha.path}: the HHA of image {self.database.image_ids[row]} has "
+                         f"{picture.shape[1]} x {picture.shape[0]} pixels, its picture {size[1]} x "
+                         f"{size[0]}. "
                          f"Remove the file and make it anew with stdg.depth.precompute.prepare_hha")
-    if self.released and self.augment: return np.pad(picture, ((0, canvas - picture.shape[0]), (0, canvas - picture.shape[1]), (0, 0)))
+    if self.released and self.augment:
+        return np.pad(picture, ((0, canvas - picture.shape[0]), (0, canvas - picture.shape[1]),
+                                (0, 0)))
     return picture[:size[0], :size[1]]
 
 def _pictures(self, row, size):
-    "{'rgb', 'hha': (3, H, W) uint8, channels last in memory}, those that the sample is made from; with `released`, blue comes first."
-    kinds = {'rgb', *self.inputs} if self.released and self.colour else self.inputs  # JPEG may put RGB in place of HHA
+    """{'rgb', 'hha': (3, H, W) uint8, channels last in memory}, those that the sample is made from;
+    with `released`, blue comes first."""
+    # JPEG may put RGB in place of HHA
+    kinds = {'rgb', *self.inputs} if self.released and self.colour else self.inputs
     pictures = {}
     if 'rgb' in kinds: pictures['rgb'] = self.database.image(row)[..., ::-1 if self.released else 1]
     if 'hha' in kinds: pictures['hha'] = _hha_picture(self, row, size)
-    return {kind: torch.from_numpy(np.array(picture, order='C')).permute(2, 0, 1) for kind, picture in pictures.items()}
+    return {kind: torch.from_numpy(np.array(picture, order='C')).permute(2, 0, 1)
+            for kind, picture in pictures.items()}
 
 # %% ../nbs/method/13_data.ipynb #dataset-sample
 def _sample(self, i, generator=None):
@@ -222,18 +282,26 @@ def _sample(self, i, generator=None):
     row, canvas = self.rows[i], self.database.size
     graph = self._graph(row)
     pictures = self._pictures(row, graph.size)
-    if self.augment: placed, graph, valid = geometry(pictures.values(), graph, canvas, **self.augmentation, generator=generator, released=self.released)
+    if self.augment:
+        placed, graph, valid = geometry(pictures.values(), graph, canvas, **self.augmentation,
+                                        generator=generator, released=self.released)
     else:
-        placed, (pad, *_) = zip(*[centred(picture.contiguous(), canvas) for picture in pictures.values()])
+        placed, (pad,
+                 *_) = zip(*[centred(picture.contiguous(), canvas)
+                             for picture in pictures.values()])
         graph, valid = self._centred(graph), (*pad, graph.size[1] - 1, graph.size[0] - 1)
     pictures = dict(zip(pictures, placed))
     changed = [kind for kind in pictures if kind == 'rgb' or self.released] if self.colour else []
-    if changed: pictures |= zip(changed, photometry([pictures[kind] for kind in changed], generator=generator))
+    if changed:
+        pictures |= zip(changed, photometry([pictures[kind] for kind in changed],
+                                            generator=generator))
     if self.released and 'rgb' in pictures: pictures['rgb'] = pictures['rgb'].flip(0)
     sample = {kind: pictures[kind] for kind in self.inputs} | dict(index=i)
     if self.training:
         vocabulary = self.database.vocabulary
-        sample['targets'] = fields.encode(graph, len(vocabulary.objects), len(vocabulary.predicates), (canvas, canvas), self.stride, valid)
+        sample['targets'] = fields.encode(graph, len(vocabulary.objects),
+                                          len(vocabulary.predicates), (canvas, canvas), self.stride,
+                                          valid)
     return sample
 
 SceneGraphs._pictures, SceneGraphs.sample = _pictures, _sample
@@ -241,13 +309,19 @@ SceneGraphs.__getitem__ = lambda self, i: self.sample(i)
 
 # %% ../nbs/method/13_data.ipynb #fingerprint
 def _fingerprint(self):
-    "16 hexadecimal letters that change when the samples do: images, annotations, classes, size of the picture files, filters, augmentation."
+    """16 hexadecimal letters that change when the samples do: images, annotations, classes, size of
+    the picture files, filters, augmentation."""
     database = self.database
-    files = [(database.folder/f'imdb_{database.size}.h5').stat().st_size] + ([self._hha.path.stat().st_size] if self._hha else [])
-    said = [self.inputs, self.training, self.source, self.overlap, self.augment, self.colour, self.released, sorted(self.augmentation.items()), database.size, files, database.vocabulary.to_json()]
+    files = [(database.folder/f'imdb_{database.size}.h5').stat().st_size] + (
+        [self._hha.path.stat().st_size] if self._hha else [])
+    said = [self.inputs, self.training, self.source, self.overlap, self.augment, self.colour,
+            self.released, sorted(self.augmentation.items()), database.size, files,
+            database.vocabulary.to_json()]
     digest = hashlib.sha256(json.dumps(said).encode())
     flat = database.flat(self.rows)
-    for array in (database.image_ids[self.rows], flat.sizes, flat.image, flat.labels, flat.boxes, flat.relations): digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+    for array in (database.image_ids[self.rows], flat.sizes, flat.image, flat.labels, flat.boxes,
+                  flat.relations):
+        digest.update(np.ascontiguousarray(array, np.int64).tobytes())
     return digest.hexdigest()[:16]
 
 SceneGraphs.fingerprint = _fingerprint
@@ -258,9 +332,11 @@ def _generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 class _Batches(Sampler):
-    """The batches of a training set: positions, with seed and epoch beside each, in an order that follows from these two, from batch number `start` on.
+    """The batches of a training set: positions, with seed and epoch beside each, in an order that
+    follows from these two, from batch number `start` on.
 
-    Of each batch only every `share[1]`-th sample, from the `share[0]`-th on: what one of several processes works on."""
+    Of each batch only every `share[1]`-th sample, from the `share[0]`-th on: what one of several
+    processes works on."""
     def __init__(self, n, size, seed, start=0, share=(0, 1), drop_last=True):
         self.n, self.size, self.seed, self.share = n, size, seed, share
         self.whole = n // size if drop_last else -(-n // size)
@@ -272,11 +348,13 @@ class _Batches(Sampler):
         self.epoch, self.first = epoch, 0
         order = torch.randperm(self.n, generator=_generator(self.seed, epoch)).tolist()
         for batch in range(first, self.whole):
-            yield [(i, self.seed, epoch) for i in order[batch * self.size:(batch + 1) * self.size][rank::world]]
+            yield [(i, self.seed, epoch)
+                   for i in order[batch * self.size:(batch + 1) * self.size][rank::world]]
 
 def _getitems(self, keys):
     "What a `DataLoader` asks for: samples of positions, or of what `_Batches` gives."
-    return [self.sample(key[0], _generator(*key[1:], key[0])) if isinstance(key, tuple) else self[key] for key in keys]
+    return [self.sample(key[0], _generator(*key[1:], key[0])) if isinstance(key, tuple)
+            else self[key] for key in keys]
 
 SceneGraphs.__getitems__ = _getitems
 
@@ -287,7 +365,9 @@ def _thin(fields):
     "Shape of the stacked `fields`, and places and values of what is not 0 in them."
     places = [np.flatnonzero(field.numpy() != 0) for field in fields]
     values = [field.flatten()[place] for field, place in zip(fields, places)]
-    return (len(fields), *fields[0].shape), torch.from_numpy(np.concatenate([k * fields[0].numel() + place for k, place in enumerate(places)])), torch.cat(values)
+    return (len(fields),
+            *fields[0].shape), torch.from_numpy(np.concatenate([k * fields[0].numel() + place
+        for k, place in enumerate(places)])), torch.cat(values)
 
 def _thick(shape, places, values, device):
     out = torch.zeros(math.prod(shape), device=device)
@@ -303,7 +383,8 @@ def _collate(samples):
 
 def _whole(batch, device):
     "The batch on `device`, all target fields as they were painted."
-    if isinstance(batch, dict): return {name: _whole(value, device) for name, value in batch.items()}
+    if isinstance(batch, dict):
+        return {name: _whole(value, device) for name, value in batch.items()}
     return batch.to(device, non_blocking=True) if torch.is_tensor(batch) else _thick(*batch, device)
 
 # %% ../nbs/method/13_data.ipynb #loader
@@ -320,7 +401,9 @@ class _Loader(DataLoader):
             for worker in workers: worker.join(.2)
             dead = [worker.exitcode for worker in workers if worker.exitcode]
             if not dead: raise
-            raise RuntimeError(f"a process that makes batches died (exit code {dead[0]}; -9: it was killed). Most often memory has run out: use fewer workers or a smaller batch") from error
+            raise RuntimeError(f"a process that makes batches died (exit code {dead[0]}; -9: it "
+                               "was killed). Most often memory has run out: use fewer workers or a "
+                               "smaller batch") from error
 
 def loader(dataset, batch_size, seed=0,
            workers=0,  # processes beside this one that make batches; 0: none
@@ -328,24 +411,36 @@ def loader(dataset, batch_size, seed=0,
            device='cpu',  # where batches shall lie
            start=0,  # of a training set, the number of batches that are done with, epochs together
            share=(0, 1)):  # i and n: every n-th sample of each batch, or of what is not a training set, from the i-th on
-    """Batches of a training dataset, in an order and with augmentations that depend on `seed` alone, or of any other as it comes.
+    """Batches of a training dataset, in an order and with augmentations that depend on `seed`
+    alone, or of any other as it comes.
 
-    Raises what a sample raises, `ValueError` for a batch that cannot be shared equally, and `RuntimeError` when a worker dies."""
-    options = dict(num_workers=workers, persistent_workers=workers > 0, collate_fn=_collate, pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+    Raises what a sample raises, `ValueError` for a batch that cannot be shared equally, and
+    `RuntimeError` when a worker dies."""
+    options = dict(num_workers=workers, persistent_workers=workers > 0, collate_fn=_collate,
+                   pin_memory=torch.cuda.is_available(), generator=torch.Generator())
     if dataset.training:
-        if drop_last and batch_size % share[1]: raise ValueError(f"{share[1]} processes cannot share a batch of {batch_size} pictures: make the batch size a multiple of {share[1]}, or take fewer devices")
-        batches = _Loader(dataset, batch_sampler=_Batches(len(dataset), batch_size, seed, start, share, drop_last), **options)
-    else: batches = _Loader(dataset, batch_size, sampler=range(share[0], len(dataset), share[1]), **options)
+        if drop_last and batch_size % share[1]:
+            raise ValueError(f"{share[1]} processes cannot share a batch of {batch_size} pictures: "
+                             f"make the batch size a multiple of {share[1]}, or take fewer devices")
+        batches = _Loader(dataset, batch_sampler=_Batches(len(dataset), batch_size, seed, start,
+                                                          share, drop_last), **options)
+    else:
+        batches = _Loader(dataset, batch_size, sampler=range(share[0], len(dataset), share[1]),
+                          **options)
     batches.device = device
     return batches
 
 # %% ../nbs/method/13_data.ipynb #network-input
 def normalise(picture, mean, std):
-    "Bytes (B, 3, H, W) as numbers: divided by 255, less `mean`, divided by `std`, a value a channel; channels last in memory."
+    """Bytes (B, 3, H, W) as numbers: divided by 255, less `mean`, divided by `std`, a value a
+    channel; channels last in memory."""
     mean, std = (torch.tensor(v, device=picture.device).view(1, 3, 1, 1) for v in (mean, std))
     return ((picture.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 def network_input(model, picture, kind='rgb'):
-    "Bytes (B, 3, H, W), RGB or (`kind` 'hha') HHA, as the `STDG` `model` reads them, where it is. Source: method spec 1.5, 2.4."
+    """Bytes (B, 3, H, W), RGB or (`kind` 'hha') HHA, as the `STDG` `model` reads them, where it is.
+
+    Source: method spec 1.5, 2.4."""
     picture = picture.to(next(model.parameters()).device)
-    return normalise(picture.flip(1) if kind == 'rgb' and model.colour_order == 'BGR' else picture, model.mean, model.std)
+    return normalise(picture.flip(1) if kind == 'rgb' and model.colour_order == 'BGR' else picture,
+                     model.mean, model.std)

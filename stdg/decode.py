@@ -19,7 +19,8 @@ from .graph import TASKS, Prediction
 # %% ../nbs/method/08_decode.ipynb #ideal-output
 def cell_grid(h, w, device=None):
     "Column and row of every cell, (2, h, w) float32."
-    return torch.stack(torch.meshgrid(torch.arange(w, device=device), torch.arange(h, device=device), indexing='xy')).float()
+    return torch.stack(torch.meshgrid(torch.arange(w, device=device),
+                                      torch.arange(h, device=device), indexing='xy')).float()
 
 def ideal_output(targets:dict,  # `stdg.fields.encode` of one image
                 ):  # detection (C+4, h, w), relation (P, 7, h, w), as in evaluation
@@ -27,7 +28,8 @@ def ideal_output(targets:dict,  # `stdg.fields.encode` of one image
     heatmap, relation = targets['heatmap'], targets['relation']
     lengths = torch.zeros(4, *heatmap.shape[1:])
     used = targets['mask'] > 0
-    lengths.flatten(1)[:, targets['index'][used]] = torch.cat([targets['offset'], targets['size']], 1)[used].T
+    lengths.flatten(1)[:, targets['index'][used]] = torch.cat([targets['offset'], targets['size']],
+        1)[used].T
     relation = relation[:, [0, 1, 2, 3, 4, 7, 8]].clone()
     relation[:, 1:5] += cell_grid(*heatmap.shape[1:]).repeat(2, 1, 1)
     return torch.cat([heatmap, lengths]), relation
@@ -50,7 +52,8 @@ def detect(detection,  # (B, C+4, h, w), probabilities first, then offset and si
     values = peaks(detection[:, :-4]).flatten(1)
     scores, best = values.topk(min(top, values.shape[1]))
     cell = best % (h * w)
-    lengths = detection[:, -4:].flatten(2).gather(2, cell[:, None].expand(-1, 4, -1)).transpose(1, 2)
+    lengths = detection[:, -4:].flatten(2).gather(2, cell[:, None].expand(-1, 4, -1)).transpose(1,
+        2)
     centre = (torch.stack([cell % w, cell // w], -1) + lengths[..., :2]) * stride
     half = lengths[..., 2:].clamp(min=0) * stride / 2
     return torch.cat([centre - half, centre + half], -1), best // (h * w), scores
@@ -65,7 +68,8 @@ def candidates(relation,  # (B, P, 7, h, w)
     "Confident relation cells of all images. Source: method spec 8.2."
     image, predicate, row, column = (relation[:, :, 0] > floor).nonzero(as_tuple=True)
     values = relation[image, predicate, :5, row, column]
-    return image, predicate, values[:, 0], (values[:, 1:] * stride).unflatten(1, (2, 2)).transpose(0, 1)
+    return image, predicate, values[:, 0], (values[:, 1:] * stride).unflatten(1,
+        (2, 2)).transpose(0, 1)
 
 # %% ../nbs/method/08_decode.ipynb #associate
 def _block(device, n): return max(2 ** 23 // n, 1) if device.type == 'cuda' else 512
@@ -77,31 +81,40 @@ def associate(points, confidence, image,  # (2, K, 2) in pixels; (K,); (K,) int6
     points, confidence, scores = points.double(), confidence.double(), scores.double()
     x, y = centres.double().unbind(-1)
     index = torch.empty(points.shape[:2], dtype=torch.int64, device=points.device)
-    for which, sure, ends, out in zip(*(t.split(_block(t.device, x.shape[1]), -1) for t in (image, confidence, points.permute(0, 2, 1), index))):
+    for which, sure, ends, out in zip(*(t.split(_block(t.device, x.shape[1]), -1)
+                                        for t in (image, confidence, points.permute(0, 2, 1),
+                                                  index))):
         weight = (sure[:, None] * scores[which]).add_(1e-5).reciprocal_()
         for end in (0, 1):
-            dx, dy = ((ends[end, k, :, None] - at[which]).mul_(weight) for k, at in enumerate((x, y)))
+            dx, dy = ((ends[end, k, :, None] - at[which]).mul_(weight)
+                      for k, at in enumerate((x, y)))
             out[end] = dx.square_().addcmul_(dy, dy).min(1).indices
     return index
 
 # %% ../nbs/method/08_decode.ipynb #objects
 def _padded(objects):
-    "Boxes (B, N, 4) and scores (B, N) of a list of (boxes, scores), N at least 1. Padding is infinitely far away, so no point chooses it."
+    """Boxes (B, N, 4) and scores (B, N) of a list of (boxes, scores), N at least 1.
+
+    Padding is infinitely far away, so no point chooses it."""
     boxes, scores = zip(*objects)
-    if max(map(len, scores)) == 0: boxes, scores = zip(*[(b.new_full((1, 4), torch.inf), q.new_ones(1)) for b, q in objects])
+    if max(map(len, scores)) == 0:
+        boxes, scores = zip(*[(b.new_full((1, 4), torch.inf), q.new_ones(1)) for b, q in objects])
     return pad_sequence(boxes, True, torch.inf), pad_sequence(scores, True, 1.)
 
 # %% ../nbs/method/08_decode.ipynb #count-votes
 def _pairs(pair, confidence, scores, released):
-    "Distinct pairs (Q,) as numbers (image N + subject) N + object, image by image, best first, of candidates' `pair` (K,); and the row (K,) of each candidate."
+    """Distinct pairs (Q,) as numbers (image N + subject) N + object, image by image, best first, of
+    candidates' `pair` (K,); and the row (K,) of each candidate."""
     b, n = scores.shape
     best = scores.new_zeros(b * n * n).scatter_reduce_(0, pair, confidence, 'amax')
     pairs = best.nonzero()[:, 0]
     subject, target = pairs // n, pairs // (n * n) * n + pairs % n
-    rank = best[pairs] if released else best[pairs] * scores.flatten()[subject] * scores.flatten()[target]
+    rank = best[pairs] if released else best[pairs] * scores.flatten()[subject] * scores.flatten()[
+        target]
     pairs = pairs[rank.argsort(descending=True, stable=True)]
     pairs = pairs[(pairs // (n * n)).argsort(stable=True)]
-    row = torch.empty(b * n * n, dtype=torch.int64, device=pair.device).index_copy_(0, pairs, torch.arange(len(pairs), device=pair.device))
+    row = torch.empty(b * n * n, dtype=torch.int64, device=pair.device).index_copy_(0, pairs,
+        torch.arange(len(pairs), device=pair.device))
     return pairs, row[pair]
 
 # %% ../nbs/method/08_decode.ipynb #relate
@@ -115,38 +128,53 @@ def relate(candidate,  # what `candidates` gives
     image, predicate, confidence, points = candidate
     boxes, scores = _padded(objects)
     n = scores.shape[1]
-    subject, target = associate(points, confidence, image, (boxes[..., :2] + boxes[..., 2:]) / 2, scores)
+    subject, target = associate(points, confidence, image, (boxes[..., :2] + boxes[..., 2:]) / 2,
+                                scores)
     keep = subject != target
-    if filtered: keep &= confidence > torch.minimum(scores[image, subject], scores[image, target]) / 2
-    pairs, row = _pairs(((image * n + subject) * n + target)[keep], confidence[keep], scores, released)
-    table = scores.new_zeros(len(pairs) * n_predicates).scatter_reduce_(0, row * n_predicates + predicate[keep], confidence[keep], 'amax')
+    if filtered:
+        keep &= confidence > torch.minimum(scores[image, subject], scores[image, target]) / 2
+    pairs, row = _pairs(((image * n + subject) * n + target)[keep], confidence[keep], scores,
+                        released)
+    table = scores.new_zeros(len(pairs) * n_predicates).scatter_reduce_(0,
+        row * n_predicates + predicate[keep], confidence[keep], 'amax')
     counts = (pairs // (n * n)).bincount(minlength=len(objects)).tolist()
     found = torch.stack([pairs // n % n, pairs % n], 1).cpu().split(counts)
     return list(zip(found, table.view(-1, n_predicates).cpu().split(counts)))
 
 # %% ../nbs/method/08_decode.ipynb #match
 def hungarian_match(boxes, others):
-    "One-to-one matches of overlap above 0.5 between `boxes` (N, 4) and `others` (M, 4), on the CPU: two index tensors. Source: method spec 8.4."
+    """One-to-one matches of overlap above 0.5 between `boxes` (N, 4) and `others` (M, 4), on the
+    CPU: two index tensors.
+
+    Source: method spec 8.4."""
     pixel = torch.tensor([0, 0, 1, 1])
     overlap = box_iou((boxes + pixel).double(), (others + pixel).double())
-    ours, theirs = (torch.from_numpy(i) for i in linear_sum_assignment(1 - overlap.where(overlap > 0, -1)))
+    ours, theirs = (torch.from_numpy(i)
+                    for i in linear_sum_assignment(1 - overlap.where(overlap > 0, -1)))
     good = overlap[ours, theirs] > 0.5
     return ours[good], theirs[good]
 
 def peak_at(heatmap, centres):
-    "Class and value of the highest peak within one cell of `centres` (N, 2), in cells, on `heatmap` (C, h, w)."
+    """Class and value of the highest peak within one cell of `centres` (N, 2), in cells, on
+    `heatmap` (C, h, w)."""
     h, w = heatmap.shape[1:]
     around = torch.tensor([-1, 0, 1], device=heatmap.device)
-    column, row = (centres[:, k].long().clamp(0, n - 1)[:, None] + around for k, n in ((0, w), (1, h)))
+    column, row = (centres[:, k].long().clamp(0, n - 1)[:, None] + around for k, n in ((0, w),
+        (1, h)))
     window = heatmap[:, row.clamp(0, h - 1)[:, :, None], column.clamp(0, w - 1)[:, None, :]]
     return window.amax((2, 3)).max(0)[::-1]
 
 # %% ../nbs/method/08_decode.ipynb #classify
 def classify(truth, found, heatmap,  # `SceneGraph`; boxes, labels and scores of one image on the CPU; (C, h, w)
              stride:int=16, released:bool=False):  # labels (N,), scores (N,)
-    "Classes for the boxes of `truth`. `released` keeps the true class where no detection matches. Source: method spec 8.4."
+    """Classes for the boxes of `truth`.
+
+    `released` keeps the true class where no detection matches. Source: method spec 8.4."""
     if released: labels, scores = truth.labels.clone(), torch.ones(len(truth))
-    else: labels, scores = (t.cpu() for t in peak_at(heatmap, (truth.boxes[:, :2] + truth.boxes[:, 2:]).to(heatmap.device) / 2 / stride))
+    else:
+        labels, scores = (t.cpu() for t in peak_at(heatmap,
+                                                   (truth.boxes[:, :2] + truth.boxes[:,
+            2:]).to(heatmap.device) / 2 / stride))
     ours, theirs = hungarian_match(truth.boxes, found[0])
     labels[ours], scores[ours] = found[1][theirs], found[2][theirs]
     return labels, scores
@@ -155,30 +183,40 @@ def classify(truth, found, heatmap,  # `SceneGraph`; boxes, labels and scores of
 def _check(detections, relations, tasks, truths, stride):
     "Raise `ValueError` for batches of fields that cannot be decoded."
     for task in tasks:
-        if task not in TASKS: raise ValueError(f"task {task!r} is unknown; the tasks are {', '.join(TASKS)}")
+        if task not in TASKS:
+            raise ValueError(f"task {task!r} is unknown; the tasks are {', '.join(TASKS)}")
     if detections.ndim != 4 or detections.shape[1] < 5:
-        raise ValueError(f"detection fields {tuple(detections.shape[1:])}: (C+4, h, w) with at least one class is needed")
+        raise ValueError(f"detection fields {tuple(detections.shape[1:])}: (C+4, h, w) with at "
+                         "least one class is needed")
     if relations.ndim != 5 or relations.shape[2] != 7:
         raise ValueError(f"relation fields {tuple(relations.shape[1:])}: (P, 7, h, w) is needed")
     if detections.shape[-2:] != relations.shape[-2:] or len(detections) != len(relations):
-        raise ValueError(f"fields disagree: detection {tuple(detections.shape)}, relation {tuple(relations.shape)}; batch and cells must be the same")
+        raise ValueError(f"fields disagree: detection {tuple(detections.shape)}, relation "
+                         f"{tuple(relations.shape)}; batch and cells must be the same")
     for name, fields in (('detection', detections), ('relation', relations)):
-        if not fields.sum(dtype=torch.float32).isfinite(): raise ValueError(f"{name} fields hold NaN or infinity: the network has diverged")
+        if not fields.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{name} fields hold NaN or infinity: the network has diverged")
     given = [task for task in tasks if task != 'sgdet']
-    if given and (truths is None or len(truths) != len(detections) or any(t is None for t in truths)):
-        raise ValueError(f"{given[0]} needs the true boxes: give truth, a SceneGraph for each image")
+    if given and (truths is None or len(truths) != len(detections)
+                  or any(t is None for t in truths)):
+        raise ValueError(
+            f"{given[0]} needs the true boxes: give truth, a SceneGraph for each image")
     for truth in truths if given else ():
         if len(truth) and int(truth.labels.max()) >= detections.shape[1] - 4:
-            raise ValueError(f"truth has label {int(truth.labels.max())}, the fields have {detections.shape[1] - 4} classes")
+            raise ValueError(f"truth has label {int(truth.labels.max())}, the fields have "
+                             f"{detections.shape[1] - 4} classes")
         if truth.size and field_size(truth.size, stride) != tuple(detections.shape[-2:]):
-            raise ValueError(f"truth is of an image of {truth.size} pixels, at stride {stride} {field_size(truth.size, stride)} cells; the fields have {tuple(detections.shape[-2:])}")
+            raise ValueError(f"truth is of an image of {truth.size} pixels, at stride {stride} "
+                             f"{field_size(truth.size, stride)} cells; the fields have "
+                             f"{tuple(detections.shape[-2:])}")
 
 # %% ../nbs/method/08_decode.ipynb #decode-tasks
 def _objects(task, found, heatmaps, truths, stride, released):
     "Boxes, labels and scores of each image, on the CPU, as `task` knows them."
     if task == 'sgdet': return list(zip(*found))
     if task == 'predcls': return [(t.boxes, t.labels, torch.ones(len(t))) for t in truths]
-    return [(t.boxes, *classify(t, image, heatmap, stride, released)) for t, image, heatmap in zip(truths, zip(*found), heatmaps)]
+    return [(t.boxes, *classify(t, image, heatmap, stride, released))
+            for t, image, heatmap in zip(truths, zip(*found), heatmaps)]
 
 def decode_tasks(detections, relations,  # (B, C+4, h, w), (B, P, 7, h, w), on any device
                  tasks:tuple=('sgdet',), truths:list=None,  # a `SceneGraph` for each image
@@ -187,13 +225,17 @@ def decode_tasks(detections, relations,  # (B, C+4, h, w), (B, P, 7, h, w), on a
     _check(detections, relations, tasks, truths, stride)
     detections, relations = detections.detach().float(), relations.detach().float()
     whole = tuple(n * stride for n in detections.shape[-2:])
-    found, candidate = tuple(t.cpu() for t in detect(detections, stride)), candidates(relations, stride)
+    found, candidate = tuple(t.cpu() for t in detect(detections, stride)), candidates(relations,
+        stride)
     predictions = {}
     for task in tasks:
         objects = _objects(task, found, detections[:, :-4], truths, stride, released)
-        pairs = relate(candidate, [(b.to(relations.device), q.to(relations.device)) for b, _, q in objects], relations.shape[1], task != 'predcls', released)
+        pairs = relate(candidate,
+                       [(b.to(relations.device), q.to(relations.device)) for b, _, q in objects],
+                       relations.shape[1], task != 'predcls', released)
         sizes = [t.size or whole for t in truths] if task != 'sgdet' else [whole] * len(detections)
-        predictions[task] = [Prediction(*image, *related, size) for image, related, size in zip(objects, pairs, sizes)]
+        predictions[task] = [Prediction(*image, *related, size)
+                             for image, related, size in zip(objects, pairs, sizes)]
     return predictions
 
 def decode_batch(detections, relations, task='sgdet', truths=None, stride=16, released=False):
@@ -210,6 +252,7 @@ def decode(detection,  # (C+4, h, w): probabilities, offset x and y, size w and 
           ):  # `Prediction` in the same pixels, on the CPU
     """The scene graph of one image from evaluation-mode fields.
 
-    Raises `ValueError` for an unknown task, a missing truth, shapes that disagree, NaN or infinity. Source: method spec 8."""
+    Raises `ValueError` for an unknown task, a missing truth, shapes that disagree, NaN or infinity.
+    Source: method spec 8."""
     detection, relation = torch.as_tensor(detection), torch.as_tensor(relation)
     return decode_batch(detection[None], relation[None], task, [truth], stride, released)[0]

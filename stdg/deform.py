@@ -14,17 +14,22 @@ from torchvision.ops import deform_conv2d
 
 # %% ../nbs/method/04_deform.ipynb #sampling-points
 def sampling_points(offsets):
-    "Sampling places (B, 9, 2, H, W) as row and column, in cells, of 3x3 offsets (B, 18, H, W). Source: method spec 3.2."
+    """Sampling places (B, 9, 2, H, W) as row and column, in cells, of 3x3 offsets (B, 18, H, W).
+
+    Source: method spec 3.2."""
     b, channels, h, w = offsets.shape
-    if channels != 18: raise ValueError(f"offsets of a 3x3 kernel have 18 channels, these have {channels}")
+    if channels != 18:
+        raise ValueError(f"offsets of a 3x3 kernel have 18 channels, these have {channels}")
     kind = dict(dtype=offsets.dtype, device=offsets.device)
     rows, cols, taps = torch.arange(h, **kind), torch.arange(w, **kind), torch.arange(-1, 2, **kind)
-    place = torch.stack([(rows.view(1, 1, h, 1) + taps.view(3, 1, 1, 1)).expand(3, 3, h, w), (cols.view(1, 1, 1, w) + taps.view(1, 3, 1, 1)).expand(3, 3, h, w)], 2)
+    place = torch.stack([(rows.view(1, 1, h, 1) + taps.view(3, 1, 1, 1)).expand(3, 3, h, w),
+                         (cols.view(1, 1, 1, w) + taps.view(1, 3, 1, 1)).expand(3, 3, h, w)], 2)
     return offsets.view(b, 9, 2, h, w) + place.reshape(9, 2, h, w)
 
 # %% ../nbs/method/04_deform.ipynb #definition
 def _corners(points):
-    "Row numbers (B, H, W, 9, 4) into the field's cells and bilinear weights of the four cells round each sampling place; weight 0 outside."
+    """Row numbers (B, H, W, 9, 4) into the field's cells and bilinear weights of the four cells
+    round each sampling place; weight 0 outside."""
     h, w = points.shape[-2:]
     y, x = points.permute(2, 0, 3, 4, 1).unsqueeze(-1)
     y0, x0 = y.floor(), x.floor()
@@ -35,7 +40,10 @@ def _corners(points):
     return (row.clamp(0, h - 1) * w + col.clamp(0, w - 1)).long(), weight * inside
 
 def definition(x, offsets, weight, bias):
-    "Deformable 3x3 convolution of `x` (B, C, H, W), term by term: four times the memory of the others, differentiable any number of times. Source: method spec 3.2."
+    """Deformable 3x3 convolution of `x` (B, C, H, W), term by term: four times the memory of the
+    others, differentiable any number of times.
+
+    Source: method spec 3.2."""
     b, c, h, w = x.shape
     index, share = _corners(sampling_points(offsets))
     cells = x.flatten(2).gather(2, index.reshape(b, 1, -1).expand(b, c, -1))
@@ -44,43 +52,56 @@ def definition(x, offsets, weight, bias):
 
 # %% ../nbs/method/04_deform.ipynb #gather
 def gather_then_project(x, offsets, weight, bias):
-    "Deformable 3x3 convolution of `x` (B, C, H, W) by one `embedding_bag` and one matrix product: best when channels do not shrink."
+    """Deformable 3x3 convolution of `x` (B, C, H, W) by one `embedding_bag` and one matrix product:
+    best when channels do not shrink."""
     b, c, h, w = x.shape
     index, share = _corners(sampling_points(offsets))
     index = index + (torch.arange(b, device=x.device) * h * w).view(b, 1, 1, 1, 1)
     cells = x.permute(0, 2, 3, 1).contiguous().view(b * h * w, c)
-    seen = F.embedding_bag(index.reshape(-1, 4), cells, per_sample_weights=share.reshape(-1, 4), mode='sum')
-    out = torch.addmm(bias, seen.view(b * h * w, 9 * c), weight.permute(2, 3, 1, 0).reshape(9 * c, -1))
+    seen = F.embedding_bag(index.reshape(-1, 4), cells, per_sample_weights=share.reshape(-1, 4),
+                           mode='sum')
+    out = torch.addmm(bias, seen.view(b * h * w, 9 * c),
+                      weight.permute(2, 3, 1, 0).reshape(9 * c, -1))
     return out.view(b, h, w, -1).permute(0, 3, 1, 2)
 
 # %% ../nbs/method/04_deform.ipynb #project
 def project_then_gather(x, offsets, weight, bias):
-    "Deformable 3x3 convolution of `x` (B, C, H, W) with the projection first: best when channels shrink."
+    """Deformable 3x3 convolution of `x` (B, C, H, W) with the projection first: best when channels
+    shrink."""
     b, c, h, w = x.shape
     n = weight.shape[0]
     projected = F.conv2d(x, weight.permute(2, 3, 0, 1).reshape(9 * n, c, 1, 1)).unflatten(1, (9, n))
     y, x = sampling_points(offsets).unbind(2)
     grid = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1], -1)
     taps = zip(projected.to(grid.dtype).unbind(1), grid.unbind(1))
-    return sum(F.grid_sample(tap, at, align_corners=False) for tap, at in taps) + bias.view(1, n, 1, 1)
+    return sum(F.grid_sample(tap, at, align_corners=False) for tap, at in taps) + bias.view(1, n, 1,
+        1)
 
 # %% ../nbs/method/04_deform.ipynb #deformconv
 def _sparing(x, offsets, weight, bias):
-    "`gather_then_project` for training: pieces of the batch of at most 8 MB of samples or one image, which are not kept."
+    """`gather_then_project` for training: pieces of the batch of at most 8 MB of samples or one
+    image, which are not kept."""
     n = max(2**21 // (9 * x[0].numel()), 1)
-    return torch.cat([checkpoint(gather_then_project, *piece, weight, bias, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([checkpoint(gather_then_project, *piece, weight, bias, use_reentrant=False,
+                                 preserve_rng_state=False)
                       for piece in zip(x.split(n), offsets.split(n))])
 
 def _single(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 class DeformConv(nn.Conv2d):
-    "Deformable 3x3 convolution, padding 1, bias, one offset group, no modulation; called with input (B, C, H, W) and offsets (B, 18, H, W). Source: method spec 3.2."
-    way = None  # `definition`, `gather_then_project` or `project_then_gather`, to have it computed so
-    def __init__(self, in_channels, out_channels): super().__init__(in_channels, out_channels, 3, padding=1)
+    """Deformable 3x3 convolution, padding 1, bias, one offset group, no modulation; called with
+    input (B, C, H, W) and offsets (B, 18, H, W).
+
+    Source: method spec 3.2."""
+    # `definition`, `gather_then_project` or `project_then_gather`, to have it computed so
+    way = None
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x, offsets):
         gpu, inputs = x.device.type == 'cuda', (x, offsets, self.weight, self.bias)
-        if gpu and not self.way and self.in_channels >= self.out_channels: return project_then_gather(x, _single(offsets), self.weight, self.bias)
+        if gpu and not self.way and self.in_channels >= self.out_channels:
+            return project_then_gather(x, _single(offsets), self.weight, self.bias)
         with torch.autocast(x.device.type, enabled=False):
             inputs = [_single(t) for t in inputs]
             if self.way: return self.way(*inputs)
@@ -105,10 +126,14 @@ class DeformBlock(nn.Module):
 
 # %% ../nbs/method/04_deform.ipynb #prehead
 class PreHead(nn.Module):
-    "Two deformable blocks; returns features (B, C, H, W) and offsets (B, 36, H, W), second block first. Source: method spec 3.2."
+    """Two deformable blocks; returns features (B, C, H, W) and offsets (B, 36, H, W), second block
+    first.
+
+    Source: method spec 3.2."""
     def __init__(self, in_channels, channels=256, norm=False, zero=False):
         super().__init__()
-        self.blocks = nn.ModuleList([DeformBlock(in_channels, channels, norm, zero), DeformBlock(channels, channels, norm, zero)])
+        self.blocks = nn.ModuleList([DeformBlock(in_channels, channels, norm, zero),
+                                     DeformBlock(channels, channels, norm, zero)])
 
     def forward(self, x):
         x, first = self.blocks[0](x)

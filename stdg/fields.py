@@ -20,7 +20,8 @@ def field_size(size:tuple,  # (height, width) in pixels
               ):  # (rows, columns)
     "Cells of a field. Raises `ValueError` for a size or stride below 1. Source: method spec 5."
     if len(size) != 2 or min(size) < 1 or stride < 1:
-        raise ValueError(f"size {tuple(size)} and stride {stride}: a height, a width and a stride of at least 1 pixel are needed")
+        raise ValueError(f"size {tuple(size)} and stride {stride}: a height, a width and a stride "
+                         "of at least 1 pixel are needed")
     return tuple((int(n) - 1) // int(stride) + 1 for n in size)
 
 # %% ../nbs/method/03_fields.ipynb #gaussian-radius
@@ -39,7 +40,8 @@ def _bump(centre, radius, n):
     "Gaussians (N, `n`) around the integer cells `centre`, zero beyond `radius`."
     away = np.arange(n) - centre[:, None]
     sigma = (2 * radius[:, None] + 1) / 6
-    return np.where(abs(away) <= radius[:, None], np.exp(-away**2 / (2 * sigma**2)), 0).astype(np.float32)
+    return np.where(abs(away) <= radius[:, None], np.exp(-away**2 / (2 * sigma**2)),
+                    0).astype(np.float32)
 
 def paint_peaks(labels, column, row, radius,  # int64 arrays of one length N; the last three in cells
                 shape:tuple,  # (classes, rows, columns)
@@ -48,7 +50,8 @@ def paint_peaks(labels, column, row, radius,  # int64 arrays of one length N; th
     heatmap = np.zeros(shape, np.float32)
     if not len(labels): return heatmap
     order = np.argsort(labels, kind='stable')
-    peaks = _bump(row, radius, shape[1])[order, :, None] * _bump(column, radius, shape[2])[order, None, :]
+    peaks = _bump(row, radius, shape[1])[order, :, None] * _bump(column, radius, shape[2])[order,
+        None, :]
     first = np.flatnonzero(np.diff(labels[order], prepend=-1))
     heatmap[labels[order][first]] = np.maximum.reduceat(peaks, first, axis=0)
     return heatmap
@@ -57,7 +60,8 @@ def paint_peaks(labels, column, row, radius,  # int64 arrays of one length N; th
 def _largest(size):
     "Indices of the `MAX_OBJECTS` largest rows of `size` (N, 2), in their own order."
     if len(size) <= MAX_OBJECTS: return np.arange(len(size))
-    warnings.warn(f"an image with more than {MAX_OBJECTS} objects: the largest {MAX_OBJECTS} are kept")
+    warnings.warn(f"an image with more than {MAX_OBJECTS} objects: the largest {MAX_OBJECTS} are "
+                  "kept")
     return np.sort(np.argsort(-size.prod(1), kind='stable')[:MAX_OBJECTS])
 
 def detection_fields(boxes, labels,  # (N, 4) float32 in cells; (N,) int64
@@ -71,7 +75,8 @@ def detection_fields(boxes, labels,  # (N, 4) float32 in cells; (N,) int64
     keep = keep[_largest(size[keep])]
     size, labels, centre = size[keep], labels[keep], (boxes[keep, :2] + boxes[keep, 2:]) / 2
     column, row = (cell := centre.astype(np.int64)).T
-    slots = dict(offset=centre - cell, size=size, mask=np.ones(len(keep), np.uint8), index=row * w + column)
+    slots = dict(offset=centre - cell, size=size, mask=np.ones(len(keep), np.uint8),
+                 index=row * w + column)
     kinds = dict(offset=np.float32, size=np.float32, mask=np.uint8, index=np.int64)
     fields = dict(heatmap=paint_peaks(labels, column, row, gaussian_radius(*size.T), shape))
     for name, values in slots.items():
@@ -84,7 +89,9 @@ _PATCH = np.stack(np.meshgrid(np.arange(3), np.arange(3)), -1).reshape(1, 9, 2)
 
 def relation_cells(start, step,  # (R, 2) float32 in cells: subject centres, and vectors to the object centres
                   ):  # (K,) int64 relation of each cell, (K, 2) int64 cells as column, row
-    "Cells along the lines of relations, possibly outside the field and more than once. Source: method spec 5.2."
+    """Cells along the lines of relations, possibly outside the field and more than once.
+
+    Source: method spec 5.2."""
     length = np.hypot(*step.T)
     n = np.maximum(2, np.ceil(length)).astype(np.int64)
     margin = np.clip(2 / (length + np.finfo(length.dtype).tiny), 0.25, 0.4)
@@ -98,7 +105,9 @@ def relation_cells(start, step,  # (R, 2) float32 in cells: subject centres, and
 def nearest_relation(key, relation, distance,  # arrays of one length: cell of all fields, relation (ascending), distance
                      n:int,  # number of cells of all fields
                     ):  # (K,) the cells taken, (K,) the relation of each
-    "Who gets a cell: the relation of least distance, on a tie the earliest. Source: method spec 5.2."
+    """Who gets a cell: the relation of least distance, on a tie the earliest.
+
+    Source: method spec 5.2."""
     least = np.full(n, np.inf, distance.dtype)
     np.minimum.at(least, key, distance)
     winner = np.flatnonzero(distance == least[key])[::-1]  # the earliest is written last
@@ -123,11 +132,13 @@ def relation_fields(boxes, relations,  # (N, 4) float32 in cells; (R, 3) int64: 
     relation, cell = relation[inside], cell[inside]
     (dx, dy), (mx, my) = (b - a)[relation].T, (((a + b) / 2)[relation] - cell).T
     distance = abs(dy * mx - dx * my) / (np.hypot(dx, dy) + 0.01)
-    taken, owner = nearest_relation((predicate[relation] * h + cell[:, 1]) * w + cell[:, 0], relation, distance, p * h * w)
+    taken, owner = nearest_relation((predicate[relation] * h + cell[:, 1]) * w + cell[:, 0],
+                                    relation, distance, p * h * w)
     place = taken % (h * w)
     cell = np.c_[place % w, place // w]
     ones = np.ones((len(taken), 1), np.float32)
-    values = [ones, a[owner] - cell, b[owner] - cell, ones / stride, ones / stride, scale[subject[owner], None], scale[target[owner], None]]
+    values = [ones, a[owner] - cell, b[owner] - cell, ones / stride, ones / stride,
+              scale[subject[owner], None], scale[target[owner], None]]
     fields[taken // (h * w), :, place] = np.concatenate(values, 1)
     return fields.reshape(p, 9, h, w)
 
@@ -144,11 +155,14 @@ def blank_padding(fields,  # (..., rows, columns) array, changed in place
 
 # %% ../nbs/method/03_fields.ipynb #encode
 def _check(graph, n_objects, n_predicates, valid_area):
-    for what, values, n in (('label', graph.labels, n_objects), ('predicate', graph.relations[:, 2], n_predicates)):
+    for what, values, n in (('label', graph.labels, n_objects),
+                            ('predicate', graph.relations[:, 2], n_predicates)):
         if len(values) and int(values.max()) >= n:
-            raise ValueError(f"{what} {int(values.max())} for {n} classes: numbers begin at 0; encode with the database's own vocabulary")
+            raise ValueError(f"{what} {int(values.max())} for {n} classes: numbers begin at 0; "
+                             "encode with the database's own vocabulary")
     if valid_area is not None and (len(valid_area) != 4 or not np.isfinite(valid_area).all()):
-        raise ValueError(f"valid_area {valid_area}: four numbers x, y, width, height in pixels are needed")
+        raise ValueError(f"valid_area {valid_area}: four numbers x, y, width, height in pixels are "
+                         "needed")
 
 # %% ../nbs/method/03_fields.ipynb #encode-itself
 def encode(graph,  # `SceneGraph`, boxes in pixels of the picture that the network sees
@@ -158,19 +172,23 @@ def encode(graph,  # `SceneGraph`, boxes in pixels of the picture that the netwo
            stride:int=16,  # pixels a cell
            valid_area:tuple=None,  # (x, y, width, height) in pixels; nothing outside it is a relation
           ):  # dict of tensors
-    """The fields that a perfect network would predict for `graph`, `h` rows and `w` columns of cells.
+    """The fields that a perfect network would predict for `graph`, `h` rows and `w` columns of
+    cells.
 
-    `heatmap` (C,h,w) float32 in 0..1; `offset` and `size` (128,2) float32 in cells, x first; `mask` (128,) uint8, 1 for
-    a slot in use; `index` (128,) int64, `row*w + column`; `relation` (P,9,h,w) float32: confidence, x and y from the
-    cell to the subject centre, x and y to the object centre, two constants `1/stride`, subject scale, object scale (cells).
-    Raises `ValueError` for a label or predicate out of range, a size or stride below 1 and a malformed valid area.
-    Source: method spec 5."""
+    `heatmap` (C,h,w) float32 in 0..1; `offset` and `size` (128,2) float32 in cells, x first; `mask`
+    (128,) uint8, 1 for a slot in use; `index` (128,) int64, `row*w + column`; `relation` (P,9,h,w)
+    float32: confidence, x and y from the cell to the subject centre, x and y to the object centre,
+    two constants `1/stride`, subject scale, object scale (cells). Raises `ValueError` for a label
+    or predicate out of range, a size or stride below 1 and a malformed valid area. Source: method
+    spec 5."""
     _check(graph, n_objects, n_predicates, valid_area)
     h, w = field_size(size, stride)
-    boxes, labels, ignore = graph.boxes.numpy() / np.float32(stride), graph.labels.numpy(), graph.ignore.numpy()
+    boxes, labels, ignore = graph.boxes.numpy() / np.float32(
+        stride), graph.labels.numpy(), graph.ignore.numpy()
     relations = graph.relations.numpy()
     relations = relations[~ignore[relations[:, :2]].any(1) & (relations[:, 0] != relations[:, 1])]
     fields = detection_fields(boxes[~ignore], labels[~ignore], (n_objects, h, w))
     fields['relation'] = relation_fields(boxes, relations, (n_predicates, h, w), stride)
-    if valid_area is not None: blank_padding(fields['relation'], np.asarray(valid_area, np.float64) / stride)
+    if valid_area is not None:
+        blank_padding(fields['relation'], np.asarray(valid_area, np.float64) / stride)
     return {name: torch.from_numpy(values) for name, values in fields.items()}

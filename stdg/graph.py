@@ -28,7 +28,8 @@ def _names(text): return tuple(name.strip() for name in text.split(','))
 class Vocabulary:
     """The names of object classes and predicates, in the order of their numbers (0-based).
 
-    Raises `ValueError` for an empty list, a repeated name or a name that is not text. Source: method spec, appendix A."""
+    Raises `ValueError` for an empty list, a repeated name or a name that is not text. Source:
+    method spec, appendix A."""
     objects: tuple
     predicates: tuple
 
@@ -47,7 +48,8 @@ class Vocabulary:
 
     def _find(self, kind, name):
         names = getattr(self, kind)
-        if name not in names: raise ValueError(f"{name!r} is not among the {len(names)} {kind} of this vocabulary")
+        if name not in names:
+            raise ValueError(f"{name!r} is not among the {len(names)} {kind} of this vocabulary")
         return names.index(name)
 
     def object_index(self, name): return self._find('objects', name)
@@ -57,31 +59,41 @@ class Vocabulary:
     @classmethod
     def from_json(cls, record): return cls(record['objects'], record['predicates'])
 
-    def __repr__(self): return f"Vocabulary({len(self.objects)} objects, {len(self.predicates)} predicates)"
+    def __repr__(self):
+        return f"Vocabulary({len(self.objects)} objects, {len(self.predicates)} predicates)"
 
 # %% ../nbs/method/01_graph.ipynb #checks
 def _tensor(values, dtype, shape, what):
-    "`values` as a tensor of `dtype` whose trailing shape is `shape`; empty input is allowed. Raises `ValueError` naming `what`."
+    """`values` as a tensor of `dtype` whose trailing shape is `shape`; empty input is allowed.
+
+    Raises `ValueError` naming `what`."""
     tensor = torch.as_tensor(values)
-    if not dtype.is_floating_point and tensor.is_floating_point() and tensor.numel() and not bool((tensor == tensor.round()).all()):
+    if not dtype.is_floating_point and tensor.is_floating_point() and tensor.numel() and not bool(
+        (tensor == tensor.round()).all()):
         raise ValueError(f"{what}: whole numbers are needed")
-    if tensor.numel() == 0 and tensor.shape[1:] != tuple(shape): tensor = tensor.new_zeros((0, *shape))
+    if tensor.numel() == 0 and tensor.shape[1:] != tuple(shape):
+        tensor = tensor.new_zeros((0, *shape))
     if tensor.ndim != 1 + len(shape) or tuple(tensor.shape[1:]) != tuple(shape):
-        raise ValueError(f"{what}: shape (n{''.join(f', {s}' for s in shape)}) is needed, this is {tuple(tensor.shape)}")
+        raise ValueError(f"{what}: shape (n{''.join(f', {s}' for s in shape)}) is needed, this is "
+                         f"{tuple(tensor.shape)}")
     return tensor.to(dtype)
 
 def _check_boxes(boxes):
-    if not bool(torch.isfinite(boxes).all()): raise ValueError(f"boxes: row {int((~torch.isfinite(boxes)).any(1).nonzero()[0])} is not finite")
+    if not bool(torch.isfinite(boxes).all()):
+        raise ValueError(f"boxes: row {int((~torch.isfinite(boxes)).any(1).nonzero()[0])} is not "
+                         "finite")
     wrong = (boxes[:, 2:] < boxes[:, :2]).any(1)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
-        raise ValueError(f"boxes: row {row} {boxes[row].tolist()} has x2 < x1 or y2 < y1; boxes are x1, y1, x2, y2 in pixels")
+        raise ValueError(f"boxes: row {row} {boxes[row].tolist()} has x2 < x1 or y2 < y1; boxes "
+                         "are x1, y1, x2, y2 in pixels")
 
 def _check_index(index, count, what):
     wrong = (index < 0) | (index >= count)
     if bool(wrong.any()):
         row = int((wrong if wrong.ndim == 1 else wrong.any(1)).nonzero()[0])
-        raise ValueError(f"{what}: row {row} holds {index[row].tolist()}, but there are {count}, numbered from 0")
+        raise ValueError(f"{what}: row {row} holds {index[row].tolist()}, but there are {count}, "
+                         "numbered from 0")
 
 def _check_length(tensor, count, what):
     if len(tensor) != count: raise ValueError(f"{what}: {len(tensor)} rows for {count} boxes")
@@ -91,8 +103,8 @@ def _check_length(tensor, count, what):
 class SceneGraph:
     """What is in an image and how it is related: the truth.
 
-    Raises `ValueError` that names the row for a box that is not finite or turned inside out, a label below 0 and a
-    relation to a missing object. Arrays, lists and tensors are accepted."""
+    Raises `ValueError` that names the row for a box that is not finite or turned inside out, a
+    label below 0 and a relation to a missing object. Arrays, lists and tensors are accepted."""
     boxes: torch.Tensor  # (N, 4) float32, x1, y1, x2, y2 in pixels
     labels: torch.Tensor  # (N,) int64, class numbers from 0
     relations: torch.Tensor  # (R, 3) int64: subject, object (both into boxes), predicate
@@ -104,24 +116,33 @@ class SceneGraph:
         self.labels = _tensor(self.labels, torch.int64, (), 'labels')
         self.relations = _tensor(self.relations, torch.int64, (3,), 'relations')
         n = len(self.boxes)
-        self.ignore = torch.zeros(n, dtype=torch.bool) if self.ignore is None else _tensor(self.ignore, torch.bool, (), 'ignore')
+        self.ignore = torch.zeros(n,
+                                  dtype=torch.bool) if self.ignore is None else _tensor(self.ignore,
+            torch.bool, (), 'ignore')
         if self.size is not None: self.size = tuple(int(s) for s in self.size)
         _check_boxes(self.boxes)
-        _check_length(self.labels, n, 'labels'); _check_length(self.ignore, n, 'ignore')
+        _check_length(self.labels, n, 'labels')
+        _check_length(self.ignore, n, 'ignore')
         _check_index(self.relations[:, :2], n, 'relations, subject and object')
         if bool((self.labels < 0).any()): raise ValueError('labels: class numbers begin at 0')
-        if bool((self.relations[:, 2] < 0).any()): raise ValueError('relations: predicate numbers begin at 0')
+        if bool((self.relations[:, 2] < 0).any()):
+            raise ValueError('relations: predicate numbers begin at 0')
 
     def __len__(self): return len(self.boxes)
-    def __repr__(self): return f"SceneGraph({len(self)} objects, {len(self.relations)} relations, size={self.size})"
+    def __repr__(self):
+        return f"SceneGraph({len(self)} objects, {len(self.relations)} relations, size={self.size})"
 
 # %% ../nbs/method/01_graph.ipynb #check-vocabulary
 def check_vocabulary(graph, vocabulary):
-    "Raise `ValueError` if a label or predicate of `graph` (a `SceneGraph` or `Prediction`) lies outside `vocabulary`; else return `graph`."
+    """Raise `ValueError` if a label or predicate of `graph` (a `SceneGraph` or `Prediction`) lies
+    outside `vocabulary`; else return `graph`."""
     _check_index(graph.labels, len(vocabulary.objects), 'labels (object classes of the vocabulary)')
-    if isinstance(graph, SceneGraph): _check_index(graph.relations[:, 2], len(vocabulary.predicates), 'relations (predicates of the vocabulary)')
+    if isinstance(graph, SceneGraph):
+        _check_index(graph.relations[:, 2], len(vocabulary.predicates),
+                     'relations (predicates of the vocabulary)')
     elif graph.predicates.shape[1] != len(vocabulary.predicates):
-        raise ValueError(f"predicates: {graph.predicates.shape[1]} columns for the {len(vocabulary.predicates)} predicates of the vocabulary")
+        raise ValueError(f"predicates: {graph.predicates.shape[1]} columns for the "
+                         f"{len(vocabulary.predicates)} predicates of the vocabulary")
     return graph
 
 # %% ../nbs/method/01_graph.ipynb #prediction
@@ -129,7 +150,9 @@ TASKS = ('predcls', 'sgcls', 'sgdet')
 
 @dataclass
 class Prediction:
-    """Scored objects and scored pairs of one image, best first. Raises `ValueError` as `SceneGraph` does."""
+    """Scored objects and scored pairs of one image, best first.
+
+    Raises `ValueError` as `SceneGraph` does."""
     boxes: torch.Tensor  # (N, 4) float32, x1, y1, x2, y2 in pixels
     labels: torch.Tensor  # (N,) int64, class numbers from 0
     scores: torch.Tensor  # (N,) float32 in 0..1
@@ -143,15 +166,20 @@ class Prediction:
         self.scores = _tensor(self.scores, torch.float32, (), 'scores')
         self.pairs = _tensor(self.pairs, torch.int64, (2,), 'pairs')
         self.predicates = torch.as_tensor(self.predicates).to(torch.float32)
-        if self.predicates.ndim != 2: self.predicates = self.predicates.reshape(len(self.pairs), -1) if len(self.pairs) else self.predicates.new_zeros((0, 0))
+        if self.predicates.ndim != 2:
+            self.predicates = self.predicates.reshape(len(self.pairs),
+                                                      -1) if len(self.pairs) else self.predicates.new_zeros((0, 0))
         if self.size is not None: self.size = tuple(int(s) for s in self.size)
         _check_boxes(self.boxes)
-        _check_length(self.labels, len(self.boxes), 'labels'); _check_length(self.scores, len(self.boxes), 'scores')
+        _check_length(self.labels, len(self.boxes), 'labels')
+        _check_length(self.scores, len(self.boxes), 'scores')
         _check_index(self.pairs, len(self.boxes), 'pairs')
-        if len(self.predicates) != len(self.pairs): raise ValueError(f"predicates: {len(self.predicates)} rows for {len(self.pairs)} pairs")
+        if len(self.predicates) != len(self.pairs):
+            raise ValueError(f"predicates: {len(self.predicates)} rows for {len(self.pairs)} pairs")
 
     def __len__(self): return len(self.boxes)
-    def __repr__(self): return f"Prediction({len(self)} objects, {len(self.pairs)} pairs, size={self.size})"
+    def __repr__(self):
+        return f"Prediction({len(self)} objects, {len(self.pairs)} pairs, size={self.size})"
 
 # %% ../nbs/method/01_graph.ipynb #triplets
 def triplets(prediction:Prediction,
@@ -159,8 +187,10 @@ def triplets(prediction:Prediction,
              min_score:float=0.,  # keep scores above this
              constraint:bool=True,  # one predicate a pair
             ):  # (T, 3) int64 subject, object, predicate; (T,) float32 scores
-    "The best triplets of `prediction`, sorted by the product of subject, predicate and object score."
-    if not len(prediction.pairs) or not prediction.predicates.shape[1]: return torch.zeros((0, 3), dtype=torch.int64), torch.zeros(0)
+    """The best triplets of `prediction`, sorted by the product of subject, predicate and object
+    score."""
+    if not len(prediction.pairs) or not prediction.predicates.shape[1]:
+        return torch.zeros((0, 3), dtype=torch.int64), torch.zeros(0)
     both = prediction.scores[prediction.pairs].prod(1, keepdim=True)
     scores = both * prediction.predicates
     if constraint:
@@ -176,33 +206,47 @@ def triplets(prediction:Prediction,
 
 # %% ../nbs/method/01_graph.ipynb #to-json
 def to_json(graph, vocabulary:Vocabulary):
-    "`graph` (a `SceneGraph` or `Prediction`) as a dictionary of plain Python values with names of `vocabulary`."
+    """`graph` (a `SceneGraph` or `Prediction`) as a dictionary of plain Python values with names of
+    `vocabulary`."""
     check_vocabulary(graph, vocabulary)
     record = dict(size=list(graph.size) if graph.size else None)
-    record['objects'] = [dict(name=vocabulary.objects[c], box=box) for box, c in zip(graph.boxes.tolist(), graph.labels.tolist())]
+    record['objects'] = [dict(name=vocabulary.objects[c], box=box)
+                         for box, c in zip(graph.boxes.tolist(), graph.labels.tolist())]
     if isinstance(graph, SceneGraph):
-        for item, ignored in zip(record['objects'], graph.ignore.tolist()): item.update(dict(ignore=True) if ignored else {})
-        record['relations'] = [dict(subject=s, predicate=vocabulary.predicates[p], object=o) for s, o, p in graph.relations.tolist()]
+        for item, ignored in zip(record['objects'], graph.ignore.tolist()):
+            item.update(dict(ignore=True) if ignored else {})
+        record['relations'] = [dict(subject=s, predicate=vocabulary.predicates[p], object=o)
+                               for s, o, p in graph.relations.tolist()]
     else:
         for item, score in zip(record['objects'], graph.scores.tolist()): item['score'] = score
-        record['pairs'] = [dict(subject=s, object=o, predicates={vocabulary.predicates[p]: row[p] for p in range(len(row)) if row[p] > 0})
+        record['pairs'] = [dict(subject=s, object=o,
+                                predicates={vocabulary.predicates[p]: row[p]
+                                            for p in range(len(row)) if row[p] > 0})
                            for (s, o), row in zip(graph.pairs.tolist(), graph.predicates.tolist())]
     return record
 
 # %% ../nbs/method/01_graph.ipynb #from-json
 def from_json(record, vocabulary:Vocabulary):
-    "The `SceneGraph` or `Prediction` that `to_json` wrote. Raises `ValueError` naming the entry that is missing or unknown."
+    """The `SceneGraph` or `Prediction` that `to_json` wrote.
+
+    Raises `ValueError` naming the entry that is missing or unknown."""
     try:
         boxes = [item['box'] for item in record['objects']]
         labels = [vocabulary.object_index(item['name']) for item in record['objects']]
         if 'relations' in record:
-            rows = [[r['subject'], r['object'], vocabulary.predicate_index(r['predicate'])] for r in record['relations']]
-            return SceneGraph(boxes, labels, rows, record.get('size'), [bool(item.get('ignore')) for item in record['objects']])
+            rows = [[r['subject'], r['object'], vocabulary.predicate_index(r['predicate'])]
+                    for r in record['relations']]
+            return SceneGraph(boxes, labels, rows, record.get('size'),
+                              [bool(item.get('ignore')) for item in record['objects']])
         predicates = torch.zeros(len(record['pairs']), len(vocabulary.predicates))
         for row, pair in zip(predicates, record['pairs']):
-            for name, score in pair['predicates'].items(): row[vocabulary.predicate_index(name)] = score
-        return Prediction(boxes, labels, [item['score'] for item in record['objects']], [[p['subject'], p['object']] for p in record['pairs']],
+            for name, score in pair['predicates'].items():
+                row[vocabulary.predicate_index(name)] = score
+        return Prediction(boxes, labels, [item['score'] for item in record['objects']],
+                          [[p['subject'], p['object']] for p in record['pairs']],
                           predicates, record.get('size'))
-    except (KeyError, TypeError) as error: raise ValueError(f"this JSON is not a scene graph: {error} is missing or of the wrong kind") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"this JSON is not a scene graph: {error} is missing or of the wrong kind") from None
 
 for cls in (SceneGraph, Prediction): cls.to_json, cls.from_json = to_json, staticmethod(from_json)

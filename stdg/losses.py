@@ -16,12 +16,16 @@ def focal_loss(probability,  # tensor of any shape, float32 or float64, 0..1
                target,  # the same shape, 0..1; exactly 1 at a positive
               positives=None,  # how many there are, if not in `target` alone
               ):  # scalar
-    "Penalty-reduced focal loss, a sum over everything divided by the number of positives. Source: method spec 6."
+    """Penalty-reduced focal loss, a sum over everything divided by the number of positives.
+
+    Source: method spec 6."""
     positive = target == 1
     p = probability[positive]
     gain = ((1 - p).square() * (p + _EPS).log()).sum()
-    doubt = ((1 - probability).clamp(min=0) + _EPS).log() * probability.square()  # (1-g)^4 removes the positives
-    return -(gain + (doubt * (1 - target).square().square()).sum()) / (positive.sum() if positives is None else positives).clamp(min=1)
+    # (1-g)^4 removes the positives
+    doubt = ((1 - probability).clamp(min=0) + _EPS).log() * probability.square()
+    return -(gain + (doubt * (1 - target).square().square()).sum()) / (positive.sum()
+        if positives is None else positives).clamp(min=1)
 
 # %% ../nbs/method/07_losses.ipynb #regression-loss
 def regression_loss(predicted, target,  # (V, k): the valid places only
@@ -39,7 +43,8 @@ def _full(tensor):
 def _check(output, target, what):
     "Raise `ValueError` unless `output` and `target` agree in shape."
     if tuple(output) != tuple(target):
-        raise ValueError(f"{what}: the network gives {tuple(output)}, the targets have {tuple(target)}; "
+        raise ValueError(f"{what}: the network gives {tuple(output)}, the targets have "
+                         f"{tuple(target)}; "
                          "classes, stride and size must be the same in both")
 
 # %% ../nbs/method/07_losses.ipynb #detection-loss
@@ -47,7 +52,9 @@ def detection_loss(output,  # (B, C+4, h, w): probabilities, offset x and y, siz
                    targets:dict,  # batched `stdg.fields.encode`
                    counts:dict={},  # of `counts`, where the batch is part of a larger one
                   ):  # dict of scalars: heatmap, size, offset
-    "The terms of the detection head. Raises `ValueError` if shapes disagree. Source: method spec 6."
+    """The terms of the detection head.
+
+    Raises `ValueError` if shapes disagree. Source: method spec 6."""
     heatmap = targets['heatmap']
     b, c, h, w = heatmap.shape
     _check(output.shape, (b, c + 4, h, w), 'detection fields')
@@ -61,7 +68,8 @@ def detection_loss(output,  # (B, C+4, h, w): probabilities, offset x and y, siz
                 offset=regression_loss(found[:, :2], targets['offset'][image, slot], objects) / 2)
 
 # %% ../nbs/method/07_losses.ipynb #relation-loss
-def _painted(fields, released): return (fields[:, :, 3:5] != 0).all(2) if released else fields[:, :, 0] == 1
+def _painted(fields, released):
+    return (fields[:, :, 3:5] != 0).all(2) if released else fields[:, :, 0] == 1
 
 def relation_loss(output,  # (B, P, 7, h, w): confidence logit, subject x y, object x y, subject and object scale
                   targets:dict,  # batched `stdg.fields.encode`
@@ -90,23 +98,30 @@ def teaching_loss(student_offsets:list,  # (B, 36, h, w) for each head
                   teacher_offsets:list,  # the same shapes
                   counts:dict={},  # of `counts`, where the batch is part of a larger one
                  ):  # scalar
-    "Squared distance of the student's offsets from the teacher's. Raises `ValueError` if lists or shapes disagree. Source: method spec 4.3."
+    """Squared distance of the student's offsets from the teacher's.
+
+    Raises `ValueError` if lists or shapes disagree. Source: method spec 4.3."""
     if len(student_offsets) != len(teacher_offsets) or not len(student_offsets):
-        raise ValueError(f"{len(student_offsets)} student heads and {len(teacher_offsets)} teacher heads: one list entry a head is needed in both")
+        raise ValueError(f"{len(student_offsets)} student heads and {len(teacher_offsets)} teacher "
+                         "heads: one list entry a head is needed in both")
     terms = []
     for head, (student, teacher) in enumerate(zip(student_offsets, teacher_offsets)):
         _check(student.shape, teacher.shape, 'offsets')
         student, teacher = _full(student), _full(teacher.detach())
         mask = _worth_copying(teacher)
-        terms.append(((teacher - student).square() * mask).sum() / (counts.get(f'taught_{head}', mask.sum()) + 1))
+        terms.append(((teacher - student).square() * mask).sum() / (counts.get(f'taught_{head}',
+            mask.sum()) + 1))
     return torch.stack(terms).mean()
 
 # %% ../nbs/method/07_losses.ipynb #counts
 def counts(targets:dict,  # batched `stdg.fields.encode`
            teacher_offsets=(),  # (B, 36, h, w) for each head
            released:bool=False):
-    "What the terms of a batch are divided by, {name: scalar tensor}; sums over parts of a batch serve as the `counts` of the losses."
+    """What the terms of a batch are divided by, {name: scalar tensor}; sums over parts of a batch
+    serve as the `counts` of the losses."""
     relation = targets['relation']
-    own = dict(centres=targets['heatmap'] == 1, objects=targets['mask'], related=relation[:, :, 0] == 1, cells=_painted(relation, released))
-    own |= {f'taught_{head}': _worth_copying(offsets) for head, offsets in enumerate(teacher_offsets)}
+    own = dict(centres=targets['heatmap'] == 1, objects=targets['mask'],
+               related=relation[:, :, 0] == 1, cells=_painted(relation, released))
+    own |= {f'taught_{head}': _worth_copying(offsets)
+            for head, offsets in enumerate(teacher_offsets)}
     return {name: true.sum() for name, true in own.items()}

@@ -15,7 +15,8 @@ from .graph import Prediction, SceneGraph
 
 # %% ../nbs/method/09_matching.ipynb #pixel-iou
 def _iou(a, b, extra):
-    "IoU (N, M) of boxes `a` (N, 4) and `b` (M, 4), arrays of one float type; `extra` is added to every width and height."
+    """IoU (N, M) of boxes `a` (N, 4) and `b` (M, 4), arrays of one float type; `extra` is added to
+    every width and height."""
     area = [(x[:, 2] - x[:, 0] + extra) * (x[:, 3] - x[:, 1] + extra) for x in (a, b)]
     shape = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2]) + extra
     shared = np.maximum(shape, 0).prod(2)
@@ -23,7 +24,10 @@ def _iou(a, b, extra):
     return shared / np.maximum(union, np.finfo(union.dtype).tiny)
 
 def pixel_iou(a, b):
-    "IoU (N, M) of boxes `a` (N, 4) and `b` (M, 4), float32 arrays of x1, y1, x2, y2, whose last pixel counts. Source: method spec 9."
+    """IoU (N, M) of boxes `a` (N, 4) and `b` (M, 4), float32 arrays of x1, y1, x2, y2, whose last
+    pixel counts.
+
+    Source: method spec 9."""
     return _iou(a, b, np.float32(1))
 
 # %% ../nbs/method/09_matching.ipynb #match
@@ -32,19 +36,26 @@ def _agree(boxes, labels, other_boxes, other_labels):
     return (labels[:, None] == other_labels) & (pixel_iou(boxes, other_boxes) >= np.float32(.5))
 
 def _hits(agree, relations, triplets):
-    "Table (R, T): relation of the truth is hit by predicted triplet, where `agree` compares their objects."
+    """Table (R, T): relation of the truth is hit by predicted triplet, where `agree` compares their
+    objects."""
     subject, object, predicate = relations.T[:, :, None]
-    return agree[subject, triplets[:, 0]] & agree[object, triplets[:, 1]] & (predicate == triplets[:, 2])
+    return agree[subject, triplets[:, 0]] & agree[object,
+                                                  triplets[:, 1]] & (predicate == triplets[:, 2])
 
 def same_objects(truth:SceneGraph, prediction:Prediction):
-    "Table (N, M) of booleans, an array: object of `truth` agrees with object of `prediction` in class and place. Source: method spec 9."
-    return _agree(*(x.cpu().numpy() for x in (truth.boxes, truth.labels, prediction.boxes, prediction.labels)))
+    """Table (N, M) of booleans, an array: object of `truth` agrees with object of `prediction` in
+    class and place.
+
+    Source: method spec 9."""
+    return _agree(*(x.cpu().numpy() for x in (truth.boxes, truth.labels, prediction.boxes,
+                                              prediction.labels)))
 
 def match(truth:SceneGraph, prediction:Prediction,
           triplets,  # (T, 3) subject, object (both into the prediction's boxes), predicate
          ):  # (R, T) bool array
     "Which relation of `truth` is hit by which of `triplets`. Source: method spec 9."
-    return _hits(same_objects(truth, prediction), truth.relations.cpu().numpy(), np.asarray(triplets).reshape(-1, 3))
+    return _hits(same_objects(truth, prediction), truth.relations.cpu().numpy(),
+                 np.asarray(triplets).reshape(-1, 3))
 
 # %% ../nbs/method/09_matching.ipynb #rankings
 TOP = (20, 50, 100)  # the ranks K at which recall is read
@@ -52,11 +63,15 @@ TOP = (20, 50, 100)  # the ranks K at which recall is read
 def _constrained(pairs, predicates): return np.column_stack([pairs, predicates.argmax(1)])
 
 def _candidates(values):
-    "Where `values` (n,) are not below the hundredth largest: all that the best hundred can be taken from."
-    return np.flatnonzero(values >= np.partition(values, -TOP[-1])[-TOP[-1]]) if len(values) > TOP[-1] else np.arange(len(values))
+    """Where `values` (n,) are not below the hundredth largest: all that the best hundred can be
+    taken from."""
+    return np.flatnonzero(values >= np.partition(values,
+                                                 -TOP[-1])[-TOP[-1]]) if len(values) > TOP[
+        -1] else np.arange(len(values))
 
 def _unconstrained(pairs, predicates, scores, least=-np.inf):
-    "The best triplets (T, 3) of all pairs and predicates by the product of their scores, in order; all products exceed `least`."
+    """The best triplets (T, 3) of all pairs and predicates by the product of their scores, in
+    order; all products exceed `least`."""
     product = scores[pairs].prod(1)[:, None] * predicates
     rows = _candidates(product.max(1))
     product = product[rows].ravel()
@@ -68,7 +83,8 @@ def _unconstrained(pairs, predicates, scores, least=-np.inf):
 # %% ../nbs/method/09_matching.ipynb #first-hit
 def _found(hits):
     "Table (K, R) of 0 and 1: relation was hit by the first 20, 50, 100 columns of `hits` (R, T)."
-    rank = np.where(hits.any(1), hits.argmax(1), TOP[-1]) if hits.shape[1] else np.full(len(hits), TOP[-1])
+    rank = np.where(hits.any(1), hits.argmax(1), TOP[-1]) if hits.shape[1] else np.full(len(hits),
+        TOP[-1])
     return (rank < np.array(TOP)[:, None]).astype(np.float64)
 
 # %% ../nbs/method/09_matching.ipynb #inputs
@@ -80,11 +96,15 @@ class _Objects(NamedTuple):
 def _arrays(*tensors): return [x.cpu().numpy() for x in tensors]
 
 def _inputs(prediction, truth, task, n_predicates):
-    "True objects and relations, predicted objects, pairs and predicates, as arrays, and as `task` lets them be seen."
+    """True objects and relations, predicted objects, pairs and predicates, as arrays, and as `task`
+    lets them be seen."""
     if task != 'sgdet' and len(prediction) != len(truth):
-        raise ValueError(f"{task}: the prediction has {len(prediction)} objects, the truth {len(truth)}; it must be made on the true boxes, in their order")
+        raise ValueError(f"{task}: the prediction has {len(prediction)} objects, the truth "
+                         f"{len(truth)}; it must be made on the true boxes, in their order")
     true, relations = _Objects(*_arrays(truth.boxes, truth.labels)), truth.relations.cpu().numpy()
-    boxes, labels, scores, pairs, predicates = _arrays(prediction.boxes, prediction.labels, prediction.scores, prediction.pairs, prediction.predicates)
+    boxes, labels, scores, pairs, predicates = _arrays(prediction.boxes, prediction.labels,
+                                                       prediction.scores, prediction.pairs,
+                                                       prediction.predicates)
     if task != 'sgdet': boxes = true.boxes
     if task == 'predcls': labels, scores = true.labels, np.ones(len(true.labels), np.float32)
     if not len(pairs): predicates = np.zeros((0, n_predicates), np.float32)
@@ -93,11 +113,15 @@ def _inputs(prediction, truth, task, n_predicates):
 
 # %% ../nbs/method/09_matching.ipynb #check
 def _check(relations, scores, predicates, n_predicates):
-    if predicates.shape[1] != n_predicates: raise ValueError(f"the prediction scores {predicates.shape[1]} predicates, {n_predicates} are expected")
+    if predicates.shape[1] != n_predicates:
+        raise ValueError(f"the prediction scores {predicates.shape[1]} predicates, {n_predicates} "
+                         "are expected")
     if relations[:, 2].max(initial=0) >= n_predicates:
-        raise ValueError(f"the truth holds predicate {relations[:, 2].max()}, but there are {n_predicates}, numbered from 0")
+        raise ValueError(f"the truth holds predicate {relations[:, 2].max()}, but there are "
+                         f"{n_predicates}, numbered from 0")
     if not (np.isfinite(scores).all() and np.isfinite(predicates).all()):
-        raise ValueError('the prediction holds scores that are NaN or infinite; did the network diverge?')
+        raise ValueError('the prediction holds scores that are NaN or infinite; did the network '
+                         'diverge?')
 
 # %% ../nbs/method/09_matching.ipynb #reference
 class _Reading(NamedTuple):
@@ -113,7 +137,8 @@ def _reference(true, relations, objects, pairs, predicates, task):
     if not len(pairs):
         pairs = np.full((min(len(objects.boxes), 1), 2), len(objects.boxes) - 1)
         predicates = np.zeros((len(pairs), predicates.shape[1]), np.float32)
-    return _Reading(_agree(true.boxes, true.labels, objects.boxes, objects.labels), relations, pairs, predicates, -np.inf)
+    return _Reading(_agree(true.boxes, true.labels, objects.boxes, objects.labels), relations,
+                    pairs, predicates, -np.inf)
 
 # %% ../nbs/method/09_matching.ipynb #plain-overlap
 def _overlap(objects, others):
@@ -122,7 +147,9 @@ def _overlap(objects, others):
     return np.where(objects.labels[:, None] == others.labels, iou, 0.)
 
 def _speaker(overlap):
-    "Who speaks for each of a list of objects, best first: (N,) places in it. `overlap` (N, N) is their IoU, 0 between classes."
+    """Who speaks for each of a list of objects, best first: (N,) places in it.
+
+    `overlap` (N, N) is their IoU, 0 between classes."""
     place = np.arange(len(overlap))
     earlier, kept = (overlap >= .5) & (place[:, None] < place), np.ones(len(overlap), bool)
     if not earlier.any(): return place
@@ -134,7 +161,9 @@ def _speaker(overlap):
 
 # %% ../nbs/method/09_matching.ipynb #own
 def _own(overlap):
-    "The one detection of each true object, (N, M) bool. `overlap` (N, M) is the IoU with detections, best first, 0 for those of another class."
+    """The one detection of each true object, (N, M) bool.
+
+    `overlap` (N, M) is the IoU with detections, best first, 0 for those of another class."""
     agree, numbers = overlap >= .5, np.arange(overlap.shape[1])
     if (agree.sum(1) <= 1).all(): return agree
     def first(table): return table & (numbers == table.argmax(1)[:, None])  # of each row
@@ -152,7 +181,8 @@ def row_key(rows):
     return rows.astype(np.int64) @ (1 << 20) ** np.arange(rows.shape[1])[::-1]
 
 def _heard(at, speaker):
-    "Which of the pairs `at` (Q, 2) are heard once `speaker` (N,) speaks for their objects: one for each pair of speakers, in the order of `at`."
+    """Which of the pairs `at` (Q, 2) are heard once `speaker` (N,) speaks for their objects: one
+    for each pair of speakers, in the order of `at`."""
     order = np.lexsort((at.min(1), at.max(1)))
     _, first = np.unique(row_key(speaker[at[order]]), return_index=True)
     return np.sort(order[first])
@@ -178,11 +208,13 @@ def _ranked(pairs, predicates, scores):
     return pairs[order], predicates[order]
 
 def _speaking(true, objects, pairs, predicates):
-    "For SGDet: which objects of the truth the speakers find (N, M), and the pairs and predicates that are heard."
+    """For SGDet: which objects of the truth the speakers find (N, M), and the pairs and predicates
+    that are heard."""
     used = np.flatnonzero(np.bincount(pairs.ravel(), minlength=len(objects.boxes)))
     used = used[np.argsort(-objects.scores[used], kind='stable')]
     mine, n = _Objects(objects.boxes[used], objects.labels[used]), len(true.boxes)
-    overlap = _overlap(_Objects(np.concatenate([true.boxes, mine.boxes]), np.concatenate([true.labels, mine.labels])), mine)
+    overlap = _overlap(_Objects(np.concatenate([true.boxes, mine.boxes]),
+                                np.concatenate([true.labels, mine.labels])), mine)
     speaker = _speaker(overlap[n:])
     speaks = speaker == np.arange(len(used))
     agree, place = np.zeros((n, len(objects.boxes)), bool), np.zeros(len(objects.boxes), int)
@@ -210,12 +242,17 @@ def found_relations(prediction:Prediction, truth:SceneGraph,
                     n_predicates:int,
                     protocol:str='reference',  # or 'strict'
                    ):  # relations (R, 3) that count; found (2 or 3, 3, R) by ranking and K, 0 or 1
-    """Which relations of `truth` are among the first 20, 50, 100 triplets with graph constraint, without, and, where boxes are given, with it
-    and on annotated pairs only. Raises `ValueError` if the two do not fit one another, or for scores that are not finite. Source: method spec 9."""
+    """Which relations of `truth` are among the first 20, 50, 100 triplets with graph constraint,
+    without, and, where boxes are given, with it and on annotated pairs only.
+
+    Raises `ValueError` if the two do not fit one another, or for scores that are not finite.
+    Source: method spec 9."""
     read = _strict if protocol == 'strict' else _reference
     true, relations, objects, pairs, predicates = _inputs(prediction, truth, task, n_predicates)
-    agree, relations, pairs, predicates, least = read(true, relations, objects, pairs, predicates, task)
-    rankings = [_constrained(pairs[:TOP[-1]], predicates[:TOP[-1]]), _unconstrained(pairs, predicates, objects.scores, least)]
+    agree, relations, pairs, predicates, least = read(true, relations, objects, pairs, predicates,
+                                                      task)
+    rankings = [_constrained(pairs[:TOP[-1]], predicates[:TOP[-1]]),
+                _unconstrained(pairs, predicates, objects.scores, least)]
     if task != 'sgdet':
         annotated = (row_key(pairs)[:, None] == row_key(relations[:, :2])).any(1)
         rankings.append(_constrained(pairs[annotated], predicates[annotated]))
@@ -226,20 +263,27 @@ def claims(prediction:Prediction, truth:SceneGraph,
            task:str,  # 'predcls', 'sgcls' or 'sgdet'
            n_predicates:int,
           ):  # scores (T,) float32, right (T,) bool
-    "The first 100 triplets with graph constraint, best first, and which of them the strict matching counts. Raises `ValueError` as `stdg.matching.found_relations` does."
+    """The first 100 triplets with graph constraint, best first, and which of them the strict
+    matching counts.
+
+    Raises `ValueError` as `stdg.matching.found_relations` does."""
     true, relations, objects, pairs, predicates = _inputs(prediction, truth, task, n_predicates)
     read = _strict(true, relations, objects, pairs, predicates, task)
     pairs, predicates = read.pairs[:TOP[-1]], read.predicates[:TOP[-1]]
     scores = objects.scores[pairs].prod(1) * predicates.max(1)
-    return scores.astype(np.float32), _hits(read.agree, read.relations, _constrained(pairs, predicates)).any(0)
+    return scores.astype(np.float32), _hits(read.agree, read.relations,
+                                            _constrained(pairs, predicates)).any(0)
 
 # %% ../nbs/method/09_matching.ipynb #box-claims
 def box_claims(prediction:Prediction, truth:SceneGraph):
-    "Scores (M,) float32 of the predicted boxes, best first, and which of them are right (M,) bool; without those on ignored objects."
+    """Scores (M,) float32 of the predicted boxes, best first, and which of them are right (M,)
+    bool; without those on ignored objects."""
     order = prediction.scores.argsort(descending=True, stable=True).cpu()
-    boxes, labels, scores = (x.cpu()[order].numpy() for x in (prediction.boxes, prediction.labels, prediction.scores))
+    boxes, labels, scores = (x.cpu()[order].numpy() for x in (prediction.boxes, prediction.labels,
+        prediction.scores))
     ignore = truth.ignore.cpu().numpy()
-    overlap = _overlap(_Objects(truth.boxes.cpu().numpy(), truth.labels.cpu().numpy()), _Objects(boxes, labels))
+    overlap = _overlap(_Objects(truth.boxes.cpu().numpy(), truth.labels.cpu().numpy()),
+                       _Objects(boxes, labels))
     right = _own(overlap)[~ignore].any(0)
     counts = right | ~(overlap[ignore] >= .5).any(0)
     return scores[counts].astype(np.float32), right[counts]

@@ -17,14 +17,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from .graph import TASKS, Prediction, SceneGraph
-from .matching import PROTOCOLS, TOP, found_relations, match, pixel_iou, row_key, same_objects
 from .io.text import html_table, markdown_table
+from .matching import PROTOCOLS, TOP, found_relations, row_key
 
-_all_ = ['PROTOCOLS', 'TASKS', 'TOP', 'match', 'pixel_iou', 'same_objects']  # also to be had from here
+# also to be had from here
+_all_ = ['PROTOCOLS', 'TASKS', 'TOP', 'match', 'pixel_iou', 'same_objects']
 
 # %% ../nbs/method/10_metrics.ipynb #known
 def _known(value, choices, what):
-    if value not in choices: raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(choices)}")
+    if value not in choices:
+        raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(choices)}")
     return value
 
 _NO_KEY = np.iinfo(np.int64).max  # larger than every key
@@ -33,12 +35,15 @@ def _triplet_keys(triplets):
     "Sorted keys of `triplets` (Z, 3), with one at the end that no triplet has."
     triplets = np.asarray(triplets)
     if triplets.size and (triplets.ndim != 2 or triplets.shape[1] != 3):
-        raise ValueError(f"zero_shot: shape (Z, 3) is needed, subject class, object class, predicate; this is {triplets.shape}")
+        raise ValueError("zero_shot: shape (Z, 3) is needed, subject class, object class, "
+                         f"predicate; this is {triplets.shape}")
     return np.unique(np.append(row_key(triplets.reshape(-1, 3)), _NO_KEY))
 
 # %% ../nbs/method/10_metrics.ipynb #evaluator
 class Evaluator:
-    "Scene-graph recall of a test set, image by image, in constant memory. Raises `ValueError` for an unknown task or protocol. Source: method spec 9."
+    """Scene-graph recall of a test set, image by image, in constant memory.
+
+    Raises `ValueError` for an unknown task or protocol. Source: method spec 9."""
     def __init__(self,
                  task:str,  # 'predcls', 'sgcls' or 'sgdet'
                  n_predicates:int,
@@ -46,34 +51,48 @@ class Evaluator:
                  protocol:str='reference',  # how predictions are ranked and matched: 'reference' or 'strict'
                  keep:bool=False,  # keep the counts of every image, for confidence intervals
                 ):
-        self.task, self.protocol, self.n_predicates = _known(task, TASKS, 'task'), _known(protocol, PROTOCOLS, 'protocol'), n_predicates
+        self.task, self.protocol, self.n_predicates = _known(task, TASKS, 'task'), _known(protocol,
+            PROTOCOLS, 'protocol'), n_predicates
         self.zero_shot = None if zero_shot is None else _triplet_keys(zero_shot)
         self.images, self.recall = 0, np.zeros((2, 3))
-        self.images_with, self.per_predicate = np.zeros(n_predicates), np.zeros((2, 3, n_predicates))
+        self.images_with, self.per_predicate = np.zeros(n_predicates), np.zeros((2, 3,
+            n_predicates))
         self.truths, self.hits = np.zeros(n_predicates), np.zeros((2, 3, n_predicates))
         self.unseen_images, self.unseen, self.accurate = 0, np.zeros((2, 3)), np.zeros(3)
         self.kept = [] if keep else None  # for each image truths (P,) and hits (2, 3, P)
 
     def update(self, prediction:Prediction, truth:SceneGraph):
-        "Count one image. One without annotated relations is passed over; one without predictions has found nothing."
+        """Count one image.
+
+        One without annotated relations is passed over; one without predictions has found
+        nothing."""
         self.add(self.record(prediction, truth))
 
     def compute(self):
-        "Every figure of the images counted so far, as a dictionary of floats and lists; NaN where no image counted."
+        """Every figure of the images counted so far, as a dictionary of floats and lists; NaN where
+        no image counted."""
         return _figures(self) | (_strict_figures(self) if self.protocol == 'strict' else {})
 
 # %% ../nbs/method/10_metrics.ipynb #record
 def _record(self, prediction:Prediction, truth:SceneGraph):
-    """What of one image counts, a dictionary of small arrays: `found` (2 or 3, 3, R), as `found_relations` gives it, `predicates` (R,), and
-    with `zero_shot` which relations are `unseen` (R,). Nothing is counted; `add` does that, here or in another `Evaluator` of the same settings."""
+    """What of one image counts, a dictionary of small arrays: `found` (2 or 3, 3, R), as
+    `found_relations` gives it, `predicates` (R,), and with `zero_shot` which relations are
+    `unseen` (R,).
+
+    Nothing is counted; `add` does that, here or in another `Evaluator` of the same settings."""
     relations, found = np.zeros((0, 3), np.int64), np.zeros((2 + (self.task != 'sgdet'), 3, 0))
-    if len(truth.relations): relations, found = found_relations(prediction, truth, self.task, self.n_predicates, self.protocol)
+    if len(truth.relations):
+        relations, found = found_relations(prediction, truth, self.task, self.n_predicates,
+                                           self.protocol)
     noted = dict(found=found.astype(bool), predicates=relations[:, 2].astype(np.int32))
-    return noted if self.zero_shot is None else noted | dict(unseen=_unseen(self.zero_shot, relations, truth.labels.cpu().numpy()))
+    return noted if self.zero_shot is None else noted | dict(unseen=_unseen(self.zero_shot,
+        relations, truth.labels.cpu().numpy()))
 
 def _unseen(zero_shot, relations, labels):
-    "Which `relations` (R, 3) have a triplet of classes that training never shows; `zero_shot` are the sorted keys of all such."
-    keys = row_key(np.column_stack([labels[relations[:, 0]], labels[relations[:, 1]], relations[:, 2]]))
+    """Which `relations` (R, 3) have a triplet of classes that training never shows; `zero_shot` are
+    the sorted keys of all such."""
+    keys = row_key(np.column_stack([labels[relations[:, 0]], labels[relations[:, 1]],
+                                    relations[:, 2]]))
     return zero_shot[np.searchsorted(zero_shot, keys)] == keys
 
 Evaluator.record = _record
@@ -103,14 +122,17 @@ Evaluator.add = _add
 def _over(total, count): return total / count if count else np.full_like(total, np.nan)
 
 def _recalls(sums):
-    "R and mR of the `sums` of an `Evaluator`, (2, 3) each, and the recall of every predicate (2, 3, P)."
+    """R and mR of the `sums` of an `Evaluator`, (2, 3) each, and the recall of every predicate (2,
+    3, P)."""
     per_predicate = sums.per_predicate / np.maximum(sums.images_with, 1)
-    return _over(sums.recall, sums.images), per_predicate.mean(2) if sums.images else np.full((2, 3), np.nan), per_predicate
+    return _over(sums.recall, sums.images), per_predicate.mean(2) if sums.images else np.full((2,
+        3), np.nan), per_predicate
 
 def _figures(sums):
     "The figures of the reference that the `sums` of an `Evaluator` amount to."
     recall, mean, per_predicate = _recalls(sums)
-    unseen, accuracy = _over(sums.unseen, sums.unseen_images), _over(sums.accurate, sums.truths.sum())
+    unseen, accuracy = _over(sums.unseen, sums.unseen_images), _over(sums.accurate,
+        sums.truths.sum())
     figures = {}
     for k, at in enumerate(TOP):
         for name, table in dict(R=recall, mR=mean, zR=unseen).items():
@@ -128,10 +150,12 @@ def harmonic_mean(a, b):
 def _strict_figures(sums):
     "What the strict protocol adds."
     recall, mean, per_predicate = _recalls(sums)
-    tables = dict(microR=_over(sums.hits.sum(2), sums.truths.sum()), F=harmonic_mean(recall, mean), per_predicate_recall=per_predicate)
+    tables = dict(microR=_over(sums.hits.sum(2), sums.truths.sum()), F=harmonic_mean(recall, mean),
+                  per_predicate_recall=per_predicate)
     figures = dict(truths_per_predicate=sums.truths.astype(int).tolist())
     for k, at in enumerate(TOP):
-        for name, table in tables.items(): figures[f'{name}@{at}'], figures[f'ng-{name}@{at}'] = table[:, k].tolist()
+        for name, table in tables.items():
+            figures[f'{name}@{at}'], figures[f'ng-{name}@{at}'] = table[:, k].tolist()
     return figures
 
 # %% ../nbs/method/10_metrics.ipynb #evaluate
@@ -141,70 +165,86 @@ def evaluate(predictions,  # `Prediction` of each image
              zero_shot=None,  # (Z, 3) subject class, object class, predicate, 0-based; without it there is no zR
              protocol:str='reference',  # how predictions are ranked and matched: 'reference' or 'strict'
             ):
-    """R, ng-R, mR, ng-mR, zR, ng-zR and A at 20, 50 and 100 as a dictionary of floats, and `per_predicate_recall@100`, a list.
+    """R, ng-R, mR, ng-mR, zR, ng-zR and A at 20, 50 and 100 as a dictionary of floats, and
+    `per_predicate_recall@100`, a list.
 
-    `strict` adds microR, F, `per_predicate_recall` at every K, all three also with ng-, and `truths_per_predicate`.
-    Raises `ValueError` if there are not as many predictions as truths, or if one does not fit its truth. Source: method spec 9."""
+    `strict` adds microR, F, `per_predicate_recall` at every K, all three also with ng-, and
+    `truths_per_predicate`. Raises `ValueError` if there are not as many predictions as truths, or
+    if one does not fit its truth. Source: method spec 9."""
     predictions, truths = list(predictions), list(truths)
-    if len(predictions) != len(truths): raise ValueError(f"{len(predictions)} predictions for {len(truths)} truths")
+    if len(predictions) != len(truths):
+        raise ValueError(f"{len(predictions)} predictions for {len(truths)} truths")
     n_predicates = max((p.predicates.shape[1] for p in predictions), default=0)
     if not any(len(p.pairs) for p in predictions):
-        n_predicates = max([n_predicates] + [int(t.relations[:, 2].max()) + 1 for t in truths if len(t.relations)])
+        n_predicates = max([n_predicates] + [int(t.relations[:, 2].max()) + 1 for t in truths
+                                             if len(t.relations)])
     evaluator = Evaluator(task, n_predicates, zero_shot, protocol)
     for prediction, truth in zip(predictions, truths): evaluator.update(prediction, truth)
     return evaluator.compute()
 
 # %% ../nbs/method/10_metrics.ipynb #coco
 def _coco(tables, n_objects, **fields):
-    "A `COCO` data set of `tables`, one an image, of rows x1, y1, x2, y2, label, value, the last under the name that `fields` gives it."
+    """A `COCO` data set of `tables`, one an image, of rows x1, y1, x2, y2, label, value, the last
+    under the name that `fields` gives it."""
     records = []
     for image, table in enumerate(tables):
         for x1, y1, x2, y2, label, value in table.tolist():
             w, h = x2 - x1, y2 - y1
-            records.append(dict(id=len(records) + 1, image_id=image, category_id=int(label), bbox=[x1, y1, w, h], area=w * h, iscrowd=0))
+            records.append(dict(id=len(records) + 1, image_id=image, category_id=int(label),
+                                bbox=[x1, y1, w, h], area=w * h, iscrowd=0))
             records[-1].update({name: kind(value) for name, kind in fields.items()})
     coco = COCO()
-    coco.dataset = dict(images=[dict(id=i) for i in range(len(tables))], categories=[dict(id=i) for i in range(n_objects)], annotations=records)
+    coco.dataset = dict(images=[dict(id=i) for i in range(len(tables))],
+                        categories=[dict(id=i) for i in range(n_objects)], annotations=records)
     coco.createIndex()
     return coco
 
 def box_table(graph, values):
-    "The boxes of a `SceneGraph` or `Prediction` as rows x1, y1, x2, y2, label, value: (N, 6) float32, `values` (N,) being scores or `ignore`."
+    """The boxes of a `SceneGraph` or `Prediction` as rows x1, y1, x2, y2, label, value: (N, 6)
+    float32, `values` (N,) being scores or `ignore`."""
     return torch.cat([graph.boxes, torch.stack([graph.labels, values], 1)], 1).cpu().float().numpy()
 
 # %% ../nbs/method/10_metrics.ipynb #precision-of
 def precision_of(found, true, n_objects:int):
-    "`average_precision` from a `box_table` an image: `found` with scores, `true` with `ignore`; lists of as many."
+    """`average_precision` from a `box_table` an image: `found` with scores, `true` with `ignore`;
+    lists of as many."""
     with redirect_stdout(io.StringIO()):
         truth = _coco([t.astype(np.float64) for t in true], n_objects, iscrowd=int)
         detections = _coco([t.astype(np.float64) for t in found], n_objects, score=float)
         evaluation = COCOeval(truth, detections, 'bbox')
         evaluation.evaluate()
         evaluation.accumulate()
-    precision = evaluation.eval['precision'][:, :, :, 0, 2]  # IoU, recall, class; all areas, 100 detections
+    # IoU, recall, class; all areas, 100 detections
+    precision = evaluation.eval['precision'][:, :, :, 0, 2]
     precision = np.where(precision < 0, np.nan, precision)
     def mean(values): return float(np.nanmean(values)) if not np.isnan(values).all() else math.nan
-    return dict(AP50=mean(precision[0]), AP=mean(precision), AP50_per_class=[mean(p) for p in precision[0].T])
+    return dict(AP50=mean(precision[0]), AP=mean(precision),
+                AP50_per_class=[mean(p) for p in precision[0].T])
 
 # %% ../nbs/method/10_metrics.ipynb #average-precision
 def average_precision(predictions,  # `Prediction` of each image
                       truths,  # `SceneGraph` of each image
                       n_objects:int,  # number of object classes
                      ):
-    """COCO average precision of boxes: a dictionary of `AP50` (IoU 0.5), `AP` (mean over 0.5 to 0.95) and `AP50_per_class`, a list.
+    """COCO average precision of boxes: a dictionary of `AP50` (IoU 0.5), `AP` (mean over 0.5 to
+    0.95) and `AP50_per_class`, a list.
 
-    NaN where the truth has no object. Raises `ValueError` if there are not as many predictions as truths, or for a label
-    that is none of `n_objects`. Source: method spec 9."""
+    NaN where the truth has no object. Raises `ValueError` if there are not as many predictions as
+    truths, or for a label that is none of `n_objects`. Source: method spec 9."""
     predictions, truths = list(predictions), list(truths)
-    if len(predictions) != len(truths): raise ValueError(f"{len(predictions)} predictions for {len(truths)} truths")
+    if len(predictions) != len(truths):
+        raise ValueError(f"{len(predictions)} predictions for {len(truths)} truths")
     for graph in predictions + truths:
         if len(graph) and int(graph.labels.max()) >= n_objects:
-            raise ValueError(f"a {type(graph).__name__} holds label {int(graph.labels.max())}, but there are {n_objects} classes, numbered from 0")
-    return precision_of([box_table(p, p.scores) for p in predictions], [box_table(t, t.ignore) for t in truths], n_objects)
+            raise ValueError(f"a {type(graph).__name__} holds label {int(graph.labels.max())}, but "
+                             f"there are {n_objects} classes, numbered from 0")
+    return precision_of([box_table(p, p.scores) for p in predictions],
+                        [box_table(t, t.ignore) for t in truths], n_objects)
 
 # %% ../nbs/method/10_metrics.ipynb #count
 def _count(prior, labels, relations):
-    "Add one image with objects of classes `labels` (N,) and `relations` (R, 3) to a `FrequencyPrior`."
+    """Add one image with objects of classes `labels` (N,) and `relations` (R, 3) to a
+    `FrequencyPrior`."""
     present, often = np.unique(labels, return_counts=True)
     prior.pairs[np.ix_(present, present)] += np.outer(often, often) - np.diag(often)
     subject, object, predicate = relations.T
@@ -213,21 +253,29 @@ def _count(prior, labels, relations):
 
 # %% ../nbs/method/10_metrics.ipynb #frequency-prior
 class FrequencyPrior:
-    "How often an ordered pair of object classes carries each predicate, learnt by counting; predicts relations on true boxes (PredCls)."
+    """How often an ordered pair of object classes carries each predicate, learnt by counting;
+    predicts relations on true boxes (PredCls)."""
     def __init__(self, n_objects:int, n_predicates:int):
-        self.counts = np.zeros((n_objects, n_objects, n_predicates))  # relations by subject class, object class, predicate
+        # relations by subject class, object class, predicate
+        self.counts = np.zeros((n_objects, n_objects, n_predicates))
         self.pairs = np.zeros((n_objects, n_objects))  # ordered pairs of objects in one image
         self.predicates = np.zeros(n_predicates)  # relations by predicate
 
     def fit(self, graphs):
-        "Count an iterable of training `SceneGraph`s; may be called again with more. Returns the prior itself."
-        for graph in graphs: _count(self, graph.labels.cpu().numpy(), np.unique(graph.relations.cpu().numpy(), axis=0))
+        """Count an iterable of training `SceneGraph`s; may be called again with more.
+
+        Returns the prior itself."""
+        for graph in graphs:
+            _count(self, graph.labels.cpu().numpy(),
+                   np.unique(graph.relations.cpu().numpy(), axis=0))
         return self
 
     def frequencies(self, subject, object):
-        "Array (Q, P): the share of the pairs of these classes that carries a predicate; `subject` and `object` (Q,) are class numbers."
+        """Array (Q, P): the share of the pairs of these classes that carries a predicate; `subject`
+        and `object` (Q,) are class numbers."""
         overall = self.predicates / max(self.pairs.sum(), 1)
-        return ((self.counts[subject, object] + overall) / (self.pairs[subject, object][:, None] + 1)).astype(np.float32)
+        return ((self.counts[subject, object] + overall) / (self.pairs[subject, object][:,
+            None] + 1)).astype(np.float32)
 
     def predict(self, truth:SceneGraph):
         "A `Prediction` over all ordered pairs of the objects of `truth`, best first."
@@ -235,38 +283,49 @@ class FrequencyPrior:
         labels = truth.labels.cpu().numpy()
         predicates = self.frequencies(labels[subject], labels[object])
         order = np.argsort(-predicates.max(1), kind='stable')
-        return Prediction(truth.boxes, truth.labels, torch.ones(len(truth)), np.column_stack([subject, object])[order], predicates[order], truth.size)
+        return Prediction(truth.boxes, truth.labels, torch.ones(len(truth)),
+                          np.column_stack([subject, object])[order], predicates[order], truth.size)
 
 # %% ../nbs/method/10_metrics.ipynb #results-table
 _TITLES = dict(predcls='PredCls', sgcls='SGCls', sgdet='SGDet')
 
 def _rows(results, task, columns):
-    "Names of the models that have figures for `task`, and their figures (models, columns), NaN where there is none."
-    rows = {name: {**tasks[task], 'AP50': tasks.get('AP50', math.nan)} for name, tasks in results.items() if task in tasks}
-    return list(rows), np.array([[float(row.get(c, math.nan)) for c in columns] for row in rows.values()])
+    """Names of the models that have figures for `task`, and their figures (models, columns), NaN
+    where there is none."""
+    rows = {name: {**tasks[task], 'AP50': tasks.get('AP50', math.nan)}
+            for name, tasks in results.items() if task in tasks}
+    return list(rows), np.array([[float(row.get(c, math.nan)) for c in columns]
+                                 for row in rows.values()])
 
 # %% ../nbs/method/10_metrics.ipynb #blocks
 def _blocks(results):
-    "For each task with figures: title, names of columns and models, figures as text, and which is the best of its column."
+    """For each task with figures: title, names of columns and models, figures as text, and which is
+    the best of its column."""
     for task, title in _TITLES.items():
-        columns = [f'{kind}@{k}' for kind in ('R', 'ng-R', 'mR', 'ng-mR') for k in TOP] + ['AP50'] * (task == 'sgdet')
+        columns = [f'{kind}@{k}' for kind in ('R', 'ng-R', 'mR', 'ng-mR')
+                   for k in TOP] + ['AP50'] * (task == 'sgdet')
         names, values = _rows(results, task, columns)
         if not names: continue
         best = (values == np.where(np.isnan(values), -1, values).max(0)) & (len(names) > 1)
-        yield title, columns, names, [['–' if np.isnan(v) else f'{100 * v:.1f}' for v in row] for row in values], best
+        yield title, columns, names, [['–' if np.isnan(v) else f'{100 * v:.1f}' for v in row]
+                                      for row in values], best
 
 # %% ../nbs/method/10_metrics.ipynb #results-table-class
 class ResultsTable:
     "The figures of several models, shown as a table. Made by `results_table`."
     def __init__(self, results): self.results = results
-    def _repr_markdown_(self): return '\n'.join(markdown_table(*block) for block in _blocks(self.results))
+    def _repr_markdown_(self):
+        return '\n'.join(markdown_table(*block) for block in _blocks(self.results))
     def _repr_html_(self): return ''.join(html_table(*block) for block in _blocks(self.results))
     __str__ = _repr_markdown_
 
 # %% ../nbs/method/10_metrics.ipynb #results-table-function
 def results_table(results:dict,  # name of a model -> {'predcls': figures, 'sgcls': figures, 'sgdet': figures, 'AP50': float}, each optional
                  ):
-    "A table of the figures that `evaluate` and `average_precision` gave for several models. Raises `ValueError` if there is none."
+    """A table of the figures that `evaluate` and `average_precision` gave for several models.
+
+    Raises `ValueError` if there is none."""
     if not any(task in tasks for tasks in results.values() for task in TASKS):
-        raise ValueError(f"there are no figures to show; each model needs at least one of {', '.join(TASKS)}")
+        raise ValueError("there are no figures to show; each model needs at least one of "
+                         f"{', '.join(TASKS)}")
     return ResultsTable(results)

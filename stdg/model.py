@@ -26,11 +26,13 @@ from .io.files import atomic_path, write_json
 
 # %% ../nbs/method/06_model.ipynb #branch
 def _branch(channels, out, norm=False, prior=None):
-    "3x3 convolution, optional norm, ReLU, 1x1 convolution whose bias starts at the logit of `prior`."
+    """3x3 convolution, optional norm, ReLU, 1x1 convolution whose bias starts at the logit of
+    `prior`."""
     last = nn.Conv2d(channels, out, 1)
     if prior is not None: nn.init.constant_(last.bias, math.log(prior / (1 - prior)))
     middle = [nn.BatchNorm2d(channels)] if norm else []
-    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=not norm), *middle, nn.ReLU(), last)
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=not norm), *middle,
+                         nn.ReLU(), last)
 
 class Branches(nn.Module):
     "The three branches side by side: (B, channels, h, w) to (B, C + 4, h, w), heat-map as logits."
@@ -44,7 +46,9 @@ class Branches(nn.Module):
 
 # %% ../nbs/method/06_model.ipynb #position-encoding
 def position_encoding(h, w, device=None):
-    "Fourier features (130, h, w) of rows and columns: 64 of y, 64 of x, y, x. Source: method spec 3.3."
+    """Fourier features (130, h, w) of rows and columns: 64 of y, 64 of x, y, x.
+
+    Source: method spec 3.3."""
     k = torch.arange(64, device=device)
     frequency = 10000 ** (2 * (k // 2) / 64)
     def waves(n):
@@ -58,11 +62,16 @@ def position_encoding(h, w, device=None):
 
 # %% ../nbs/method/06_model.ipynb #transformer
 class Transformer(nn.Module):
-    "Six pre-norm blocks over all cells, then the channels of the detection head: (B, 256, h, w) to (B, C + 4, h, w). Source: method spec 3.3."
+    """Six pre-norm blocks over all cells, then the channels of the detection head: (B, 256, h, w)
+    to (B, C + 4, h, w).
+
+    Source: method spec 3.3."""
     def __init__(self, channels, n_objects, depth=6):
         super().__init__()
-        self.input, self.position, self.output = (nn.Conv2d(c, channels, 1) for c in (channels, 130, channels))
-        self.blocks = nn.Sequential(*[Block(channels, 8, mlp_ratio=8, qkv_bias=False, norm_layer=nn.LayerNorm) for _ in range(depth)])
+        self.input, self.position, self.output = (nn.Conv2d(c, channels, 1) for c in (channels, 130,
+            channels))
+        self.blocks = nn.Sequential(*[Block(channels, 8, mlp_ratio=8, qkv_bias=False,
+                                            norm_layer=nn.LayerNorm) for _ in range(depth)])
         self.norm = nn.LayerNorm(channels)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -79,27 +88,39 @@ class Transformer(nn.Module):
 
 # %% ../nbs/method/06_model.ipynb #detection-head
 class DetectionHead(nn.Module):
-    "Features to (B, C + 4, h, w): C probabilities, x and y of the centre within the cell, width and height, in cells; and the offsets. Source: method spec 3.3."
-    def __init__(self, in_channels, n_objects, channels=256, norm=False, transformer=False, zero_offsets=False):
+    """Features to (B, C + 4, h, w): C probabilities, x and y of the centre within the cell, width
+    and height, in cells; and the offsets.
+
+    Source: method spec 3.3."""
+    def __init__(self, in_channels, n_objects, channels=256, norm=False, transformer=False,
+                 zero_offsets=False):
         super().__init__()
         self.n_objects = n_objects
         self.pre_head = PreHead(in_channels, channels, norm, zero_offsets)
-        self.layers = Transformer(channels, n_objects) if transformer else Branches(channels, n_objects, norm)
+        self.layers = Transformer(channels, n_objects) if transformer else Branches(channels,
+            n_objects, norm)
 
     def forward(self, x):
         x, offsets = self.pre_head(x)
         x = self.layers(x)
-        return torch.cat([x[:, :self.n_objects].float().sigmoid(), x[:, self.n_objects:].float()], 1), offsets
+        return torch.cat([x[:, :self.n_objects].float().sigmoid(), x[:, self.n_objects:].float()],
+                         1), offsets
 
 # %% ../nbs/method/06_model.ipynb #relation-head
 class RelationHead(nn.Module):
-    "Features to (B, P, 7, h, w): confidence, subject x y, object x y, subject and object scale, in cells; and the offsets. Source: method spec 3.4."
-    def __init__(self, in_channels, n_predicates, channels=256, norm=False, prior=None, zero_offsets=False):
+    """Features to (B, P, 7, h, w): confidence, subject x y, object x y, subject and object scale,
+    in cells; and the offsets.
+
+    Source: method spec 3.4."""
+    def __init__(self, in_channels, n_predicates, channels=256, norm=False, prior=None,
+                 zero_offsets=False):
         super().__init__()
         self.n_predicates = n_predicates
         self.pre_head = PreHead(in_channels, channels, norm, zero_offsets)
         self.layer = nn.Conv2d(channels, 7 * n_predicates, 1)
-        if prior is not None: nn.init.constant_(self.layer.bias.view(n_predicates, 7)[:, 0], math.log(prior / (1 - prior)))
+        if prior is not None:
+            nn.init.constant_(self.layer.bias.view(n_predicates, 7)[:, 0],
+                              math.log(prior / (1 - prior)))
 
     def forward(self, x):
         x, offsets = self.pre_head(x)
@@ -107,24 +128,31 @@ class RelationHead(nn.Module):
         return x if self.training else absolute(x), offsets
 
 def absolute(relation):
-    "Raw relation fields (B, P, 7, h, w) as the decoder reads them: probabilities, places in cells, positive scales."
+    """Raw relation fields (B, P, 7, h, w) as the decoder reads them: probabilities, places in
+    cells, positive scales."""
     h, w = relation.shape[-2:]
-    cols, rows = torch.arange(w, device=relation.device), torch.arange(h, device=relation.device)[:, None]
+    cols, rows = torch.arange(w, device=relation.device), torch.arange(h, device=relation.device)[:,
+        None]
     place = torch.stack([cols.expand(h, w), rows.expand(h, w)]).repeat(2, 1, 1)
-    return torch.cat([relation[..., :1, :, :].sigmoid(), relation[..., 1:5, :, :] + place, F.softplus(relation[..., 5:, :, :])], -3)
+    return torch.cat([relation[..., :1, :, :].sigmoid(), relation[..., 1:5, :, :] + place,
+                      F.softplus(relation[..., 5:, :, :])], -3)
 
 # %% ../nbs/method/06_model.ipynb #network
 class Network(nn.Module):
     "Backbone and two heads for one kind of picture."
-    def __init__(self, n_objects, n_predicates, timm_name, stride, fpn=0, channels=256, transformer=False, head_norm=False,
+    def __init__(self, n_objects, n_predicates, timm_name, stride, fpn=0, channels=256,
+                 transformer=False, head_norm=False,
                  zero_offsets=False, prior=None, drop_path_rate=0., frozen=0, pretrained=True):
         super().__init__()
         self.backbone = Backbone(timm_name, stride, fpn, pretrained, drop_path_rate, frozen)
-        self.detection = DetectionHead(self.backbone.channels, n_objects, channels, head_norm, transformer, zero_offsets)
-        self.relation = RelationHead(self.backbone.channels, n_predicates, channels, head_norm, prior, zero_offsets)
+        self.detection = DetectionHead(self.backbone.channels, n_objects, channels, head_norm,
+                                       transformer, zero_offsets)
+        self.relation = RelationHead(self.backbone.channels, n_predicates, channels, head_norm,
+                                     prior, zero_offsets)
 
     def forward(self, image):
-        "Pictures (B, 3, H, W), normalised, to detection (B, C+4, h, w), relation (B, P, 7, h, w) and the list of both heads' offsets (B, 36, h, w)."
+        """Pictures (B, 3, H, W), normalised, to detection (B, C+4, h, w), relation (B, P, 7, h, w)
+        and the list of both heads' offsets (B, 36, h, w)."""
         features = self.backbone(image)
         detection, detection_offsets = self.detection(features)
         relation, relation_offsets = self.relation(features)
@@ -137,16 +165,24 @@ class Network(nn.Module):
 
 # %% ../nbs/method/06_model.ipynb #architecture
 def _architecture(backbone, head_norm, changed):
-    "The numbers that a `Network` of this `backbone` is built from. Raises `ValueError` for a backbone that is not timm's own."
-    if backbone not in CONFIGURATIONS and not timm.is_model(backbone): raise ValueError(f"backbone {backbone!r} is neither one of {list(CONFIGURATIONS)} nor a model of timm")
-    numbers = {'head_norm': False, **CONFIGURATIONS.get(backbone, {**OTHER, 'timm_name': backbone}), **changed}
+    """The numbers that a `Network` of this `backbone` is built from.
+
+    Raises `ValueError` for a backbone that is not timm's own."""
+    if backbone not in CONFIGURATIONS and not timm.is_model(backbone):
+        raise ValueError(f"backbone {backbone!r} is neither one of {list(CONFIGURATIONS)} nor a "
+                         "model of timm")
+    numbers = {'head_norm': False, **CONFIGURATIONS.get(backbone, {**OTHER, 'timm_name': backbone}),
+               **changed}
     if head_norm is not None: numbers['head_norm'] = head_norm
-    if not timm.is_model(numbers['timm_name']): raise ValueError(f"timm_name {numbers['timm_name']!r} is not a model of timm")
+    if not timm.is_model(numbers['timm_name']):
+        raise ValueError(f"timm_name {numbers['timm_name']!r} is not a model of timm")
     return numbers
 
 # %% ../nbs/method/06_model.ipynb #teacher
 class Teacher(Network):
-    "A frozen `Network`: nothing in it learns, and it is always in evaluation mode. Source: method spec 4.2."
+    """A frozen `Network`: nothing in it learns, and it is always in evaluation mode.
+
+    Source: method spec 4.2."""
     def __init__(self, *sizes, **numbers):
         super().__init__(*sizes, **numbers)
         self.requires_grad_(False).eval()
@@ -154,26 +190,37 @@ class Teacher(Network):
     def train(self, mode=True): return super().train(False)
 
 # %% ../nbs/method/06_model.ipynb #stdg
-MODES = dict(rgb='rgb', depth='depth', combine='combine', combine_train='combine')  # the last is a former name
+# the last is a former name
+MODES = dict(rgb='rgb', depth='depth', combine='combine', combine_train='combine')
 
 class STDG(nn.Module):
     """Depth-guided one-stage scene graph generation.
 
-    `backbone` is 'resnet50' or 'swin_s' (the published networks), 'small', or any name of timm; `pretrained` is True, False or a file of
-    ImageNet weights; further keywords change the numbers of `CONFIGURATIONS`. Called with pictures (B, 3, H, W) it returns the fields of both heads; in mode 'depth' the pictures are HHA.
-    `colour_order` is how it reads pictures, 'RGB', or 'BGR' as the released networks do; `stdg.data.network_input` minds it. `teacher_reads` is 'hha', or 'rgb' for a teacher of colours.
-    Raises `ValueError` for an unknown mode or backbone, `ConnectionError` for weights that cannot be fetched. Source: method spec 3 and 4."""
-    def __init__(self, backbone='resnet50', mode='rgb', n_objects=150, n_predicates=50, head_norm=None, pretrained=True, colour_order='RGB', teacher_reads='hha', **numbers):
+    `backbone` is 'resnet50' or 'swin_s' (the published networks), 'small', or any name of timm;
+    `pretrained` is True, False or a file of ImageNet weights; further keywords change the numbers
+    of `CONFIGURATIONS`. Called with pictures (B, 3, H, W) it returns the fields of both heads; in
+    mode 'depth' the pictures are HHA. `colour_order` is how it reads pictures, 'RGB', or 'BGR' as
+    the released networks do; `stdg.data.network_input` minds it. `teacher_reads` is 'hha', or 'rgb'
+    for a teacher of colours. Raises `ValueError` for an unknown mode or backbone, `ConnectionError`
+    for weights that cannot be fetched. Source: method spec 3 and 4."""
+    def __init__(self, backbone='resnet50', mode='rgb', n_objects=150, n_predicates=50,
+                 head_norm=None, pretrained=True, colour_order='RGB', teacher_reads='hha',
+                 **numbers):
         super().__init__()
         if mode not in MODES: raise ValueError(f"mode {mode!r} is unknown; there are {list(MODES)}")
-        if teacher_reads not in ('hha', 'rgb'): raise ValueError(f"teacher_reads is {teacher_reads!r}: a teacher reads 'hha' or 'rgb'")
+        if teacher_reads not in ('hha', 'rgb'):
+            raise ValueError(f"teacher_reads is {teacher_reads!r}: a teacher reads 'hha' or 'rgb'")
         numbers = _architecture(backbone, head_norm, numbers)
         self.mode, self.colour_order, self.teacher_reads = MODES[mode], colour_order, teacher_reads
-        self.config = dict(backbone=backbone, mode=self.mode, n_objects=n_objects, n_predicates=n_predicates, colour_order=colour_order, **(dict(teacher_reads='rgb') if teacher_reads == 'rgb' else {}), **numbers)
+        self.config = dict(backbone=backbone, mode=self.mode, n_objects=n_objects,
+                           n_predicates=n_predicates, colour_order=colour_order,
+                           **(dict(teacher_reads='rgb') if teacher_reads == 'rgb' else {}),
+                           **numbers)
         kind = timm.get_pretrained_cfg(numbers['timm_name'])
         self.mean, self.std = tuple(kind.mean), tuple(kind.std)
         self.network = Network(n_objects, n_predicates, pretrained=pretrained, **numbers)
-        self.teacher = Teacher(n_objects, n_predicates, pretrained=False, **numbers) if self.mode == 'combine' else None
+        self.teacher = Teacher(n_objects, n_predicates, pretrained=False,
+                               **numbers) if self.mode == 'combine' else None
 
     @property
     def stride(self): return self.network.backbone.stride
@@ -185,11 +232,14 @@ class STDG(nn.Module):
 
     @property
     def training_inputs(self):
-        "The kinds of pictures that a training sample must hold: its own, and where a teacher reads HHA, that."
-        return ('rgb', 'hha') if self.mode == 'combine' and self.teacher_reads == 'hha' else (self.reads,)
+        """The kinds of pictures that a training sample must hold: its own, and where a teacher
+        reads HHA, that."""
+        return ('rgb',
+                'hha') if self.mode == 'combine' and self.teacher_reads == 'hha' else (self.reads,)
 
     def forward(self, image):
-        "Detection (B, C+4, h, w) and relation (B, P, 7, h, w) fields; in evaluation mode as `stdg.decode` reads them."
+        """Detection (B, C+4, h, w) and relation (B, P, 7, h, w) fields; in evaluation mode as
+        `stdg.decode` reads them."""
         return self.network(image)[:2]
 
     def offsets(self, image):
@@ -198,27 +248,39 @@ class STDG(nn.Module):
 
 # %% ../nbs/method/06_model.ipynb #taught
 def _taught(self, image, seen):
-    "Stage 2: the student's fields of `image`, its offsets, and the frozen teacher's offsets of what that reads, HHA or (`teacher_reads`) the image."
-    if self.teacher is None: raise ValueError(f"only mode 'combine' has a teacher, this is {self.mode!r}")
+    """Stage 2: the student's fields of `image`, its offsets, and the frozen teacher's offsets of
+    what that reads, HHA or (`teacher_reads`) the image."""
+    if self.teacher is None:
+        raise ValueError(f"only mode 'combine' has a teacher, this is {self.mode!r}")
     with torch.no_grad(): taught = self.teacher.offsets(seen)
     return *self.network(image), taught
 
-def _numbers(model): return {k: v for k, v in model.config.items() if k not in ('mode', 'teacher_reads')}
+def _numbers(model):
+    return {k: v for k, v in model.config.items() if k not in ('mode', 'teacher_reads')}
 
 def _set_teacher(self, teacher):
-    "Take over the network of a trained `STDG` (mode 'depth', or 'rgb' if the teacher reads that) as the frozen teacher. Raises `ValueError` where they differ."
-    if self.teacher is None: raise ValueError(f"only mode 'combine' has a teacher, this is {self.mode!r}")
+    """Take over the network of a trained `STDG` (mode 'depth', or 'rgb' if the teacher reads that)
+    as the frozen teacher.
+
+    Raises `ValueError` where they differ."""
+    if self.teacher is None:
+        raise ValueError(f"only mode 'combine' has a teacher, this is {self.mode!r}")
     needed = 'depth' if self.teacher_reads == 'hha' else 'rgb'
-    if teacher.mode != needed: raise ValueError(f"a teacher that reads {self.teacher_reads!r} has learnt in mode {needed!r}, this one in {teacher.mode!r}")
+    if teacher.mode != needed:
+        raise ValueError(f"a teacher that reads {self.teacher_reads!r} has learnt in mode "
+                         f"{needed!r}, this one in {teacher.mode!r}")
     mine, theirs = _numbers(self), _numbers(teacher)
-    if mine != theirs: raise ValueError(f"teacher and student differ in {sorted(k for k in mine if mine[k] != theirs.get(k))}")
+    if mine != theirs:
+        raise ValueError("teacher and student differ in "
+                         f"{sorted(k for k in mine if mine[k] != theirs.get(k))}")
     self.teacher.load_state_dict(teacher.network.state_dict())
 
 STDG.taught, STDG.set_teacher = _taught, _set_teacher
 
 # %% ../nbs/method/06_model.ipynb #blocks
 def _blocks(module):
-    "The outermost repeated blocks: members of a `Sequential` or a list that are more than one layer."
+    """The outermost repeated blocks: members of a `Sequential` or a list that are more than one
+    layer."""
     for child in module.children():
         if isinstance(module, (nn.Sequential, nn.ModuleList)) and any(child.children()): yield child
         else: yield from _blocks(child)
@@ -226,7 +288,8 @@ def _blocks(module):
 @contextmanager
 def _uncounted(block):
     "Batch norms of `block` leave their running statistics alone."
-    norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules()
+             if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for m, *_ in norms: m.momentum, m.num_batches_tracked = 0., None
     try: yield
     finally:
@@ -236,11 +299,13 @@ def _uncounted(block):
 def _run_twice(block, *inputs):
     run = partial(type(block).forward, block)
     if not torch.is_grad_enabled(): return run(*inputs)
-    return checkpoint(run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _uncounted(block)))
+    return checkpoint(run, *inputs, use_reentrant=False,
+                      context_fn=lambda: (nullcontext(), _uncounted(block)))
 
 @contextmanager
 def recomputed(network):
-    "Within it the blocks of `network` keep only their inputs for the backward pass: the same gradients for a third of the memory or less, and a third more time."
+    """Within it the blocks of `network` keep only their inputs for the backward pass: the same
+    gradients for a third of the memory or less, and a third more time."""
     blocks = list(_blocks(network))
     for block in blocks: block.forward = partial(_run_twice, block)
     try: yield
@@ -255,10 +320,14 @@ def _student(self):
     return other.train(self.training)
 
 def _save(self, path, **record):
-    "Write `path` (.safetensors) and the JSON beside it, with further entries of `record`, both atomically."
+    """Write `path` (.safetensors) and the JSON beside it, with further entries of `record`, both
+    atomically."""
     path = os.fspath(path)
-    if not path.endswith('.safetensors'): raise ValueError(f"{path}: a checkpoint's name ends in .safetensors")
-    with atomic_path(path) as partial: save_file({k: v.contiguous() for k, v in self.state_dict().items()}, partial)
-    write_json(path.removesuffix('.safetensors') + '.json', dict(format='stdg', version=1, config=self.config, **record))
+    if not path.endswith('.safetensors'):
+        raise ValueError(f"{path}: a checkpoint's name ends in .safetensors")
+    with atomic_path(path) as partial:
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, partial)
+    write_json(path.removesuffix('.safetensors') + '.json',
+               dict(format='stdg', version=1, config=self.config, **record))
 
 STDG.student, STDG.save = _student, _save

@@ -12,26 +12,41 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from .depth import estimators as estimation, sensors as measured, precompute
-from .datasets import (
-    coco as formats, images as pictures, public, vg_raw as raw_lists, statistics)
-from .io.files import open_h5, writable_folder
+from .datasets import coco as formats
+from .datasets import images as pictures
+from .datasets import public, statistics
+from .datasets import vg_raw as raw_lists
 from .datasets.visual_genome import Database
+from .depth import estimators as estimation
+from .depth import precompute
+from .depth import sensors as measured
 from .depth.depth_file import PfmFolder, depth_path, model_tag
 from .depth.hha_file import hha_path
+from .io.files import open_h5, writable_folder
 
 # %% ../nbs/commands/02_prepare_data.ipynb #job
 STEPS = ('check', 'database', 'images', 'depth', 'hha', 'statistics')
 KINDS = ('visual_genome', 'own', 'psg', 'gqa', 'open_images')
 
-def _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device, workers, remake, progress, unit, most, originals, pfm):
+def _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device,
+         workers, remake, progress, unit, most, originals, pfm):
     "The settings, checked, in one place."
-    if kind not in KINDS: raise ValueError(f"kind {kind!r} is unknown; there are {', '.join(KINDS)}")
-    if kind != 'visual_genome' and not annotations: raise ValueError(f"kind {kind}: annotations, its files, are needed")
-    if str(depth) == 'own' and kind != 'own': raise ValueError("depth 'own': only annotations of kind 'own' name the depth maps of their pictures")
-    if not Path(raw).is_dir(): raise FileNotFoundError(f"{raw} is not a folder. Put the downloaded files there, or name the folder that holds them")
-    return SimpleNamespace(folder=writable_folder(folder), raw=Path(raw), kind=kind, annotations=[str(a) for a in annotations], sizes=tuple(sizes), layout=layout, depth=str(depth),
-                           metric=metric, batch=batch, shard=tuple(shard), device=device, workers=workers, remake=remake, progress=progress, unit=unit, most=tuple(most),
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown; there are {', '.join(KINDS)}")
+    if kind != 'visual_genome' and not annotations:
+        raise ValueError(f"kind {kind}: annotations, its files, are needed")
+    if str(depth) == 'own' and kind != 'own':
+        raise ValueError("depth 'own': only annotations of kind 'own' name the depth maps of their "
+                         "pictures")
+    if not Path(raw).is_dir():
+        raise FileNotFoundError(f"{raw} is not a folder. Put the downloaded files there, or name "
+                                "the folder that holds them")
+    return SimpleNamespace(folder=writable_folder(folder), raw=Path(raw), kind=kind,
+                           annotations=[str(a) for a in annotations], sizes=tuple(sizes),
+                           layout=layout, depth=str(depth),
+                           metric=metric, batch=batch, shard=tuple(shard), device=device,
+                           workers=workers, remake=remake, progress=progress, unit=unit,
+                           most=tuple(most),
                            originals=originals, pfm=pfm)
 
 def _files(job):
@@ -46,14 +61,19 @@ def _annotations(job):
         if job.kind == 'own': job.read = formats.read_own(files['train'])
         elif job.kind == 'psg': job.read = public.read_psg(files['train'])
         elif job.kind == 'gqa': job.read = public.read_gqa(files, most=job.most)
-        else: job.read = public.read_open_images({split: file for split, file in files.items() if split != 'classes'}, files.get('classes', job.raw/'class-descriptions-boxable.csv'))
+        else:
+            job.read = public.read_open_images({split: file for split, file in files.items()
+                                                if split != 'classes'},
+                                               files.get('classes',
+                                                         job.raw/'class-descriptions-boxable.csv'))
     return job.read
 
 # %% ../nbs/commands/02_prepare_data.ipynb #sources
 def _sources(job):
     "The opened folders and archives of pictures."
     if not hasattr(job, 'sources'):
-        archives = [path for path in sorted(job.raw.glob('*.zip')) if not path.name.endswith('.json.zip') and path.name != 'VG-scene-graph.zip']
+        archives = [path for path in sorted(job.raw.glob('*.zip'))
+                    if not path.name.endswith('.json.zip') and path.name != 'VG-scene-graph.zip']
         job.sources = pictures.open_sources([job.raw, *archives])
     return job.sources
 
@@ -68,31 +88,48 @@ def _entries(job):
 
 # %% ../nbs/commands/02_prepare_data.ipynb #step-check
 def _check(job):
-    known = dict(skip=pictures.VG_CORRUPTED, expected=pictures.VG_EXPECTED) if job.kind == 'visual_genome' else {}
-    report = pictures.check_pictures(job.folder, _entries(job), _sources(job), sizes=job.sizes, layout=job.layout, workers=job.workers, progress=job.progress, **known)
-    return '; '.join([f"{report['pictures']:,} of {report['entries']:,} pictures are sound", *report['warnings']])
+    known = dict(skip=pictures.VG_CORRUPTED,
+                 expected=pictures.VG_EXPECTED) if job.kind == 'visual_genome' else {}
+    report = pictures.check_pictures(job.folder, _entries(job), _sources(job), sizes=job.sizes,
+                                     layout=job.layout, workers=job.workers, progress=job.progress,
+                                     **known)
+    return '; '.join([f"{report['pictures']:,} of {report['entries']:,} pictures are sound",
+                      *report['warnings']])
 
 def _compare(path, n):
-    "A line on the annotation file `path` of others. Raises `ValueError` if it isn't of these pictures."
+    """A line on the annotation file `path` of others.
+
+    Raises `ValueError` if it isn't of these pictures."""
     with open_h5(path, dict(split=1)) as file: rows = len(file['split'])
-    if rows != n: raise ValueError(f"{path} has {rows:,} images, pictures.h5 has {n:,}: each row belongs to one picture. check.json tells which pictures are missing; put them there, or remove {path.name} to make the annotations anew")
+    if rows != n:
+        raise ValueError(f"{path} has {rows:,} images, pictures.h5 has {n:,}: each row belongs to "
+                         "one picture. check.json tells which pictures are missing; put them "
+                         f"there, or remove {path.name} to make the annotations anew")
     return f'{path.name} by others is kept: {rows:,} images'
 
 def _database(job):
     listing, other = pictures.read_listing(job.folder), job.folder/'VG-SGG-with-attri.h5'
     if job.kind == 'visual_genome':
-        if other.exists() and not (job.folder/'VG-SGG.h5').exists(): return _compare(other, len(listing))
-        summary = raw_lists.make_database(job.folder, job.raw, job.sizes, remake=job.remake, progress=job.progress)
-        images, objects, relations = (summary['counts'][name] for name in ('images listed', 'objects kept', 'relations kept'))
-        absent = [name for name, told in summary['lists'].items() if 'alias' in name and told.startswith('absent')]
-        return f"{images:,} images, {objects:,} objects, {relations:,} relations; " + (f"absent, so names stand for themselves: {', '.join(absent)}" if absent else 'aliases were read')
+        if other.exists() and not (job.folder/'VG-SGG.h5').exists():
+            return _compare(other, len(listing))
+        summary = raw_lists.make_database(job.folder, job.raw, job.sizes, remake=job.remake,
+                                          progress=job.progress)
+        images, objects, relations = (summary['counts'][name] for name in ('images listed',
+            'objects kept', 'relations kept'))
+        absent = [name for name, told in summary['lists'].items() if 'alias' in name
+                  and told.startswith('absent')]
+        return f"{images:,} images, {objects:,} objects, {relations:,} relations; " + (
+            f"absent, so names stand for themselves: {', '.join(absent)}" if absent
+            else 'aliases were read')
     read = _annotations(job)
-    counts = formats.write_database(job.folder, listing, read, read.vocabulary, read.splits, job.sizes)
+    counts = formats.write_database(job.folder, listing, read, read.vocabulary, read.splits,
+                                    job.sizes)
     return f"{counts['images']:,} images, {counts['objects']:,} objects, {counts['relations']:,} relations\n{read.report}"
 
 # %% ../nbs/commands/02_prepare_data.ipynb #step-images
 def _images(job):
-    made = [pictures.make_images(job.folder, _sources(job), size, job.layout, job.shard, workers=job.workers, progress=job.progress) for size in job.sizes]
+    made = [pictures.make_images(job.folder, _sources(job), size, job.layout, job.shard,
+                                 workers=job.workers, progress=job.progress) for size in job.sizes]
     return None if None in made else ', '.join(path.name for path in made)
 
 def _depth_source(job):
@@ -107,21 +144,27 @@ def _tag(job):
     return PfmFolder(where).tag or model_tag(where) if kind == 'pfm' else model_tag(where)
 
 def _depth(job):
-    (kind, where), database = _depth_source(job), estimation.Originals(job.folder, _sources(job)) if job.originals else Database(job.folder, max(job.sizes))
+    (kind, where), database = _depth_source(job), estimation.Originals(job.folder,
+        _sources(job)) if job.originals else Database(job.folder, max(job.sizes))
     share = dict(shard=job.shard, progress=job.progress)
     if kind == 'none': return 'none asked for'
     if kind == 'own':
         read = _annotations(job)
-        path = measured.write_depth(job.folder, pictures.read_listing(job.folder), job.raw, read.depth, read.cameras, max(job.sizes), job.unit, **share)
-    elif kind == 'pfm': path = estimation.import_pfm(database, where, metric=bool(job.metric), **share)
-    else: path = estimation.estimate_depth(database, where, size=max(job.sizes), batch=job.batch, device=job.device, metric=job.metric, **share)
+        path = measured.write_depth(job.folder, pictures.read_listing(job.folder), job.raw,
+                                    read.depth, read.cameras, max(job.sizes), job.unit, **share)
+    elif kind == 'pfm':
+        path = estimation.import_pfm(database, where, metric=bool(job.metric), **share)
+    else:
+        path = estimation.estimate_depth(database, where, size=max(job.sizes), batch=job.batch,
+                                         device=job.device, metric=job.metric, **share)
     if path and job.pfm: estimation.export_pfm(path, job.pfm, job.progress)
     return path and path.name
 
 # %% ../nbs/commands/02_prepare_data.ipynb #step-hha
 def _hha(job):
     if job.depth == 'none': return 'none asked for'
-    made = [precompute.prepare_hha(Database(job.folder, size), _tag(job), job.progress, job.shard) for size in job.sizes]
+    made = [precompute.prepare_hha(Database(job.folder, size), _tag(job), job.progress, job.shard)
+            for size in job.sizes]
     return None if None in made else ', '.join(path.name for path in made)
 
 def _statistics(job): return statistics.write_statistics(job.folder, max(job.sizes)).name
@@ -130,12 +173,15 @@ def _merge(job):
     "Join whatever parts of depth and HHA the shards have left."
     databases, tag = [Database(job.folder, size) for size in job.sizes], _tag(job)
     waiting = lambda path: path.with_name(path.stem + '-parts').exists()
-    merged = [estimation.merge_depth(databases[-1], tag)] if waiting(depth_path(job.folder, tag)) else []
-    merged += [precompute.merge_hha(database, tag) for database in databases if waiting(hha_path(database, tag))]
+    merged = [estimation.merge_depth(databases[-1], tag)] if waiting(depth_path(job.folder,
+        tag)) else []
+    merged += [precompute.merge_hha(database, tag) for database in databases
+               if waiting(hha_path(database, tag))]
     return ', '.join(path.name for path in merged) or 'no parts are waiting'
 
 # %% ../nbs/commands/02_prepare_data.ipynb #prepare
-_DO = dict(check=_check, database=_database, images=_images, depth=_depth, hha=_hha, statistics=_statistics, merge=_merge)
+_DO = dict(check=_check, database=_database, images=_images, depth=_depth, hha=_hha,
+           statistics=_statistics, merge=_merge)
 
 def prepare(folder,  # where the database goes
             raw,  # folder of the downloaded files
@@ -148,12 +194,16 @@ def prepare(folder,  # where the database goes
             unit=.001, most=(None, None),  # own depth maps: metres a step of a PNG; gqa: keep so many classes and predicates, the commonest
             originals=False, pfm=None,  # estimate depth from the original pictures, not the scaled ones; also write the maps as .pfm into this folder
             progress=True):
-    """Do `steps` in order; returns {step: dict(seconds, result)}, result None where other shards still have work to do.
+    """Do `steps` in order; returns {step: dict(seconds, result)}, result None where other shards
+    still have work to do.
 
-    Raises `ValueError` for an unknown step or kind, and whatever the steps raise: `FileNotFoundError` or `ValueError` naming file and mend."""
-    job, done = _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device, workers, remake, progress, unit, most, originals, pfm), {}
+    Raises `ValueError` for an unknown step or kind, and whatever the steps raise:
+    `FileNotFoundError` or `ValueError` naming file and mend."""
+    job, done = _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard,
+                     device, workers, remake, progress, unit, most, originals, pfm), {}
     for step in steps:
-        if step not in _DO: raise ValueError(f"step {step!r} is unknown; there are {', '.join(_DO)}")
+        if step not in _DO:
+            raise ValueError(f"step {step!r} is unknown; there are {', '.join(_DO)}")
         began = time.perf_counter()
         result = _DO[step](job)
         done[step] = dict(seconds=round(time.perf_counter() - began, 1), result=result)
@@ -164,36 +214,53 @@ def prepare(folder,  # where the database goes
 def _shard(text):
     "'2/8' as (2, 8)."
     try: i, n = map(int, text.split('/'))
-    except ValueError: raise argparse.ArgumentTypeError(f"{text!r}: worker and number of workers are written 2/8") from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: worker and number of workers are written 2/8") from None
     return i, n
 
 def _parser():
-    parser = argparse.ArgumentParser('python -m stdg.prepare', description='From downloaded files to everything that training reads. Steps find what is there and go on after a kill.')
-    parser.add_argument('steps', nargs='+', choices=('all', *_DO), metavar='step', help=f"all, or of {', '.join(_DO)}")
+    parser = argparse.ArgumentParser('python -m stdg.prepare', description='From downloaded files '
+                                     'to everything that training reads. Steps find what is there '
+                                     'and go on after a kill.')
+    parser.add_argument('steps', nargs='+', choices=('all', *_DO), metavar='step',
+                        help=f"all, or of {', '.join(_DO)}")
     parser.add_argument('--raw', required=True, help='folder of the downloaded files')
     parser.add_argument('--folder', required=True, help='where the database goes')
     parser.add_argument('--kind', default='visual_genome', choices=KINDS)
-    parser.add_argument('--annotations', nargs='*', default=(), help="annotation files in --raw, for the other kinds; 'train=file' where there is one for each split")
-    parser.add_argument('--size', type=int, nargs='+', default=[512], help='long side of the scaled pictures')
+    parser.add_argument('--annotations', nargs='*', default=(), help="annotation files in --raw, "
+                        "for the other kinds; 'train=file' where there is one for each split")
+    parser.add_argument('--size', type=int, nargs='+', default=[512], help='long side of the '
+                        'scaled pictures')
     parser.add_argument('--layout', default='jpeg', choices=pictures.LAYOUTS)
-    parser.add_argument('--depth', default=estimation.MODEL, help="model of transformers, its folder, a folder of .pfm, 'own' or 'none'")
-    parser.add_argument('--metric', choices=('yes', 'no'), help='whether depth is metres, where neither model nor files tell')
-    parser.add_argument('--batch', type=int, default=16, help='pictures that go through the depth network together')
+    parser.add_argument('--depth', default=estimation.MODEL, help="model of transformers, its "
+                        "folder, a folder of .pfm, 'own' or 'none'")
+    parser.add_argument('--metric', choices=('yes', 'no'), help='whether depth is metres, where '
+                        'neither model nor files tell')
+    parser.add_argument('--batch', type=int, default=16, help='pictures that go through the depth '
+                        'network together')
     parser.add_argument('--device', help='cuda, cuda:1, cpu; by default a GPU if there is one')
-    parser.add_argument('--shard', type=_shard, default=(0, 1), help='this worker and how many there are: 0/8')
-    parser.add_argument('--workers', type=int, help='threads for pictures; by default one for each core')
-    parser.add_argument('--originals', action='store_true', help='estimate depth from the original pictures, not the scaled ones')
+    parser.add_argument('--shard', type=_shard, default=(0, 1), help='this worker and how many '
+                        'there are: 0/8')
+    parser.add_argument('--workers', type=int, help='threads for pictures; by default one for each '
+                        'core')
+    parser.add_argument('--originals', action='store_true', help='estimate depth from the original '
+                        'pictures, not the scaled ones')
     parser.add_argument('--pfm', help='also write the depth maps as .pfm into this folder')
-    parser.add_argument('--unit', type=float, default=.001, help='own depth maps: metres a step of a PNG')
-    parser.add_argument('--most', type=int, nargs=2, default=(None, None), metavar=('CLASSES', 'PREDICATES'), help='gqa: keep so many, the commonest')
-    parser.add_argument('--remake', action='store_true', help='write the annotations anew, if those that are there were made from something else')
+    parser.add_argument('--unit', type=float, default=.001, help='own depth maps: metres a step of '
+                        'a PNG')
+    parser.add_argument('--most', type=int, nargs=2, default=(None, None),
+                        metavar=('CLASSES', 'PREDICATES'), help='gqa: keep so many, the commonest')
+    parser.add_argument('--remake', action='store_true', help='write the annotations anew, if '
+                        'those that are there were made from something else')
     return parser
 
 # %% ../nbs/commands/02_prepare_data.ipynb #main-itself
 def main(arguments=None):
     "The command line. Errors are one line, and exit code 1."
     options = _parser().parse_args(arguments)
-    settings = {**vars(options), 'metric': dict(yes=True, no=False).get(options.metric), 'sizes': options.size}
+    settings = {**vars(options), 'metric': dict(yes=True, no=False).get(options.metric),
+                'sizes': options.size}
     steps = STEPS if 'all' in settings.pop('steps') else options.steps
     for name in ('size', 'folder', 'raw'): settings.pop(name)
     for step in steps:

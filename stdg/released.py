@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from .checkpoint import facts, from_released, load, released_layout
-from .io.files import read_json
 from .graph import Vocabulary
+from .io.files import read_json
 
 # %% ../nbs/method/12_released.ipynb #record
 @dataclass(slots=True, eq=False, repr=False)
@@ -43,34 +43,44 @@ class _Storage:
     def size(self): return self.count * self.dtype.itemsize
 
 # %% ../nbs/method/12_released.ipynb #persistent
-_DTYPES = dict(Float=torch.float32, Double=torch.float64, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64, Int=torch.int32,
+_DTYPES = dict(Float=torch.float32, Double=torch.float64, Half=torch.float16,
+               BFloat16=torch.bfloat16, Long=torch.int64, Int=torch.int32,
                Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool)
 
 def _is_size(n): return type(n) is int and 0 <= n < 1 << 62
 
 def _outside(items):
-    "What a persistent id means: a storage; or, in the older format, a class that comes with the text of its source, which is dropped."
+    """What a persistent id means: a storage; or, in the older format, a class that comes with the
+    text of its source, which is dropped."""
     kind, *rest = items[0]
     if kind == 'module': return rest[0]
-    if kind != 'storage': raise ValueError('its pickle refers to something outside that is no storage')
+    if kind != 'storage':
+        raise ValueError('its pickle refers to something outside that is no storage')
     made, key, _, count, *view = rest
     found = re.fullmatch(r'torch\.(cuda\.)?(\w+)Storage', made.name)
-    if not found or found[2] not in _DTYPES: raise ValueError(f"it has a storage of the unknown type {made.name[:80]!r}")
-    if type(key) is not str or not _is_size(count) or view not in ([], [None]): raise ValueError('it has a storage whose place is described in an unknown way')
+    if not found or found[2] not in _DTYPES:
+        raise ValueError(f"it has a storage of the unknown type {made.name[:80]!r}")
+    if type(key) is not str or not _is_size(count) or view not in ([], [None]):
+        raise ValueError('it has a storage whose place is described in an unknown way')
     return _Storage(_DTYPES[found[2]], key, count)
 
 # %% ../nbs/method/12_released.ipynb #tables
-_VALUE = dict(NONE=lambda _: None, NEWTRUE=lambda _: True, NEWFALSE=lambda _: False, EMPTY_TUPLE=lambda _: (), EMPTY_LIST=lambda _: [], EMPTY_DICT=lambda _: {},
+_VALUE = dict(NONE=lambda _: None, NEWTRUE=lambda _: True, NEWFALSE=lambda _: False,
+              EMPTY_TUPLE=lambda _: (), EMPTY_LIST=lambda _: [], EMPTY_DICT=lambda _: {},
               GLOBAL=lambda names: _Object(names.replace(' ', '.', 1)),
-              **dict.fromkeys(('BININT', 'BININT1', 'BININT2', 'LONG1', 'LONG4', 'BINFLOAT', 'BINUNICODE'), lambda value: value))
+              **dict.fromkeys(('BININT', 'BININT1', 'BININT2', 'LONG1', 'LONG4', 'BINFLOAT',
+                               'BINUNICODE'), lambda value: value))
 
 def _make(items):
     made, args = items
-    if type(made) is not _Object or type(args) is not tuple: raise ValueError('its pickle makes an object of something that is no class')
+    if type(made) is not _Object or type(args) is not tuple:
+        raise ValueError('its pickle makes an object of something that is no class')
     return _Object(made.name, args)
 
 def _extend(target, items): (target if type(target) is list else target.elements).extend(items)
-def _update(target, items): _entries(target).update({k: v for k, v in zip(items[::2], items[1::2], strict=True) if type(k) is str})
+def _update(target, items):
+    _entries(target).update({k: v for k, v in zip(items[::2], items[1::2], strict=True)
+                             if type(k) is str})
 def _build(target, items): target.state, = items
 
 def _entries(container):
@@ -80,15 +90,19 @@ def _entries(container):
     raise ValueError(f"it has {type(container).__name__} where a dictionary belongs")
 
 _MARK = None
-_MAKE = dict(TUPLE1=(1, tuple), TUPLE2=(2, tuple), TUPLE3=(3, tuple), TUPLE=(_MARK, tuple), REDUCE=(2, _make), NEWOBJ=(2, _make), BINPERSID=(1, _outside))
-_INTO = dict(APPEND=(1, _extend), APPENDS=(_MARK, _extend), SETITEM=(2, _update), SETITEMS=(_MARK, _update), BUILD=(1, _build))
+_MAKE = dict(TUPLE1=(1, tuple), TUPLE2=(2, tuple), TUPLE3=(3, tuple), TUPLE=(_MARK, tuple),
+             REDUCE=(2, _make), NEWOBJ=(2, _make), BINPERSID=(1, _outside))
+_INTO = dict(APPEND=(1, _extend), APPENDS=(_MARK, _extend), SETITEM=(2, _update),
+             SETITEMS=(_MARK, _update), BUILD=(1, _build))
 _DROP = dict(POP=1, POP_MARK=_MARK)
 
 # %% ../nbs/method/12_released.ipynb #machine
 _MOST = 1_000_000
 
 def _read_pickle(file):
-    "The value of the pickle at the place of `file`, objects as `_Object`, and its storages. Raises `ValueError` for anything but a pickle of `torch.save`."
+    """The value of the pickle at the place of `file`, objects as `_Object`, and its storages.
+
+    Raises `ValueError` for anything but a pickle of `torch.save`."""
     stack, marks, memo, storages = [], [], {}, {}
     def take(n):
         start = marks.pop() if n is _MARK else len(stack) - n
@@ -99,7 +113,9 @@ def _read_pickle(file):
     try:
         for i, (instruction, value, _) in enumerate(pickletools.genops(file)):
             name = instruction.name
-            if i == _MOST: raise ValueError(f"its pickle has more than {_MOST:,} instructions; no network needs so many")
+            if i == _MOST:
+                raise ValueError(f"its pickle has more than {_MOST:,} instructions; no network "
+                                 "needs so many")
             if name == 'STOP': return stack.pop(), storages
             if name in _VALUE: stack.append(_VALUE[name](value))
             elif name in _MAKE:
@@ -113,26 +129,39 @@ def _read_pickle(file):
             elif name == 'MARK': marks.append(len(stack))
             elif name in ('BINPUT', 'LONG_BINPUT'): memo[value] = stack[-1]
             elif name in ('BINGET', 'LONG_BINGET'): stack.append(memo[value])
-            elif name != 'PROTO': raise ValueError(f"its pickle has the instruction {name}, which torch.save does not write")
-            if name == 'BINPERSID' and type(new := stack[-1]) is _Storage and storages.setdefault(new.key, new) != new:
+            elif name != 'PROTO':
+                raise ValueError(f"its pickle has the instruction {name}, which torch.save does "
+                                 "not write")
+            if name == 'BINPERSID' and type(new := stack[-1]) is _Storage and storages.setdefault(
+                new.key, new) != new:
                 raise ValueError(f"its storage {new.key[:40]!r} has two types or lengths")
-    except (IndexError, KeyError, TypeError, AttributeError): raise ValueError('its pickle is damaged') from None
+    except (IndexError, KeyError, TypeError, AttributeError):
+        raise ValueError('its pickle is damaged') from None
 
 # %% ../nbs/method/12_released.ipynb #zip-format
 def _read_zip(file, size):
-    "Value of the pickle in a zip archive of `size` bytes, and a function from `_Storage` to its bytes."
+    """Value of the pickle in a zip archive of `size` bytes, and a function from `_Storage` to its
+    bytes."""
     archive = zipfile.ZipFile(file)
-    if sum(entry.file_size for entry in archive.infolist()) > size: raise ValueError('its entries are longer than the file: compressed or overlapping, which torch.save does not do')
+    if sum(entry.file_size for entry in archive.infolist()) > size:
+        raise ValueError('its entries are longer than the file: compressed or overlapping, which '
+                         'torch.save does not do')
     names = set(archive.namelist())
-    roots = [name.removesuffix('data.pkl') for name in names if re.fullmatch(r'[^/]+/data\.pkl', name)]
-    if len(roots) != 1: raise ValueError('it is a zip archive, but not of torch.save: there is no data.pkl')
+    roots = [name.removesuffix('data.pkl') for name in names if re.fullmatch(r'[^/]+/data\.pkl',
+        name)]
+    if len(roots) != 1:
+        raise ValueError('it is a zip archive, but not of torch.save: there is no data.pkl')
     root, = roots
-    if root + 'constants.pkl' in names: raise ValueError('it is a TorchScript archive, a program without a state dict')
-    if root + 'byteorder' in names and archive.read(root + 'byteorder') != b'little': raise ValueError('it comes from a big-endian machine')
+    if root + 'constants.pkl' in names:
+        raise ValueError('it is a TorchScript archive, a program without a state dict')
+    if root + 'byteorder' in names and archive.read(root + 'byteorder') != b'little':
+        raise ValueError('it comes from a big-endian machine')
     def read(storage):
         name = f'{root}data/{storage.key}'
         data = bytearray(archive.read(name)) if name in names else b''
-        if len(data) != storage.size: raise ValueError(f"its storage {storage.key[:40]!r} has {len(data)} bytes instead of {storage.size}")
+        if len(data) != storage.size:
+            raise ValueError(f"its storage {storage.key[:40]!r} has {len(data)} bytes instead of "
+                             f"{storage.size}")
         return data
     return _read_pickle(io.BytesIO(archive.read(root + 'data.pkl')))[0], read
 
@@ -141,16 +170,21 @@ _MAGIC, _PROTOCOL = 0x1950a86a20f9469cfc6c, 1001
 
 def _read_stream(file, size):
     "The same for the older format."
-    if _read_pickle(file)[0] != _MAGIC or _read_pickle(file)[0] != _PROTOCOL: raise ValueError('it is a pickle, but not of torch.save')
-    if _entries(_read_pickle(file)[0]).get('little_endian') is not True: raise ValueError('it comes from a big-endian machine')
+    if _read_pickle(file)[0] != _MAGIC or _read_pickle(file)[0] != _PROTOCOL:
+        raise ValueError('it is a pickle, but not of torch.save')
+    if _entries(_read_pickle(file)[0]).get('little_endian') is not True:
+        raise ValueError('it comes from a big-endian machine')
     (value, storages), (keys, _), places = _read_pickle(file), _read_pickle(file), {}
-    if type(keys) is not list or not all(type(key) is str and key in storages for key in keys): raise ValueError('its list of storages is damaged')
+    if type(keys) is not list or not all(type(key) is str and key in storages for key in keys):
+        raise ValueError('its list of storages is damaged')
     for key in keys:
         storage = storages[key]
         count, places[key] = int.from_bytes(file.read(8), 'little'), file.tell()
-        if count != storage.count or places[key] + storage.size > size: raise ValueError(f"its storage {key[:40]!r} is cut off")
+        if count != storage.count or places[key] + storage.size > size:
+            raise ValueError(f"its storage {key[:40]!r} is cut off")
         file.seek(storage.size, io.SEEK_CUR)
-    if missing := storages.keys() - places.keys(): raise ValueError(f"its storage {min(missing)[:40]!r} is missing")
+    if missing := storages.keys() - places.keys():
+        raise ValueError(f"its storage {min(missing)[:40]!r} is missing")
     def read(storage):
         file.seek(places[storage.key])
         return bytearray(file.read(storage.size))
@@ -159,38 +193,56 @@ def _read_stream(file, size):
 # %% ../nbs/method/12_released.ipynb #tensor
 def _tensor(name, made, bytes_of):
     "The tensor that the record `made` describes. Raises `ValueError` with its name."
-    while type(made) is _Object and made.args:  # a parameter, and a tensor with attributes, is wrapped around a tensor
+    # a parameter, and a tensor with attributes, is wrapped around a tensor
+    while type(made) is _Object and made.args:
         if made.name.startswith('torch._utils._rebuild_parameter'): made = made.args[0]
-        elif made.name.startswith('torch._tensor._rebuild_from_type') and len(made.args) > 2: made = _make([made.args[0], made.args[2]])
+        elif made.name.startswith('torch._tensor._rebuild_from_type') and len(made.args) > 2:
+            made = _make([made.args[0], made.args[2]])
         else: break
-    if type(made) is not _Object or made.name not in ('torch._utils._rebuild_tensor', 'torch._utils._rebuild_tensor_v2'):
-        raise ValueError(f"{name[:80]!r} is no dense tensor but {made.name[:80]!r}" if type(made) is _Object else f"{name[:80]!r} is no tensor but {type(made).__name__}")
+    if type(made) is not _Object or made.name not in ('torch._utils._rebuild_tensor',
+                                                      'torch._utils._rebuild_tensor_v2'):
+        raise ValueError(f"{name[:80]!r} is no dense tensor but {made.name[:80]!r}"
+                         if type(made) is _Object else f"{name[:80]!r} is no tensor but "
+                         f"{type(made).__name__}")
     storage, *where = made.args[:4]
-    if type(storage) is not _Storage or not _inside(storage.count, *where): raise ValueError(f"the tensor {name[:80]!r} does not lie inside its storage")
+    if type(storage) is not _Storage or not _inside(storage.count, *where):
+        raise ValueError(f"the tensor {name[:80]!r} does not lie inside its storage")
     offset, shape, stride = where
-    return torch.frombuffer(bytes_of(storage), dtype=storage.dtype).as_strided(shape, stride, offset)
+    return torch.frombuffer(bytes_of(storage), dtype=storage.dtype).as_strided(shape, stride,
+        offset)
 
 def _inside(count, offset=None, shape=None, stride=None):
-    "Whether a tensor of that offset, shape and strides lies inside `count` numbers, and has at least one element and no more than these."
-    if type(shape) is not tuple or type(stride) is not tuple or len(shape) != len(stride) or len(shape) > 8: return False
+    """Whether a tensor of that offset, shape and strides lies inside `count` numbers, and has at
+    least one element and no more than these."""
+    if type(shape) is not tuple or type(stride) is not tuple or len(shape) != len(stride) or len(
+        shape) > 8:
+        return False
     if not all(map(_is_size, (offset, *shape, *stride))) or 0 in shape: return False
-    return math.prod(shape) <= count and offset + sum((n - 1) * s for n, s in zip(shape, stride)) < count
+    return math.prod(shape) <= count and offset + sum((n - 1) * s for n, s in zip(shape,
+        stride)) < count
 
 # %% ../nbs/method/12_released.ipynb #state-dict
-def _is_module(value): return type(value) is _Object and type(value.state) is dict and '_modules' in value.state
+def _is_module(value):
+    return type(value) is _Object and type(value.state) is dict and '_modules' in value.state
 
 def _named(network):
-    "Yield name and record of each parameter and persistent buffer, in the order of `nn.Module.state_dict`."
+    """Yield name and record of each parameter and persistent buffer, in the order of
+    `nn.Module.state_dict`."""
     todo, done = [('', network)], 0
     while todo:
         prefix, module = todo.pop()
         if not _is_module(module): raise ValueError(f"{prefix[:-1]!r} is no module")
-        parameters, buffers, children = (_entries(module.state.get(kind, {})) for kind in ('_parameters', '_buffers', '_modules'))
-        if any(len(prefix) + len(k) > 500 for part in (parameters, buffers, children) for k in part): raise ValueError('its names are longer than those of any network')
+        parameters, buffers, children = (_entries(module.state.get(kind, {}))
+                                         for kind in ('_parameters', '_buffers', '_modules'))
+        if any(len(prefix) + len(k) > 500 for part in (parameters, buffers, children)
+               for k in part):
+            raise ValueError('its names are longer than those of any network')
         hidden = _elements(module.state.get('_non_persistent_buffers_set'))
-        own = {k: v for k, v in (parameters | buffers).items() if v is not None and not (k in hidden and k in buffers)}
+        own = {k: v for k, v in (parameters | buffers).items() if v is not None
+               and not (k in hidden and k in buffers)}
         yield from ((prefix + k, v) for k, v in own.items())
-        todo += [(f'{prefix}{k}.', child) for k, child in reversed(children.items()) if child is not None]
+        todo += [(f'{prefix}{k}.', child) for k, child in reversed(children.items())
+                 if child is not None]
         done += 1 + len(own)
         if done + len(todo) > 50_000: raise ValueError('its modules are nested without end')
 
@@ -203,19 +255,26 @@ def _elements(record):
 _BROKEN = (ValueError, EOFError, OSError, NotImplementedError, RuntimeError, zipfile.BadZipFile)
 
 def read_released(path):
-    """The weights in a file of `torch.save`: `dict(state_dict={name: tensor}, epoch=int or None)`, on the CPU. Nothing in the file is executed.
+    """The weights in a file of `torch.save`: `dict(state_dict={name: tensor}, epoch=int or None)`,
+    on the CPU.
 
-    Raises `FileNotFoundError`, or `ValueError` that names the file and what is wrong with it. Source: method spec 4.5."""
+    Nothing in the file is executed.
+
+    Raises `FileNotFoundError`, or `ValueError` that names the file and what is wrong with it.
+    Source: method spec 4.5."""
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing. Is the path right?")
     with open(path, 'rb') as file:
         try: return _read(file, path.stat().st_size)
-        except _BROKEN as error: raise ValueError(f"{path} cannot be read as a released network: {str(error) or 'it is cut off'}") from None
+        except _BROKEN as error:
+            raise ValueError(f"{path} cannot be read as a released network: "
+                             f"{str(error) or 'it is cut off'}") from None
 
 def _read(file, size):
     value, read = _open(file, size)
     top = {} if _is_module(value) else _entries(value)
-    network, epoch, cache = next((top[key] for key in ('model', 'state_dict') if key in top), value), top.get('epoch'), {}
+    network, epoch, cache = next((top[key] for key in ('model', 'state_dict') if key in top),
+                                 value), top.get('epoch'), {}
     def bytes_of(storage):
         if storage.key not in cache: cache[storage.key] = read(storage)
         return cache[storage.key]
@@ -230,54 +289,73 @@ def _open(file, size):
     file.seek(0)
     if start.startswith(b'PK\x03\x04'): return _read_zip(file, size)
     if start.startswith(b'\x80\x02'): return _read_stream(file, size)
-    if start[257:262] == b'ustar': raise ValueError('it is a tar archive, the format of torch before 2017')
+    if start[257:262] == b'ustar':
+        raise ValueError('it is a tar archive, the format of torch before 2017')
     raise ValueError('torch.save did not write it')
 
 # %% ../nbs/method/12_released.ipynb #convert
 def convert(path,
             out,  # name of the new checkpoint, ends in .safetensors
             vocabulary:Vocabulary=None):  # by default Visual Genome's
-    """Turn a released file into a checkpoint of this package; returns its path. Its JSON records epoch and source, and `size=512`.
+    """Turn a released file into a checkpoint of this package; returns its path.
 
-    Raises `FileNotFoundError`, or `ValueError` that names the file: damaged, of another layout, or of another vocabulary. Source: method spec 1.5, 4.5."""
+    Its JSON records epoch and source, and `size=512`.
+
+    Raises `FileNotFoundError`, or `ValueError` that names the file: damaged, of another layout, or
+    of another vocabulary. Source: method spec 1.5, 4.5."""
     names, found = vocabulary or Vocabulary.visual_genome(), read_released(path)
     try:
         layout = released_layout(found['state_dict'])
         counts = layout['n_objects'], layout['n_predicates']
         if counts != (len(names.objects), len(names.predicates)):
-            raise ValueError(f"it knows {counts[0]} object classes and {counts[1]} predicates, the vocabulary has {len(names.objects)} and {len(names.predicates)}. Give the vocabulary that it was trained on")
+            raise ValueError(f"it knows {counts[0]} object classes and {counts[1]} predicates, the "
+                             f"vocabulary has {len(names.objects)} and {len(names.predicates)}. "
+                             "Give the vocabulary that it was trained on")
         model = from_released(found['state_dict'])
     except ValueError as error: raise ValueError(f"{path}: {error}") from None
-    model.save(out, vocabulary=names.to_json(), size=512, training=dict(epoch=found['epoch'], source=Path(path).name))
+    model.save(out, vocabulary=names.to_json(), size=512,
+               training=dict(epoch=found['epoch'], source=Path(path).name))
     return Path(out)
 
 # %% ../nbs/method/12_released.ipynb #any-network
 def any_network(path, vocabulary):
-    """The `STDG` in a checkpoint of this package (.safetensors) or a released file, in evaluation mode.
+    """The `STDG` in a checkpoint of this package (.safetensors) or a released file, in evaluation
+    mode.
 
-    Raises `FileNotFoundError`, or `ValueError` naming the file: damaged, or trained on other classes than `vocabulary`."""
+    Raises `FileNotFoundError`, or `ValueError` naming the file: damaged, or trained on other
+    classes than `vocabulary`."""
     if Path(path).suffix == '.safetensors': return load(path, vocabulary)
-    with tempfile.TemporaryDirectory() as folder: return load(convert(path, Path(folder)/'network.safetensors', vocabulary))
+    with tempfile.TemporaryDirectory() as folder:
+        return load(convert(path, Path(folder)/'network.safetensors', vocabulary))
 
 def trained_size(path):
-    "Side in pixels of the pictures that the network in `path` was trained on, or None if a checkpoint does not say; 512 for a released file (spec 1.5)."
+    """Side in pixels of the pictures that the network in `path` was trained on, or None if a
+    checkpoint does not say; 512 for a released file (spec 1.5)."""
     return facts(path).get('size') if Path(path).suffix == '.safetensors' else 512
 
 # %% ../nbs/method/12_released.ipynb #main
 def main(arguments=None):
-    "`python -m stdg.released`: `convert` from the command line; ends with status 1 and one line when it fails."
-    parser = argparse.ArgumentParser('python -m stdg.released', description='Turn a released network into a checkpoint of this package. Nothing in the file is executed.')
+    """`python -m stdg.released`: `convert` from the command line; ends with status 1 and one line
+    when it fails."""
+    parser = argparse.ArgumentParser('python -m stdg.released', description='Turn a released '
+                                     'network into a checkpoint of this package. Nothing in the '
+                                     'file is executed.')
     parser.add_argument('released', help='the file that torch.save wrote, such as epoch060.pkl')
     parser.add_argument('checkpoint', help='the name of the new checkpoint, ends in .safetensors')
-    parser.add_argument('--vocabulary', help="JSON file with the lists objects and predicates, unless they are Visual Genome's")
+    parser.add_argument('--vocabulary', help="JSON file with the lists objects and predicates, "
+                        "unless they are Visual Genome's")
     options = parser.parse_args(arguments)
-    try: convert(options.released, options.checkpoint, _vocabulary(options.vocabulary) if options.vocabulary else None)
+    try:
+        convert(options.released, options.checkpoint, _vocabulary(options.vocabulary)
+                if options.vocabulary else None)
     except (ValueError, OSError) as error: parser.exit(1, f'{error}\n')
 
 def _vocabulary(path):
     record = read_json(path, 'It holds two lists, objects and predicates.')
     try: return Vocabulary.from_json(record)
-    except (KeyError, TypeError, ValueError) as error: raise ValueError(f"{path} is no vocabulary ({error}): it holds two lists, objects and predicates") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no vocabulary ({error}): it holds two lists, objects and "
+                         "predicates") from None
 
 # %% ../nbs/method/12_released.ipynb #run-main
 if __name__ == '__main__' and '__file__' in globals(): main()  # a notebook has no file

@@ -19,12 +19,15 @@ VOCABULARY = Vocabulary(['disc', 'square'], ['left of', 'near'])
 
 def toy_scene(i,  # number of the scene: all that is random follows from it
               size=(64, 64)):  # (height, width) of the picture in pixels, at least 48
-    "`SceneGraph` and record (`image`, `image_id`, `depth`, `camera`) of a scene, as `write_annotations` and `write_images` take them."
+    """`SceneGraph` and record (`image`, `image_id`, `depth`, `camera`) of a scene, as
+    `write_annotations` and `write_images` take them."""
     rng, (h, w) = np.random.default_rng(i), size
     rows, columns = np.mgrid[:h, :w]
-    image = np.stack([rows * 128 // h, columns * 128 // w + 60, 200 - rows * 128 // h], -1).astype(np.uint8)
+    image = np.stack([rows * 128 // h, columns * 128 // w + 60, 200 - rows * 128 // h],
+                     -1).astype(np.uint8)
     depth = (4 - 2 * rows / h).astype(np.float32)
-    y, radius, half = rng.uniform(.4, .6) * h, rng.uniform(.12, .18) * min(size), rng.uniform(.12, .18) * min(size)
+    y, radius, half = rng.uniform(.4, .6) * h, rng.uniform(.12, .18) * min(size), rng.uniform(.12,
+        .18) * min(size)
     left, right = rng.uniform(.2, .3) * w, rng.uniform(.7, .8) * w
     disc = (rows - y) ** 2 + (columns - left) ** 2 < radius ** 2
     square = (abs(rows - y) < half) & (abs(columns - right) < half)
@@ -46,10 +49,13 @@ def toy_database(folder,  # made if absent
                  split=None,  # 0 train, 1 val, 2 test, a number for each scene; None: the last third is for test
                  vocabulary=VOCABULARY,
                  size=None):  # side of the canvas in pixels; None: the longest side of any picture
-    "Write `scenes` to `folder`, and return their `Database`. Raises what `write_annotations` and `write_images` raise."
+    """Write `scenes` to `folder`, and return their `Database`.
+
+    Raises what `write_annotations` and `write_images` raise."""
     if isinstance(scenes, int): scenes = [toy_scene(i) for i in range(scenes)]
     graphs = [graph for graph, _ in scenes]
-    records = [record or dict(image=np.zeros((*graph.size, 3), np.uint8), image_id=i) for i, (graph, record) in enumerate(scenes)]
+    records = [record or dict(image=np.zeros((*graph.size, 3), np.uint8), image_id=i)
+               for i, (graph, record) in enumerate(scenes)]
     if split is None: split = [2 * (3 * i >= 2 * len(scenes)) for i in range(len(scenes))]
     size = size or max(max(graph.size) for graph in graphs)
     write_annotations(folder, graphs, split, vocabulary, size)

@@ -19,14 +19,14 @@ import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from . import checkpoint, evaluation, rooms, training
-from .evaluation import thresholds
 from .data import SceneGraphs
-from .graph import TASKS
-from .depth.precompute import prepare_hha
-from .training.distributed import all_gather, launch, exit_worker, rank_and_world, process_group, broadcast
-from .io.files import atomic_path, project_folder
-from .training.resume import Interrupted
 from .datasets.visual_genome import Database
+from .depth.precompute import prepare_hha
+from .evaluation import thresholds
+from .graph import TASKS
+from .io.files import atomic_path, project_folder
+from .training.distributed import all_gather, broadcast, exit_worker, launch, process_group, rank_and_world
+from .training.resume import Interrupted
 
 # %% ../nbs/commands/01_run_training.ipynb #settings-data
 @dataclass
@@ -72,7 +72,8 @@ class _Learning:
 class _Rare:
     "Options that the runbook takes as `more`."
     device: str = ''  # 'cpu' or 'cuda'; '': a GPU if there is one
-    accumulate: int = 1  # parts in which a batch is worked off, to save memory; batch norms see the parts
+    # parts in which a batch is worked off, to save memory; batch norms see the parts
+    accumulate: int = 1
     compile: bool = False  # by torch.compile; pays in long runs on a GPU
     sync_bn: bool = False  # batch norms count over all GPUs
     clip: float = 0.0  # longest gradient; 0: any
@@ -103,56 +104,87 @@ class Settings(_Rare, _Machine, _Learning, _Data):
 
 # %% ../nbs/commands/01_run_training.ipynb #read-settings
 def _checked(values, where):
-    "`values` by name. Raises `ValueError` that says `where` for one that is no setting, or of another type."
+    """`values` by name.
+
+    Raises `ValueError` that says `where` for one that is no setting, or of another type."""
     known = asdict(Settings())
     for name, value in values.items():
-        if name not in known: raise ValueError(f"{where}: there is no parameter {name!r}; " + ' or '.join(f'did you mean {n!r}?' for n in get_close_matches(str(name), known, 1) or ['none is like it']))
+        if name not in known:
+            raise ValueError(f"{where}: there is no parameter {name!r}; "
+                             + ' or '.join(f'did you mean {n!r}?'
+                                           for n in get_close_matches(str(name), known, 1)
+                                           or ['none is like it']))
         kind = type(known[name])
-        if type(value) is not kind and not (kind is float and type(value) is int): raise ValueError(f"{where}: {name} is {value!r}, a {kind.__name__} is needed" + (' (5e-4 is a word in YAML, 5.0e-4 a number)' if kind is float else ''))
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{where}: {name} is {value!r}, a {kind.__name__} is needed"
+                             + (' (5e-4 is a word in YAML, 5.0e-4 a number)' if kind is float
+                                else ''))
     return values
 
 def settings_of(values):
-    "`Settings` from a dictionary that may hold other things, such as a notebook's `globals()`, and from its entry `more`. Raises `ValueError` for a name in `more` that is none."
-    return Settings(**{f.name: values[f.name] for f in fields(Settings) if f.name in values} | _checked(values.get('more', {}), 'more'))
+    """`Settings` from a dictionary that may hold other things, such as a notebook's `globals()`,
+    and from its entry `more`.
+
+    Raises `ValueError` for a name in `more` that is none."""
+    return Settings(**{f.name: values[f.name] for f in fields(Settings)
+                       if f.name in values} | _checked(values.get('more', {}), 'more'))
 
 def read_settings(path):
-    "`Settings` from a YAML file. Raises `FileNotFoundError` or `ValueError` naming the file and the entry."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path} is missing: --config takes a YAML file of parameters, as those in nbs/configs")
+    """`Settings` from a YAML file.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file and the entry."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing: --config takes a YAML file of parameters, as "
+                                "those in nbs/configs")
     try: values = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
     except yaml.YAMLError as error: raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(values, dict): raise ValueError(f"{path} holds no parameters: lines of name: value are needed")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no parameters: lines of name: value are needed")
     return Settings(**_checked(values, path))
 
 def write_settings(path, settings):
-    with atomic_path(path) as partial: partial.write_text(yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True), encoding='utf-8')
+    with atomic_path(path) as partial:
+        partial.write_text(yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True),
+                           encoding='utf-8')
 
 # %% ../nbs/commands/01_run_training.ipynb #prepare
 def folders(settings):
     "(folder of the run, folder of the data) of these `Settings`."
     root = project_folder()
-    return root/'runs'/settings.name, Path(settings.data) if Path(settings.data).is_absolute() else root/'data'/settings.data
+    return root/'runs'/settings.name, Path(settings.data) if Path(
+        settings.data).is_absolute() else root/'data'/settings.data
 
 def prepare_run(settings):
-    """(database, pretrained, notes): the data, made if they are rooms; what the networks begin from; and a sentence about each thing that a trial does without.
+    """(database, pretrained, notes): the data, made if they are rooms; what the networks begin
+    from; and a sentence about each thing that a trial does without.
 
-    Raises what `stdg.training.check_start`, `stdg.datasets.visual_genome.Database` and `stdg.depth.precompute.prepare_hha` raise, all before anything is trained."""
-    start = training.check_start(settings.stages, settings.backbone, settings.weights or settings.pretrained, _teacher_path(settings), trial=settings.steps > 0)
+    Raises what `stdg.training.check_start`, `stdg.datasets.visual_genome.Database` and
+    `stdg.depth.precompute.prepare_hha` raise, all before anything is trained."""
+    start = training.check_start(settings.stages, settings.backbone,
+                                 settings.weights or settings.pretrained, _teacher_path(settings),
+                                 trial=settings.steps > 0)
     folder = folders(settings)[1]
     if rank_and_world()[0] == 0:
-        if settings.data.startswith('rooms'): rooms.make_rooms(folder, settings.n_train, settings.n_val, settings.n_test, size=settings.size, clutter=settings.clutter, seed=0)
+        if settings.data.startswith('rooms'):
+            rooms.make_rooms(folder, settings.n_train, settings.n_val, settings.n_test,
+                             size=settings.size, clutter=settings.clutter, seed=0)
         prepare_hha(Database(folder, settings.size), settings.depth_source)
     broadcast(None)
     return Database(folder, settings.size), *start
 
 def _teacher_path(settings):
     "The given teacher, from the project's folder if its path is not whole."
-    return settings.teacher if settings.teacher in ('', 'random') else str(project_folder()/settings.teacher)
+    return settings.teacher if settings.teacher in ('',
+                                                    'random') else str(
+        project_folder()/settings.teacher)
 
 # %% ../nbs/commands/01_run_training.ipynb #network
 def network(settings, database, pretrained, mode='rgb', **numbers):
     "The `STDG` from which the stages of this run begin."
-    sizes = dict(n_objects=len(database.vocabulary.objects), n_predicates=len(database.vocabulary.predicates))
-    return training.build_network(settings.seed, settings.backbone, mode, pretrained=pretrained, **sizes, **numbers)
+    sizes = dict(n_objects=len(database.vocabulary.objects),
+                 n_predicates=len(database.vocabulary.predicates))
+    return training.build_network(settings.seed, settings.backbone, mode, pretrained=pretrained,
+                                  **sizes, **numbers)
 
 def _student(settings, database, pretrained):
     "The network of stage 2 with its teacher in it."
@@ -161,7 +193,9 @@ def _student(settings, database, pretrained):
     if path in ('', 'random'):
         student = network(settings, database, pretrained, 'combine')
         if path == 'random':  # offsets that begin at zero would not be random
-            other = training.build_network(settings.seed + 1000, **{**student.config, 'mode': 'depth', 'zero_offsets': False}, pretrained=False)
+            other = training.build_network(settings.seed + 1000,
+                                           **{**student.config, 'mode': 'depth',
+                                              'zero_offsets': False}, pretrained=False)
             student.teacher.load_state_dict(other.network.state_dict())
         return student
     teacher = checkpoint.load(path, database.vocabulary)
@@ -172,56 +206,77 @@ def _student(settings, database, pretrained):
 # %% ../nbs/commands/01_run_training.ipynb #datasets
 def training_set(settings, database, model):
     "`SceneGraphs` for training `model`; with `overfit`, the first so many pictures as they are."
-    return SceneGraphs(database, 'train', model.training_inputs, train=True, stride=model.stride, source=settings.depth_source, n_val=settings.hold_out, overlap=settings.overlap,
-                       limit=settings.overfit or None, augment=not settings.overfit, colour=settings.colour, scale=settings.scale, stretch=settings.stretch)
+    return SceneGraphs(database, 'train', model.training_inputs, train=True, stride=model.stride,
+                       source=settings.depth_source, n_val=settings.hold_out,
+                       overlap=settings.overlap,
+                       limit=settings.overfit or None, augment=not settings.overfit,
+                       colour=settings.colour, scale=settings.scale, stretch=settings.stretch)
 
 def judged_set(settings, database, split, kind, limit=None):
-    "`SceneGraphs` of `split` for evaluation of a network that reads `kind`; with `overfit`, the pictures that were trained on, whatever the split."
+    """`SceneGraphs` of `split` for evaluation of a network that reads `kind`; with `overfit`, the
+    pictures that were trained on, whatever the split."""
     split, limit = ('train', settings.overfit) if settings.overfit else (split, limit)
-    return SceneGraphs(database, split, (kind,), source=settings.depth_source, n_val=settings.hold_out, limit=limit)
+    return SceneGraphs(database, split, (kind,), source=settings.depth_source,
+                       n_val=settings.hold_out, limit=limit)
 
 # %% ../nbs/commands/01_run_training.ipynb #validation
 def validation(settings, database, kind):
-    "Function of a model that gives {'sgdet/R@50': value, ..., 'AP50': value} on the validation split; None if these `settings` want none. Raises `ValueError` if there is no such split."
+    """Function of a model that gives {'sgdet/R@50': value, ..., 'AP50': value} on the validation
+    split; None if these `settings` want none.
+
+    Raises `ValueError` if there is no such split."""
     if not settings.validate_every: return None
     dataset = judged_set(settings, database, 'val', kind, settings.validate_images or None)
     def validate(model):
-        own = list(evaluation.records(model, dataset, protocol='strict', shard=rank_and_world(), progress=False))
+        own = list(evaluation.records(model, dataset, protocol='strict', shard=rank_and_world(),
+                                      progress=False))
         every = sorted(sum(all_gather(own), []), key=lambda pair: pair[0])
         figures = evaluation.figures(every, dataset, protocol='strict', intervals=0)
-        return {f'{task}/{name}': value for task in TASKS for name, value in figures[task].items() if '@' in name and isinstance(value, float)} | {'AP50': figures['AP50']}
+        return {f'{task}/{name}': value for task in TASKS for name, value in figures[task].items()
+                if '@' in name and isinstance(value, float)} | {'AP50': figures['AP50']}
     return validate
 
 # %% ../nbs/commands/01_run_training.ipynb #options
 def options_of(settings):
     "The `Options` of `stdg.training.fit` among these `settings`, a dictionary."
     names = {f.name for f in fields(training.Options)}
-    values = {k: v for k, v in asdict(settings).items() if k in names} | dict(steps=settings.steps or None, decay=tuple(settings.decay), trackers=tuple(settings.trackers))
+    values = {k: v for k, v in asdict(settings).items() if k in names} | dict(steps=settings.steps
+        or None, decay=tuple(settings.decay), trackers=tuple(settings.trackers))
     return values | dict(validate_every=settings.validate_every or 1)
 
 def begin(settings, database, pretrained, stage):
     "(network, training set) of a stage."
-    model = _student(settings, database, pretrained) if stage == 'student' else network(settings, database, pretrained, 'depth' if stage == 'teacher' else 'rgb')
+    model = _student(settings, database, pretrained) if stage == 'student' else network(settings,
+        database, pretrained, 'depth' if stage == 'teacher' else 'rgb')
     return model, training_set(settings, database, model)
 
 def _settle(settings, database, model, stage, most=1000):
-    "Write into the JSON of a trained network the thresholds of what to show, chosen on the first `most` validation pictures; not of a trial, and not where there is no such split."
-    path, split = folders(settings)[0]/f'{stage}.safetensors', 'train' if settings.overfit else 'val'
-    if settings.steps or 'thresholds' in checkpoint.facts(path) or not database.relation_counts()[database.indices(split, settings.hold_out)].any(): return
+    """Write into the JSON of a trained network the thresholds of what to show, chosen on the first
+    `most` validation pictures; not of a trial, and not where there is no such split."""
+    path, split = folders(settings)[
+        0]/f'{stage}.safetensors', 'train' if settings.overfit else 'val'
+    if settings.steps or 'thresholds' in checkpoint.facts(path) or not database.relation_counts()[
+        database.indices(split, settings.hold_out)].any():
+        return
     dataset = judged_set(settings, database, split, model.reads, settings.validate_images or most)
     thresholds.save_thresholds(path, thresholds.choose_thresholds(model, dataset, progress=False))
 
 def train_stage(settings, stage, prepared, device=None):
-    "Train `stage`, or go on with it, with what `prepare_run` gave; returns its network with averaged weights."
+    """Train `stage`, or go on with it, with what `prepare_run` gave; returns its network with
+    averaged weights."""
     database, pretrained, notes = prepared
     model, dataset = begin(settings, database, pretrained, stage)
     judge = validation(settings, database, model.reads)
-    model = training.fit(model, dataset, folders(settings)[0], stage, judge, device or settings.device or None, record=dict(pretrained=pretrained, notes=notes), **options_of(settings))
+    model = training.fit(model, dataset, folders(settings)[0], stage, judge,
+                         device or settings.device or None,
+                         record=dict(pretrained=pretrained, notes=notes), **options_of(settings))
     if rank_and_world()[0] == 0: _settle(settings, database, model, stage)
     return model
 
 def run_stage(settings, stage, prepared):
-    "`train_stage`, in `settings.devices` processes; the settings are kept in `run.yaml`. Raises also what `stdg.training.distributed.launch` raises."
+    """`train_stage`, in `settings.devices` processes; the settings are kept in `run.yaml`.
+
+    Raises also what `stdg.training.distributed.launch` raises."""
     path = folders(settings)[0]/'run.yaml'
     write_settings(path, settings)
     if settings.devices == 1: return train_stage(settings, stage, prepared)
@@ -230,40 +285,53 @@ def run_stage(settings, stage, prepared):
 
 # %% ../nbs/commands/01_run_training.ipynb #forecast
 def forecasts(settings, prepared):
-    "{stage: `stdg.training.forecast`}, and prints them. The student is measured with an untrained teacher where this run has not trained one."
+    """{stage: `stdg.training.forecast`}, and prints them.
+
+    The student is measured with an untrained teacher where this run has not trained one."""
     database, pretrained, _ = prepared
     found, hours = {}, 0.
     for stage in settings.stages:
-        lone = Settings(**asdict(settings) | dict(stages=['student'], teacher='')) if stage == 'student' and 'teacher' in settings.stages else settings
+        lone = Settings(**asdict(settings) | dict(stages=['student'],
+                                                  teacher='')) if stage == 'student' and 'teacher' in settings.stages else settings
         model, dataset = begin(lone, database, pretrained, stage)
-        found[stage] = ahead = training.forecast(model, dataset, **options_of(settings), device=settings.device or None)
+        found[stage] = ahead = training.forecast(model, dataset, **options_of(settings),
+                                                 device=settings.device or None)
         hours += ahead['hours']
         parts = ', '.join(f'{part} {share:.0%}' for part, share in ahead['parts'].items())
-        print(f"{stage}: {ahead['seconds_per_step']:.3g} s a step ({parts}), {ahead['images_per_second']:.3g} images/s, {ahead['memory']:.2g} GiB, {ahead['steps']} steps, {ahead['hours']:.2f} h")
-    print(f"{hours:.2f} h in all on one device, without validation; begun now it ends on {datetime.now() + timedelta(hours=hours):%Y-%m-%d %H:%M}")
+        print(f"{stage}: {ahead['seconds_per_step']:.3g} s a step ({parts}), "
+              f"{ahead['images_per_second']:.3g} images/s, {ahead['memory']:.2g} GiB, "
+              f"{ahead['steps']} steps, {ahead['hours']:.2f} h")
+    print(f"{hours:.2f} h in all on one device, without validation; begun now it ends on "
+          f"{datetime.now() + timedelta(hours=hours):%Y-%m-%d %H:%M}")
     return found
 
 # %% ../nbs/commands/01_run_training.ipynb #main
 @record
 def main(arguments=None):
-    "Train the stages of a YAML file of parameters: `python -m stdg.train --config run.yaml`, or the same under torchrun."
-    parser = argparse.ArgumentParser(prog='python -m stdg.train', description='Train the stages of a YAML file of parameters; go on where it was cut off.')
-    parser.add_argument('--config', required=True, help='YAML file of the parameters of nbs/train.ipynb')
+    """Train the stages of a YAML file of parameters: `python -m stdg.train --config run.yaml`, or
+    the same under torchrun."""
+    parser = argparse.ArgumentParser(prog='python -m stdg.train', description='Train the stages of '
+                                     'a YAML file of parameters; go on where it was cut off.')
+    parser.add_argument('--config', required=True, help='YAML file of the parameters of '
+                        'nbs/train.ipynb')
     parser.add_argument('--stages', nargs='+', help='which of its stages; default: all')
-    parser.add_argument('--dry-run', action='store_true', help='a few steps of each, and how long all would take')
+    parser.add_argument('--dry-run', action='store_true', help='a few steps of each, and how long '
+                        'all would take')
     given = parser.parse_args(arguments)
     settings = read_settings(given.config)
     with process_group(settings.device or None) as device:
         prepared = prepare_run(settings)
         if given.dry_run or settings.dry_run: return forecasts(settings, prepared)
-        if not (settings.resume or given.stages) and rank_and_world()[0] == 0: training.start_over(folders(settings)[0])
+        if not (settings.resume or given.stages) and rank_and_world()[0] == 0:
+            training.start_over(folders(settings)[0])
         broadcast(None)
         for stage in given.stages or settings.stages:
             try: train_stage(settings, stage, prepared, device)
             except Interrupted as saved:
                 print(saved, file=sys.stderr)
                 raise
-            if rank_and_world()[0] == 0: print(f"{stage}: {folders(settings)[0]/stage}.safetensors", flush=True)
+            if rank_and_world()[0] == 0:
+                print(f"{stage}: {folders(settings)[0]/stage}.safetensors", flush=True)
     exit_worker()
 
 # %% ../nbs/commands/01_run_training.ipynb #run-main

@@ -1,20 +1,25 @@
-"""Runs `stdg.train` on a YAML file and ends it where it is told to: `python killed_run.py run.yaml KIND STAGE STEP`.
+"""Runs `stdg.train` on a YAML file and ends it where it is told to: `python killed_run.py run.yaml
+KIND STAGE STEP`.
 
-KIND is 'step' (SIGKILL as that step begins), 'tensors' (SIGKILL in the middle of writing the tensors of that step's state), 'json' (SIGKILL between tensors and JSON),
-'full' (no file may grow past 64 kB from that step on), 'usr1' or 'term' (that signal as the step begins), 'raise' (an error; under torchrun in process 1 alone) or 'none'."""
+KIND is 'step' (SIGKILL as that step begins), 'tensors' (SIGKILL in the middle of writing the
+tensors of that step's state), 'json' (SIGKILL between tensors and JSON), 'full' (no file may grow
+past 64 kB from that step on), 'usr1' or 'term' (that signal as the step begins), 'raise' (an error;
+under torchrun in process 1 alone) or 'none'."""
 import os
 import resource
 import signal
 import sys
 
 from stdg import train
-from stdg.training import resume as states, loop as training
 from stdg.backbone import OTHER
+from stdg.training import loop as training
+from stdg.training import resume as states
 
 config, kind, stage, step = sys.argv[1:]
 step = int(step)
 one_step, save_state, save_file, write_json = training._one_step, training.save_state, states.save_file, states.write_json
-if 'NO_NORM' in os.environ: OTHER['head_norm'] = False  # batch norms see what their own process sees
+# batch norms see what their own process sees
+if 'NO_NORM' in os.environ: OTHER['head_norm'] = False
 now = ['', -1]  # of the state that is being written
 
 
@@ -25,8 +30,10 @@ def at_step(run, batch, log):
     if (run.stage, run.done) == (stage, step):
         if kind == 'step': kill()
         if kind == 'full': resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-        if kind in ('usr1', 'term'): os.kill(os.getpid(), signal.SIGUSR1 if kind == 'usr1' else signal.SIGTERM)
-        if kind == 'raise' and int(os.environ.get('RANK', 1)) == 1: raise RuntimeError('this process has a bug')
+        if kind in ('usr1', 'term'):
+            os.kill(os.getpid(), signal.SIGUSR1 if kind == 'usr1' else signal.SIGTERM)
+        if kind == 'raise' and int(os.environ.get('RANK', 1)) == 1:
+            raise RuntimeError('this process has a bug')
     return one_step(run, batch, log)
 
 

@@ -1,4 +1,5 @@
-"Writes README.md from nbs/index.ipynb: its markdown, and its code without outputs; hidden cells are left out."
+"""Writes README.md from nbs/index.ipynb: its markdown, and its code without outputs; hidden cells
+are left out."""
 import os
 import re
 from pathlib import Path

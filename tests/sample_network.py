@@ -1,20 +1,23 @@
-"A network that knows a few pictures by heart, in a second and without training: its last layers are solved for."
+"""A network that knows a few pictures by heart, in a second and without training: its last layers
+are solved for."""
 import numpy as np
 import torch
 
 from stdg import fields
 from stdg.data import network_input
 from stdg.decode import ideal_output
-from stdg.inference.predictor import letterbox
 from stdg.explore.scene import on_canvas
+from stdg.inference.predictor import letterbox
 from stdg.model import STDG
 
 
 def _solve(layer, inputs, outputs):
-    "Set the 1x1 convolution `layer` so that it makes `outputs` (n, out) of `inputs` (n, in) as nearly as it can."
+    """Set the 1x1 convolution `layer` so that it makes `outputs` (n, out) of `inputs` (n, in) as
+    nearly as it can."""
     inputs, outputs = (x.double().numpy() for x in (inputs, outputs))
     with_one = np.hstack([inputs / (scale := inputs.std()), np.ones((len(inputs), 1))])
-    weights = with_one.T @ np.linalg.solve(with_one @ with_one.T + 1e-6 * np.eye(len(inputs)), outputs)
+    weights = with_one.T @ np.linalg.solve(with_one @ with_one.T + 1e-6 * np.eye(len(inputs)),
+                                           outputs)
     layer.weight.data = torch.tensor(weights[:-1].T / scale, dtype=torch.float32)[:, :, None, None]
     layer.bias.data = torch.tensor(weights[-1], dtype=torch.float32)
 
@@ -24,21 +27,32 @@ def _flat(x): return x.movedim(1, -1).flatten(0, -2)
 
 @torch.no_grad()
 def by_heart(scenes, graphs, vocabulary, canvas, channels=640, sure=6.):
-    "A `STDG` in mode 'combine' that finds `graphs` (one `SceneGraph` a scene, in its pixels) in the pictures of `scenes`; its teacher knows nothing."
+    """A `STDG` in mode 'combine' that finds `graphs` (one `SceneGraph` a scene, in its pixels) in
+    the pictures of `scenes`; its teacher knows nothing."""
     torch.manual_seed(0)
     sizes = dict(n_objects=len(vocabulary.objects), n_predicates=len(vocabulary.predicates))
-    model = STDG('small', 'combine', pretrained=True, channels=channels, head_norm=False, zero_offsets=False, **sizes).eval()
-    boxed = [letterbox(torch.from_numpy(scene.picture.copy()).permute(2, 0, 1), canvas) for scene in scenes]
-    targets = [fields.encode(on_canvas(graph, scale, corner, canvas), *sizes.values(), (canvas, canvas), model.stride) for graph, (_, scale, corner) in zip(graphs, boxed)]
+    model = STDG('small', 'combine', pretrained=True, channels=channels, head_norm=False,
+                 zero_offsets=False, **sizes).eval()
+    boxed = [letterbox(torch.from_numpy(scene.picture.copy()).permute(2, 0, 1), canvas)
+             for scene in scenes]
+    targets = [fields.encode(on_canvas(graph, scale, corner, canvas), *sizes.values(),
+                             (canvas, canvas), model.stride)
+               for graph, (_, scale, corner) in zip(graphs, boxed)]
     detection, relation = (torch.stack(side) for side in zip(*map(ideal_output, targets)))
     logit = lambda p: (2 * p.clamp(0, 1) - 1) * sure
-    features = model.network.backbone(network_input(model, torch.stack([picture for picture, *_ in boxed])))
+    features = model.network.backbone(network_input(model,
+                                                    torch.stack([picture
+        for picture, *_ in boxed])))
     seen = model.network.detection.pre_head(features)[0]
     layers = model.network.detection.layers
-    for branch, wanted in ((layers.heatmap, logit(detection[:, :-4])), (layers.offset, detection[:, -4:-2]), (layers.size, detection[:, -2:])):
+    for branch, wanted in ((layers.heatmap, logit(detection[:, :-4])),
+                           (layers.offset, detection[:, -4:-2]), (layers.size, detection[:, -2:])):
         _solve(branch[-1], _flat(branch[:-1](seen)), _flat(wanted))
     h, w = relation.shape[-2:]
-    place = torch.stack(torch.meshgrid(torch.arange(w), torch.arange(h), indexing='xy')).repeat(2, 1, 1)
-    wanted = torch.cat([logit(relation[:, :, :1]), relation[:, :, 1:5] - place, relation[:, :, 5:]], 2)
-    _solve(model.network.relation.layer, _flat(model.network.relation.pre_head(features)[0]), _flat(wanted.flatten(1, 2)))
+    place = torch.stack(torch.meshgrid(torch.arange(w), torch.arange(h), indexing='xy')).repeat(2,
+        1, 1)
+    wanted = torch.cat([logit(relation[:, :, :1]), relation[:, :, 1:5] - place, relation[:, :, 5:]],
+                       2)
+    _solve(model.network.relation.layer, _flat(model.network.relation.pre_head(features)[0]),
+           _flat(wanted.flatten(1, 2)))
     return model

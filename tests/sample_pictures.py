@@ -10,10 +10,14 @@ import skimage.data
 from PIL import Image
 
 CAT = Image.fromarray(skimage.data.chelsea())
-FORK = multiprocessing.get_context('fork') if 'fork' in multiprocessing.get_all_start_methods() else None
+FORK = multiprocessing.get_context(
+    'fork') if 'fork' in multiprocessing.get_all_start_methods() else None
 
 
-def forks(test): return pytest.mark.skipif(FORK is None, reason='this system cannot fork')(pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')(test))
+def forks(test):
+    return pytest.mark.skipif(FORK is None,
+                              reason='this system cannot fork')(
+        pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')(test))
 
 
 def saved(picture, kind='JPEG', **options):
@@ -24,7 +28,8 @@ def saved(picture, kind='JPEG', **options):
 def small(i, size=(40, 30)):
     "A smooth picture that no other number has."
     rows, cols = np.mgrid[:size[1], :size[0]]
-    return Image.fromarray(np.stack([rows * 4 + i, cols * 3 + 5 * i, 200 - 2 * rows + i], -1).astype(np.uint8))
+    return Image.fromarray(np.stack([rows * 4 + i, cols * 3 + 5 * i, 200 - 2 * rows + i],
+                                    -1).astype(np.uint8))
 
 
 def zipped(path, members, method=zipfile.ZIP_STORED):

@@ -1,4 +1,5 @@
-"The benchmark notebook at toy size, and the README's table of speed against the file that it comes from."
+"""The benchmark notebook at toy size, and the README's table of speed against the file that it
+comes from."""
 import json
 import subprocess
 import sys
@@ -16,7 +17,8 @@ def results(tmp_path_factory):
     "What the notebook writes. Its own cells compare every piece with its stand-in."
     out = tmp_path_factory.mktemp('benchmark')
     values = [text for k, v in TOY.items() for text in ('-p', k, str(v))]
-    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', str(root/'nbs'/'benchmark.ipynb'), str(out/'out.ipynb'), '-k', 'python3', *values,
+    command = [sys.executable, '-m', 'papermill', '--no-progress-bar',
+               str(root/'nbs'/'benchmark.ipynb'), str(out/'out.ipynb'), '-k', 'python3', *values,
                '-p', 'out', str(out), '-y', '{networks: [resnet50], exported: [small]}']
     done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -26,19 +28,30 @@ def results(tmp_path_factory):
 
 def test_every_piece_is_measured(results):
     names = ' '.join(row['name'] for row in results['rows'])
-    for piece in ('HHA', 'target fields', 'loading', 'decoding', 'evaluator', 'deformable convolution', 'training step', 'inference', 'bytes to triplets', 'onnxruntime', 'explorer, slowest', 'explorer, a new picture'): assert piece in names
-    assert all(row['ms'] > 0 for row in results['rows']) and sum('ratio' in row for row in results['rows']) >= 9
+    for piece in ('HHA', 'target fields', 'loading', 'decoding', 'evaluator',
+                  'deformable convolution', 'training step', 'inference', 'bytes to triplets',
+                  'onnxruntime', 'explorer, slowest', 'explorer, a new picture'):
+        assert piece in names
+    assert all(row['ms'] > 0 for row in results['rows']) and sum('ratio' in row
+        for row in results['rows']) >= 9
     for row in results['rows']:
-        if 'ratio' in row: assert row['ratio'] == pytest.approx(row['stand_in_ms'] / row['ms'], rel=.02, abs=.01) and row['stand_in']
-    assert all(m['mb'] > 0 and m['stand_in_mb'] > 0 for m in results['memory']) and 'threads' in results['machine']
+        if 'ratio' in row:
+            assert row['ratio'] == pytest.approx(row['stand_in_ms'] / row['ms'], rel=.02,
+                                                 abs=.01) and row['stand_in']
+    assert all(m['mb'] > 0 and m['stand_in_mb'] > 0
+               for m in results['memory']) and 'threads' in results['machine']
 
 
 def test_readme_shows_what_was_measured():
     "The README's table is what the notebook makes of the file."
-    record, readme = json.loads((root/'figures'/'benchmark.json').read_text()), (root/'README.md').read_text()
-    cell, = [c for c in nbformat.read(root/'nbs'/'benchmark.ipynb', as_version=4).cells if c.id == 'table']
+    record, readme = json.loads((root/'figures'/'benchmark.json').read_text()), (root
+        /'README.md').read_text()
+    cell, = [c for c in nbformat.read(root/'nbs'/'benchmark.ipynb', as_version=4).cells
+             if c.id == 'table']
     made = {}
     exec(cell.source, made)
-    assert made['table'](record['rows']) in readme and record['machine'] in readme and record['date'] in readme
-    share, = [row['share_of_peak'] for row in record['rows'] if row['name'] == 'inference, resnet50']
+    assert made['table'](record['rows']) in readme and record['machine'] in readme and record[
+        'date'] in readme
+    share, = [row['share_of_peak'] for row in record['rows']
+              if row['name'] == 'inference, resnet50']
     assert f'{share:.0%}'.replace('%', ' %') in readme

@@ -1,6 +1,8 @@
-"""The explorer in JupyterLab and voila, in a real browser: what is dragged, hovered, clicked, typed and uploaded changes what is seen.
+"""The explorer in JupyterLab and voila, in a real browser: what is dragged, hovered, clicked, typed
+and uploaded changes what is seen.
 
-Skipped where there is no Chromium with its driver. A picture of each state goes to the folder $STDG_SCREENSHOTS, if that is set."""
+Skipped where there is no Chromium with its driver. A picture of each state goes to the folder
+$STDG_SCREENSHOTS, if that is set."""
 import io
 import json
 import os
@@ -19,60 +21,73 @@ import torch
 from PIL import Image
 
 webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not installed')
+from sample_network import by_heart
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from sample_network import by_heart
-from stdg.rooms import build as rooms
+from stdg.datasets.visual_genome import Database, write_annotations, write_images
 from stdg.deform import sampling_points
-from stdg.explore.widget import load_network
 from stdg.explore.compare import comparison_record
-from stdg.graph import SceneGraph, Vocabulary
 from stdg.explore.scene import database_scene, read
 from stdg.explore.snapshot import BOTH, choose_shown
-from stdg.datasets.visual_genome import Database, write_annotations, write_images
+from stdg.explore.widget import load_network
+from stdg.graph import SceneGraph, Vocabulary
+from stdg.rooms import build as rooms
 
 here = Path(__file__).parent.parent
-chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))),
+                None)
 driver_path = shutil.which('chromedriver')
-pytestmark = pytest.mark.skipif(not (chromium and driver_path), reason='no Chromium with chromedriver is here: apt-get install chromium chromium-driver')
+pytestmark = pytest.mark.skipif(not (chromium and driver_path), reason='no Chromium with '
+                                'chromedriver is here: apt-get install chromium chromium-driver')
 
-HOSTILE = ['<script>window.hacked=1</script>', '"><img src=x onerror="window.hacked=1">', ']]></title><script>window.hacked=1</script>', '\u202e\u200fthgir \u05d0\u05d1', 'a' * 10_000, "'); window.hacked=1; ('",
-           '</text><svg onload=window.hacked=1>', '${window.hacked=1}', '&lt;b&gt; &amp;', '$\\frac{1}{0}$']
+HOSTILE = ['<script>window.hacked=1</script>', '"><img src=x onerror="window.hacked=1">',
+           ']]></title><script>window.hacked=1</script>', '\u202e\u200fthgir \u05d0\u05d1',
+           'a' * 10_000, "'); window.hacked=1; ('",
+           '</text><svg onload=window.hacked=1>', '${window.hacked=1}', '&lt;b&gt; &amp;',
+           '$\\frac{1}{0}$']
 
 
 # What is explored: three rooms that a network knows by heart, but for one relation that it misses, one that it makes up, and one that holds
 
 def _altered(scene):
-    "The truth less its last relation, with one more that holds, if there is one, and one that does not."
+    """The truth less its last relation, with one more that holds, if there is one, and one that
+    does not."""
     rows = scene.truth.relations.tolist()
     known = {tuple(row) for row in rows} | {tuple(row) for row in scene.holds.tolist()}
     taken = {frozenset(row[:2]) for row in rows}
     free = lambda row: frozenset(row[:2]) not in taken
     holds, n = [row for row in scene.holds.tolist() if free(row)][:1], len(scene.truth)
     taken |= {frozenset(row[:2]) for row in holds}
-    wrong = next([s, o, 0] for s in range(n) for o in range(n) if s != o and free([s, o]) and (s, o, 0) not in known)
-    return SceneGraph(scene.truth.boxes, scene.truth.labels, [*rows[:-1], *holds, wrong], scene.truth.size)
+    wrong = next([s, o, 0] for s in range(n) for o in range(n) if s != o and free([s, o])
+                 and (s, o, 0) not in known)
+    return SceneGraph(scene.truth.boxes, scene.truth.labels, [*rows[:-1], *holds, wrong],
+                      scene.truth.size)
 
 
 @pytest.fixture(scope='module')
 def work(tmp_path_factory):
-    "A project folder with rooms, a network and the runbook; and rooms whose classes have hostile names, with a network for them."
+    """A project folder with rooms, a network and the runbook; and rooms whose classes have hostile
+    names, with a network for them."""
     folder = tmp_path_factory.mktemp('project')
     (folder/'settings.ini').touch()
     rooms.make_rooms(folder/'data'/'rooms', 0, 0, 3, size=96, workers=1, seed=3)
     database = Database(folder/'data'/'rooms')
     scenes = [database_scene(database, i) for i in range(3)]
     network = by_heart(scenes, [_altered(scene) for scene in scenes], database.vocabulary, 96)
-    network.save(folder/'runs'/'tests'/'student.safetensors', vocabulary=database.vocabulary.to_json(), size=96)
+    network.save(folder/'runs'/'tests'/'student.safetensors',
+                 vocabulary=database.vocabulary.to_json(), size=96)
     names = database.vocabulary
-    strange = Vocabulary([f'{HOSTILE[i % 10]}{i // 10 or ""}' for i in range(len(names.objects))], HOSTILE[:len(names.predicates)])
+    strange = Vocabulary([f'{HOSTILE[i % 10]}{i // 10 or ""}' for i in range(len(names.objects))],
+                         HOSTILE[:len(names.predicates)])
     bad = folder/'data'/'strange'
-    write_images(bad, [dict(image=scene.picture, image_id=i + 1) for i, scene in enumerate(scenes)], 3, 96)
+    write_images(bad, [dict(image=scene.picture, image_id=i + 1) for i, scene in enumerate(scenes)],
+                 3, 96)
     write_annotations(bad, [scene.truth for scene in scenes], np.full(3, 2), strange, 96)
-    network.save(folder/'runs'/'strange <b>&\u202e'/'student.safetensors', vocabulary=strange.to_json(), size=96)
+    network.save(folder/'runs'/'strange <b>&\u202e'/'student.safetensors',
+                 vocabulary=strange.to_json(), size=96)
     return folder
 
 
@@ -91,7 +106,8 @@ def _family(pid):
         try: parents[int(stat.parent.name)] = int(stat.read_text().rsplit(')', 1)[1].split()[1])
         except (OSError, IndexError): pass
     family = {pid}
-    while more := {child for child, parent in parents.items() if parent in family} - family: family |= more
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
     return family
 
 
@@ -116,12 +132,22 @@ class Server:
         self.url = f'http://127.0.0.1:{self.port}'
         settings = home/'settings'/'@jupyterlab'/'apputils-extension'
         settings.mkdir(parents=True)
-        (settings/'notification.jupyterlab-settings').write_text('{"fetchNews": "false", "checkForUpdates": false}')
-        own = dict(HOME=home, JUPYTER_CONFIG_DIR=home/'config', JUPYTER_DATA_DIR=home/'data', JUPYTERLAB_SETTINGS_DIR=home/'settings', JUPYTERLAB_WORKSPACES_DIR=home/'workspaces',
-                   JUPYTER_RUNTIME_DIR=home/'runtime', IPYTHONDIR=home/'ipython', PYTHONPATH=os.pathsep.join(filter(None, [str(here), os.environ.get('PYTHONPATH')])), ANYWIDGET_HMR='0')
+        (settings/'notification.jupyterlab-settings').write_text('{"fetchNews": "false", '
+            '"checkForUpdates": false}')
+        own = dict(HOME=home, JUPYTER_CONFIG_DIR=home/'config', JUPYTER_DATA_DIR=home/'data',
+                   JUPYTERLAB_SETTINGS_DIR=home/'settings',
+                   JUPYTERLAB_WORKSPACES_DIR=home/'workspaces',
+                   JUPYTER_RUNTIME_DIR=home/'runtime', IPYTHONDIR=home/'ipython',
+                   PYTHONPATH=os.pathsep.join(filter(None,
+                                                     [str(here), os.environ.get('PYTHONPATH')])),
+                   ANYWIDGET_HMR='0')
         self.log = open(home/'server.log', 'w')
-        self.process = subprocess.Popen([sys.executable, '-m', *(part.format(port=self.port) for part in command)], cwd=folder, env={**os.environ, **{k: str(v) for k, v in own.items()}},
-                                        stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
+        self.process = subprocess.Popen([sys.executable, '-m',
+                                         *(part.format(port=self.port) for part in command)],
+                                        cwd=folder, env={**os.environ,
+                                                         **{k: str(v) for k, v in own.items()}},
+                                        stdout=self.log, stderr=subprocess.STDOUT,
+                                        start_new_session=True)
 
     def wait(self, path, seconds=60):
         for _ in range(5 * seconds):
@@ -147,11 +173,16 @@ class Page:
     def __init__(self, home):
         options = webdriver.ChromeOptions()
         options.binary_location = chromium
-        for argument in ('headless=new', 'no-sandbox', 'disable-gpu', 'window-size=1360,1500', 'no-first-run', 'disable-sync', 'disable-background-networking', 'disable-component-update', 'disable-quic',
-                         'disable-dev-shm-usage', 'force-device-scale-factor=1', f'user-data-dir={home}'): options.add_argument(f'--{argument}')
+        for argument in ('headless=new', 'no-sandbox', 'disable-gpu', 'window-size=1360,1500',
+                         'no-first-run', 'disable-sync', 'disable-background-networking',
+                         'disable-component-update', 'disable-quic',
+                         'disable-dev-shm-usage', 'force-device-scale-factor=1',
+                         f'user-data-dir={home}'): options.add_argument(f'--{argument}')
         options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path))
-        self.shots = Path(os.environ['STDG_SCREENSHOTS']) if os.environ.get('STDG_SCREENSHOTS') else home
+        self.driver = webdriver.Chrome(options=options,
+                                       service=webdriver.ChromeService(driver_path))
+        self.shots = Path(os.environ['STDG_SCREENSHOTS']) if os.environ.get(
+            'STDG_SCREENSHOTS') else home
         self.shots.mkdir(parents=True, exist_ok=True)
 
     def find(self, css): return self.driver.find_elements('css selector', css)
@@ -161,21 +192,36 @@ class Page:
     def shot(self, name): self.driver.save_screenshot(str(self.shots/f'{name}.png'))
 
     def wait(self, ready, what='', seconds=60):
-        return WebDriverWait(self.driver, seconds, .1, [StaleElementReferenceException, IndexError]).until(lambda _: ready(), what)
+        return WebDriverWait(self.driver, seconds, .1,
+                             [StaleElementReferenceException, IndexError]).until(lambda _: ready(),
+            what)
 
-    def show(self): self.run("document.querySelector('.stdg-explorer').closest('.jp-Cell').scrollIntoView()")
-    def pixels(self, css): return np.asarray(Image.open(io.BytesIO(self.one(css).screenshot_as_png)).convert('RGB')).astype(int)
-    def keys(self, css): return self.run("return [...document.querySelectorAll(arguments[0])].map(e => e.dataset.key)", css)
-    def painted(self): return int(self.run("return document.querySelector('.stdg-explorer').dataset.painted"))
-    def text(self, css): return self.run("return document.querySelector(arguments[0]).textContent", css)
-    def attribute(self, css, name): return self.run("return document.querySelector(arguments[0]).getAttribute(arguments[1])", css, name)
+    def show(self):
+        self.run("document.querySelector('.stdg-explorer').closest('.jp-Cell').scrollIntoView()")
+    def pixels(self, css):
+        return np.asarray(Image.open(io.BytesIO(self.one(css).screenshot_as_png)).convert(
+            'RGB')).astype(int)
+    def keys(self, css):
+        return self.run("return [...document.querySelectorAll(arguments[0])].map(e => "
+                        "e.dataset.key)", css)
+    def painted(self):
+        return int(self.run("return document.querySelector('.stdg-explorer').dataset.painted"))
+    def text(self, css):
+        return self.run("return document.querySelector(arguments[0]).textContent", css)
+    def attribute(self, css, name):
+        return self.run("return document.querySelector(arguments[0]).getAttribute(arguments[1])",
+                        css, name)
 
     def hover(self, css, x=.5, y=.5, click=False):
-        "Move the mouse to a place in the first such element, as shares of its width and height. (Selenium's own way scrolls the page.)"
+        """Move the mouse to a place in the first such element, as shares of its width and height.
+        (Selenium's own way scrolls the page.)"""
         self.one(css)
-        left, top, width, height = self.run("const r = document.querySelector(arguments[0]).getBoundingClientRect(); return [r.x, r.y, r.width, r.height]", css)
+        left, top, width, height = self.run(
+            "const r = document.querySelector(arguments[0]).getBoundingClientRect(); return [r.x, "
+            "r.y, r.width, r.height]", css)
         actions = self.actions()
-        actions.w3c_actions.pointer_action.move_to_location(round(left + x * width), round(top + y * height))
+        actions.w3c_actions.pointer_action.move_to_location(round(left + x * width),
+            round(top + y * height))
         (actions.click() if click else actions).perform()
 
     def away(self): self.hover('.stdg-readout')
@@ -184,13 +230,17 @@ class Page:
         "Write a number into the read-out of a slider."
         readout = self.control(label, '.widget-readout')
         readout.click()
-        self.actions().key_down(Keys.CONTROL).send_keys('a').key_up(Keys.CONTROL).send_keys(str(value), Keys.ENTER).perform()
-        self.wait(lambda: float(self.control(label, '.widget-readout').text) == value, f'{label}: {value}')
+        self.actions().key_down(Keys.CONTROL).send_keys('a').key_up(Keys.CONTROL).send_keys(
+            str(value), Keys.ENTER).perform()
+        self.wait(lambda: float(self.control(label, '.widget-readout').text) == value,
+                  f'{label}: {value}')
         self.settle()
 
     def control(self, label, css):
         "The part `css` of the control that is so called."
-        return next(box.find_element('css selector', css) for box in self.find('.jupyter-widgets:has(> label)') if box.find_element('css selector', 'label').text == label)
+        return next(box.find_element('css selector', css)
+                    for box in self.find('.jupyter-widgets:has(> label)')
+                    if box.find_element('css selector', 'label').text == label)
 
     def choose(self, label, text):
         before, picker = self.painted(), Select(self.control(label, 'select'))
@@ -203,12 +253,14 @@ class Page:
 
     def problems(self):
         "What the browser has complained about since it was last asked."
-        return [entry['message'] for entry in self.driver.get_log('browser') if entry['level'] == 'SEVERE' and 'favicon' not in entry['message']]
+        return [entry['message'] for entry in self.driver.get_log('browser')
+                if entry['level'] == 'SEVERE' and 'favicon' not in entry['message']]
 
 
 @pytest.fixture(scope='module')
 def lab(work, tmp_path_factory):
-    server = Server(work, tmp_path_factory.mktemp('home'), 'jupyterlab', '--allow-root', '--no-browser', '--ip=127.0.0.1', '--port={port}', '--ServerApp.port_retries=0',
+    server = Server(work, tmp_path_factory.mktemp('home'), 'jupyterlab', '--allow-root',
+                    '--no-browser', '--ip=127.0.0.1', '--port={port}', '--ServerApp.port_retries=0',
                     '--ServerApp.token=secret', f'--ServerApp.root_dir={work}')
     try:
         server.wait('/api/status?token=secret')
@@ -246,14 +298,17 @@ def _menu(page, *path):
     "Choose in JupyterLab's menus."
     next(item for item in page.find('.lm-MenuBar-item') if item.text == path[0]).click()
     for depth, text in enumerate(path[1:], 1):
-        item = page.wait(lambda: next((item for menu in page.find('.lm-Menu')[depth - 1:depth] for item in menu.find_elements('css selector', '.lm-Menu-item') if item.text.startswith(text)), None), text)
+        item = page.wait(lambda: next((item for menu in page.find('.lm-Menu')[depth - 1:depth]
+                                       for item in menu.find_elements('css selector',
+            '.lm-Menu-item') if item.text.startswith(text)), None), text)
         page.actions().move_to_element(item).click().perform()
 
 
 @pytest.fixture(scope='module')
 def open_explorer(work, lab, page):
     "The runbook, run to its end in JupyterLab."
-    _notebook(work, 'explore.ipynb', checkpoints=[str(work/'runs'/'tests'/'student.safetensors')], data='rooms', show='prediction')
+    _notebook(work, 'explore.ipynb', checkpoints=[str(work/'runs'/'tests'/'student.safetensors')],
+              data='rooms', show='prediction')
     _run_all(page, lab, 'explore.ipynb')
     return page
 
@@ -263,7 +318,8 @@ def known(work):
     "What Python computes of the first room: scene, reading, record."
     scene = database_scene(Database(work/'data'/'rooms'), 0)
     reading = read(scene, *load_network(work/'runs'/'tests'/'student.safetensors'))
-    return scene, reading, comparison_record(reading.predictions['sgdet'], reading.vocabulary, scene.truth, scene.holds)
+    return scene, reading, comparison_record(reading.predictions['sgdet'], reading.vocabulary,
+                                             scene.truth, scene.holds)
 
 
 # The tests, in the order of a visit
@@ -271,29 +327,36 @@ def known(work):
 def test_shows_what_python_has_computed(open_explorer, known):
     page, (scene, reading, graph) = open_explorer, known
     objects, triplets = choose_shown(graph)
-    assert set(page.keys('.stdg-box')) == set(objects) and page.keys('.stdg-edge') == list(triplets) == page.keys('.stdg-table tr') and len(triplets) >= 4
+    assert set(page.keys('.stdg-box')) == set(objects) and page.keys('.stdg-edge') == list(
+        triplets) == page.keys('.stdg-table tr') and len(triplets) >= 4
     assert set(page.keys('.stdg-node')) == {t[end] for t in triplets.values() for end in 'so'}
     page.shot('prediction')
     picture = page.pixels('.stdg-image')
-    assert picture.std() > 20 and page.run("return document.querySelector('.stdg-image').getAttribute('aria-label')").startswith(f'RGB of {scene.name} with {len(objects)} predicted boxes: ')
+    assert picture.std() > 20 and page.run(
+        "return document.querySelector('.stdg-image').getAttribute('aria-label')").startswith(
+        f'RGB of {scene.name} with {len(objects)} predicted boxes: ')
     assert not page.problems()
 
 
 def test_listens_on_loopback_alone(open_explorer, lab):
     addresses = listening(_family(lab.process.pid))
     assert len(addresses) > 5, 'the server and the sockets of its kernel'
-    assert set(addresses) <= {'0100007F', '00000000000000000000000001000000', '0000000000000000FFFF00000100007F'}
+    assert set(addresses) <= {'0100007F', '00000000000000000000000001000000',
+                              '0000000000000000FFFF00000100007F'}
 
 
 def test_a_slider_is_dragged(open_explorer, known):
     page = open_explorer
     before, pixels, places = page.keys('.stdg-edge'), page.pixels('.stdg-graph'), page.run(PLACES)
     handle = page.control('at most', '.noUi-handle')
-    page.actions().click_and_hold(handle).move_by_offset(-int(page.control('at most', '.noUi-base').size['width'] * .18), 0).release().perform()
+    page.actions().click_and_hold(handle).move_by_offset(-int(page.control('at most',
+        '.noUi-base').size['width'] * .18), 0).release().perform()
     page.wait(lambda: len(page.keys('.stdg-edge')) < len(before), 'fewer edges')
     page.settle()
     after = page.keys('.stdg-edge')
-    assert after == before[:len(after)] and page.control('at most', '.widget-readout').text == str(len(after)) and (page.pixels('.stdg-graph') != pixels).any()
+    assert after == before[:len(after)] and page.control('at most',
+                                                         '.widget-readout').text == str(
+        len(after)) and (page.pixels('.stdg-graph') != pixels).any()
     assert places | page.run(PLACES) == places, 'no node has moved'
     page.shot('fewer')
     page.type('at most', 10)
@@ -309,7 +372,9 @@ def test_a_slider_is_dragged(open_explorer, known):
 PLACES = "return Object.fromEntries([...document.querySelectorAll('.stdg-node')].map(e => [e.dataset.key, e.querySelector('rect').getAttribute('x') + ' ' + document.querySelector('.stdg-graph').getAttribute('viewBox')]))"
 
 
-def lit(page, css): return set(page.run("return [...document.querySelectorAll(arguments[0])].filter(e => e.classList.contains('stdg-lit')).map(e => e.dataset.key)", css))
+def lit(page, css):
+    return set(page.run("return [...document.querySelectorAll(arguments[0])].filter(e => "
+                        "e.classList.contains('stdg-lit')).map(e => e.dataset.key)", css))
 
 
 def test_hovering_a_node_lights_its_box_its_rows_and_its_field(open_explorer, known):
@@ -321,7 +386,8 @@ def test_hovering_a_node_lights_its_box_its_rows_and_its_field(open_explorer, kn
     assert lit(page, '.stdg-table tr') == mine == lit(page, '.stdg-edge')
     page.settle()
     name = reading.vocabulary.objects[graph['objects'][int(key[1:])]['c']]
-    assert page.text('.stdg-readout') == f'heat-map of {name}' and (abs(page.pixels('.stdg-image') - pixels).max(2) > 30).mean() > .2
+    assert page.text('.stdg-readout') == f'heat-map of {name}' and (
+        abs(page.pixels('.stdg-image') - pixels).max(2) > 30).mean() > .2
     page.shot('node')
     page.away()
     page.wait(lambda: not lit(page, '[data-key]'), 'nothing is lit')
@@ -332,7 +398,9 @@ def test_hovering_an_edge_shows_the_cells_that_voted(open_explorer, known):
     triplet = choose_shown(graph)[1][page.keys('.stdg-edge')[0]]
     page.hover('.stdg-edge text')
     page.wait(lambda: page.find('.stdg-vote'), 'votes')
-    assert lit(page, '.stdg-box') == {triplet['s'], triplet['o']} == lit(page, '.stdg-node') and page.text('.stdg-readout') == f"confidence of {reading.vocabulary.predicates[triplet['p']]}"
+    assert lit(page, '.stdg-box') == {triplet['s'], triplet['o']} == lit(page,
+        '.stdg-node') and page.text(
+        '.stdg-readout') == f"confidence of {reading.vocabulary.predicates[triplet['p']]}"
     unit, (x1, y1, x2, y2) = page.unit(), graph['objects'][int(triplet['s'][1:])]['box']
     x, y = (float(page.attribute('.stdg-vote circle', name)) / unit for name in ('cx', 'cy'))
     assert x1 <= x <= x2 and y1 <= y <= y2, 'it points at the subject'
@@ -353,9 +421,11 @@ def test_a_pin_stays_while_a_slider_moves_and_escape_clears_it(open_explorer):
     page.hover('.stdg-node', click=True)
     key = page.keys('.stdg-node')[0]
     page.away()
-    page.wait(lambda: page.keys('.stdg-node.stdg-pinned') == [key] and lit(page, '.stdg-box') == {key}, 'pinned')
+    page.wait(lambda: page.keys('.stdg-node.stdg-pinned') == [key]
+              and lit(page, '.stdg-box') == {key}, 'pinned')
     page.type('at most', 11)
-    assert page.keys('.stdg-box.stdg-pinned') == [key] and page.one('.stdg-node.stdg-pinned').get_attribute('aria-pressed') == 'true'
+    assert page.keys('.stdg-box.stdg-pinned') == [key] and page.one(
+        '.stdg-node.stdg-pinned').get_attribute('aria-pressed') == 'true'
     page.shot('pinned')
     page.one('.stdg-node').send_keys(Keys.ESCAPE)
     page.wait(lambda: not page.find('.stdg-pinned'), 'cleared')
@@ -364,14 +434,16 @@ def test_a_pin_stays_while_a_slider_moves_and_escape_clears_it(open_explorer):
 
 def test_the_keyboard_alone(open_explorer):
     page = open_explorer
-    focused = lambda: page.run("const d = document.activeElement.dataset; return [d.part || document.activeElement.getAttribute('class'), d.key]")
+    focused = lambda: page.run("const d = document.activeElement.dataset; return [d.part || "
+                               "document.activeElement.getAttribute('class'), d.key]")
     press = lambda key: page.driver.switch_to.active_element.send_keys(key)
     page.run("document.querySelector('.stdg-image').focus()")
     parts = []
     for _ in range(4):
         press(Keys.TAB)
         parts.append(focused()[0])
-    assert parts == ['box', 'edge', 'node', 'row prediction'] or parts == ['box', 'node', 'edge', 'row prediction']
+    assert parts == ['box', 'edge', 'node', 'row prediction'] or parts == ['box', 'node', 'edge',
+        'row prediction']
     press(Keys.ARROW_DOWN)
     part, key = focused()
     assert key == page.keys('.stdg-table tr')[1] and lit(page, '.stdg-edge') == {key}
@@ -405,7 +477,9 @@ def test_depth_is_read_in_metres(open_explorer, known):
     _point(page, 30.5, 60.5)
     page.wait(lambda: page.text('.stdg-readout').startswith('x 30, y 60: depth '), 'metres')
     metres = float(page.text('.stdg-readout').split(': depth ')[1].split(' m')[0])
-    assert abs(metres - scene.depth[60, 30]) <= .0051 and (page.pixels('.stdg-image') != pixels).any(2).mean() > .5
+    assert abs(metres - scene.depth[60,
+                                    30]) <= .0051 and (page.pixels('.stdg-image') != pixels).any(
+        2).mean() > .5
     page.shot('depth')
     for layer in ('angle with gravity', 'height above ground', 'horizontal disparity'):
         page.choose('picture', layer)
@@ -425,9 +499,12 @@ def test_sampling_points_are_those_of_the_network(open_explorer, known):
     _point(page, 8 * column + 4.5, 8 * row + 4.5)
     page.wait(lambda: page.find('.stdg-teacher'), 'points')
     page.settle()
-    student = page.run("return [...document.querySelectorAll('circle.stdg-student')].map(e => ['cx', 'cy'].map(k => Number(e.getAttribute(k))))")
-    places = sampling_points(torch.from_numpy(reading.offsets['student'][1, :18])[None])[0, :, :, row, column].flip(1)
-    assert np.allclose(student, page.unit() * reading.frame.pixels(places.numpy() + .5), atol=.3) and len(page.find('.stdg-teacher')) == 9
+    student = page.run("return [...document.querySelectorAll('circle.stdg-student')].map(e => "
+                       "['cx', 'cy'].map(k => Number(e.getAttribute(k))))")
+    places = sampling_points(torch.from_numpy(reading.offsets['student'][1, :18])[None])[0, :, :,
+        row, column].flip(1)
+    assert np.allclose(student, page.unit() * reading.frame.pixels(places.numpy() + .5),
+                       atol=.3) and len(page.find('.stdg-teacher')) == 9
     assert page.text('.stdg-readout').endswith('cells apart')
     page.shot('sampling')
     page.run("document.querySelector('.stdg-image').focus()")
@@ -443,7 +520,8 @@ def test_fields_and_vectors(open_explorer, known):
     page.away()
     page.choose('predicate', 'on')
     on = reading.vocabulary.predicate_index('on')
-    assert page.text('.stdg-readout') == 'confidence of on' and page.keys('.stdg-edge') == list(choose_shown(graph, predicate=on)[1])
+    assert page.text('.stdg-readout') == 'confidence of on' and page.keys('.stdg-edge') == list(
+        choose_shown(graph, predicate=on)[1])
     page.shot('confidence')
     page.choose('over it', 'vectors')
     assert len(page.find('.stdg-vote')) == min(150, (reading.confidence[on] > .1).sum())
@@ -463,15 +541,21 @@ def test_truth_and_prediction_compared(open_explorer, known):
     objects, triplets = choose_shown(graph, BOTH)
     assert {t['verdict'] for t in triplets.values()} == {'hit', 'miss', 'wrong', 'unwritten'}
     for css, items in (('.stdg-box', objects), ('.stdg-edge', triplets)):
-        for verdict in ('hit', 'miss', 'wrong', 'unwritten'): assert set(page.keys(f'{css}.stdg-{verdict}')) == {k for k, t in items.items() if t['verdict'] == verdict}
-    dashes = [page.one(f'.stdg-edge.stdg-{verdict} .stdg-line').value_of_css_property('stroke-dasharray') for verdict in ('hit', 'miss', 'wrong', 'unwritten')]
-    colours = [page.one(f'.stdg-edge.stdg-{verdict} .stdg-line').value_of_css_property('stroke') for verdict in ('hit', 'miss', 'wrong', 'unwritten')]
-    assert len(set(dashes)) == len(set(colours)) == 4 and page.text('.stdg-legend') == '✓ hit○ missed✕ wrong+ holds, not annotated'
+        for verdict in ('hit', 'miss', 'wrong', 'unwritten'):
+            assert set(page.keys(f'{css}.stdg-{verdict}')) == {k for k, t in items.items()
+                if t['verdict'] == verdict}
+    dashes = [page.one(f'.stdg-edge.stdg-{verdict} .stdg-line').value_of_css_property(
+        'stroke-dasharray') for verdict in ('hit', 'miss', 'wrong', 'unwritten')]
+    colours = [page.one(f'.stdg-edge.stdg-{verdict} .stdg-line').value_of_css_property('stroke')
+               for verdict in ('hit', 'miss', 'wrong', 'unwritten')]
+    assert len(set(dashes)) == len(set(colours)) == 4 and page.text(
+        '.stdg-legend') == '✓ hit○ missed✕ wrong+ holds, not annotated'
     page.away()
     page.settle()
     page.shot('compared')
     page.choose('show', 'truth')
-    assert len(page.find('.stdg-box')) == len(scene.truth) and set(page.keys('.stdg-edge')) == {f'T{i}' for i in range(len(graph['truth']['triplets']))}
+    assert len(page.find('.stdg-box')) == len(scene.truth) and set(page.keys('.stdg-edge')) == {
+        f'T{i}' for i in range(len(graph['truth']['triplets']))}
     page.shot('truth')
     page.choose('show', 'both, compared')
     page.choose('task', 'PredCls')
@@ -480,8 +564,10 @@ def test_truth_and_prediction_compared(open_explorer, known):
 
 
 def _upload(page, *paths):
-    "Give files to the button, through the dialog that a script cannot see: its input is caught and filled."
-    page.run("HTMLInputElement.prototype.click = function () { this.className = 'caught'; document.body.append(this) }")
+    """Give files to the button, through the dialog that a script cannot see: its input is caught
+    and filled."""
+    page.run("HTMLInputElement.prototype.click = function () { this.className = 'caught'; "
+             "document.body.append(this) }")
     page.one('.jupyter-button.widget-upload, .widget-upload button, button.widget-upload').click()
     page.one('input.caught').send_keys('\n'.join(map(str, paths)))
     page.run("document.querySelectorAll('input.caught').forEach(e => e.remove())")
@@ -489,21 +575,25 @@ def _upload(page, *paths):
 
 def test_a_picture_is_uploaded_and_a_bad_one_is_refused(open_explorer, known, tmp_path):
     page, (scene, *_) = open_explorer, known
-    drawn = lambda: page.run("return ['.stdg-image', '.stdg-graph', '.stdg-tables'].map(css => document.querySelector(css).innerHTML)")
+    drawn = lambda: page.run("return ['.stdg-image', '.stdg-graph', '.stdg-tables'].map(css => "
+                             "document.querySelector(css).innerHTML)")
     page.away()
     before, painted = drawn(), page.painted()
     (tmp_path/'bad.png').write_bytes(b'\x89PNG\r\n\x1a\n no picture')
     _upload(page, tmp_path/'bad.png')
-    page.wait(lambda: page.text('.stdg-message').startswith('bad.png: the picture is not read'), 'it is said what is wrong')
+    page.wait(lambda: page.text('.stdg-message').startswith('bad.png: the picture is not read'),
+              'it is said what is wrong')
     page.settle()
     assert page.painted() == painted and drawn() == before, 'nothing else changes'
     page.shot('refused')
     name = '<img src=x onerror=window.hacked=1>.png'
     Image.fromarray(np.asarray(scene.picture)[:, ::-1]).resize((300, 220)).save(tmp_path/name)
     _upload(page, tmp_path/name)
-    page.wait(lambda: page.painted() > painted and page.text('.stdg-readout') == f'RGB of {name}', 'it is shown')
+    page.wait(lambda: page.painted() > painted and page.text('.stdg-readout') == f'RGB of {name}',
+              'it is shown')
     page.settle()
-    assert page.text('.stdg-message').startswith('Nobody has annotated') and not page.find('.stdg-explorer img') and not page.find('.stdg-legend span')
+    assert page.text('.stdg-message').startswith('Nobody has annotated') and not page.find(
+        '.stdg-explorer img') and not page.find('.stdg-legend span')
     x, y, width, height = map(float, page.attribute('.stdg-image', 'viewBox').split())
     assert abs(width / height - 300 / 220) < .02 and page.run('return window.hacked') is None
     page.shot('uploaded')
@@ -513,8 +603,11 @@ def test_a_picture_is_uploaded_and_a_bad_one_is_refused(open_explorer, known, tm
 
 
 def _luminance(page, css, name='background-color'):
-    numbers = page.run('return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]', css, name).split('(')[1].rstrip(')').split(',')[:3]
-    return sum(w * (v / 12.92 if v <= .04045 else ((v + .055) / 1.055) ** 2.4) for w, v in zip((.2126, .7152, .0722), (float(n) / 255 for n in numbers)))
+    numbers = page.run(
+        'return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]', css,
+        name).split('(')[1].rstrip(')').split(',')[:3]
+    return sum(w * (v / 12.92 if v <= .04045 else ((v + .055) / 1.055) ** 2.4)
+               for w, v in zip((.2126, .7152, .0722), (float(n) / 255 for n in numbers)))
 
 
 def _contrast(a, b): return (max(a, b) + .05) / (min(a, b) + .05)
@@ -524,15 +617,21 @@ def test_the_dark_theme(open_explorer):
     page = open_explorer
     page.choose('show', 'both, compared')
     page.away()
-    read = lambda: (_luminance(page, '.stdg-graph'), *(_luminance(page, css, name) for css, name in (
-        ('.stdg-help', 'color'), ('.stdg-table td', 'color'), ('.stdg-edge.stdg-hit text', 'fill'), ('.stdg-edge.stdg-miss text', 'fill'), ('.stdg-edge.stdg-wrong text', 'fill'), ('.stdg-edge.stdg-unwritten text', 'fill'))))
+    read = lambda: (_luminance(page, '.stdg-graph'),
+                    *(_luminance(page, css, name) for css, name in (
+        ('.stdg-help', 'color'), ('.stdg-table td', 'color'), ('.stdg-edge.stdg-hit text', 'fill'),
+        ('.stdg-edge.stdg-miss text', 'fill'), ('.stdg-edge.stdg-wrong text', 'fill'),
+        ('.stdg-edge.stdg-unwritten text', 'fill'))))
     light = read()
     _menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
-    page.wait(lambda: page.run("return document.body.dataset.jpThemeLight") == 'false' and _luminance(page, '.stdg-graph') < .1, 'dark')
+    page.wait(lambda: page.run("return document.body.dataset.jpThemeLight") == 'false'
+              and _luminance(page, '.stdg-graph') < .1, 'dark')
     page.settle()
     page.shot('dark')
     dark = read()
-    assert light[0] > .9 and all(_contrast(light[0], ink) >= 4.5 for ink in light[1:]) and all(_contrast(dark[0], ink) >= 4.5 for ink in dark[1:]), (light, dark)
+    assert light[0] > .9 and all(_contrast(light[0], ink) >= 4.5
+                                 for ink in light[1:]) and all(_contrast(dark[0], ink) >= 4.5
+        for ink in dark[1:]), (light, dark)
     _menu(page, 'Settings', 'Theme', 'JupyterLab Light')
     page.wait(lambda: page.run("return document.body.dataset.jpThemeLight") == 'true', 'light')
 
@@ -540,33 +639,45 @@ def test_the_dark_theme(open_explorer):
 def test_nothing_has_gone_wrong_so_far(open_explorer): assert not open_explorer.problems()
 
 
-def _delete(lab, path): urllib.request.urlopen(urllib.request.Request(f'{lab.url}{path}?token=secret', method='DELETE')).close()
+def _delete(lab, path):
+    urllib.request.urlopen(urllib.request.Request(f'{lab.url}{path}?token=secret',
+                                                  method='DELETE')).close()
 
 
 def test_saved_and_opened_again_it_is_a_picture(open_explorer, work, lab):
     page = open_explorer
-    assert not page.run("return document.querySelector('.stdg-explorer').closest('.jp-OutputArea').querySelector('img').offsetParent"), 'while the view lives, the picture is hidden'
+    assert not page.run(
+        "return document.querySelector('.stdg-explorer').closest('.jp-OutputArea').querySelector('img').offsetParent"), 'while the view lives, the picture is hidden'
     time.sleep(4)  # the picture is renewed two seconds after the last change
     page.actions().key_down(Keys.CONTROL).send_keys('s').key_up(Keys.CONTROL).perform()
-    outputs = lambda: [output for cell in nbformat.read(work/'explore.ipynb', 4).cells for output in cell.get('outputs', [])]
+    outputs = lambda: [output for cell in nbformat.read(work/'explore.ipynb', 4).cells
+                       for output in cell.get('outputs', [])]
     page.wait(lambda: any('image/png' in output.get('data', {}) for output in outputs()), 'saved')
-    assert [set(output.get('data', ())) for output in outputs()][-3:] == [{'application/vnd.jupyter.widget-view+json'}, {'image/png'}, {'text/html'}]
-    for session in json.load(urllib.request.urlopen(f'{lab.url}/api/sessions?token=secret')): _delete(lab, f"/api/sessions/{session['id']}")
+    assert [set(output.get('data', ()))
+            for output in outputs()][-3:] == [{'application/vnd.jupyter.widget-view+json'},
+                                              {'image/png'}, {'text/html'}]
+    for session in json.load(urllib.request.urlopen(f'{lab.url}/api/sessions?token=secret')):
+        _delete(lab, f"/api/sessions/{session['id']}")
     page.driver.get('about:blank')
     page.driver.get(f'{lab.url}/lab/tree/explore.ipynb?token=secret&reset')
     image = page.one('.jp-OutputArea-output img')
-    page.wait(lambda: image.is_displayed() and page.run('return arguments[0].naturalWidth', image) > 900, 'the picture stands there')
+    page.wait(lambda: image.is_displayed() and page.run('return arguments[0].naturalWidth',
+                                                        image) > 900, 'the picture stands there')
     page.wait(lambda: '| Idle' in page.one('#jp-main-statusbar').text, 'a new kernel')
     page.settle()
     seen = page.run("return document.querySelector('.jp-Notebook').innerText")
-    assert 'widget' not in seen.lower().replace('one call, one widget', '') and not page.find('.stdg-explorer'), seen
+    assert 'widget' not in seen.lower().replace('one call, one widget',
+                                                '') and not page.find('.stdg-explorer'), seen
     page.run("arguments[0].scrollIntoView({block: 'center'})", image)
     page.shot('reopened')
-    assert all('model not found' in problem for problem in page.problems()), 'JupyterLab alone says that the widget is gone, in its console'
+    assert all('model not found' in problem
+               for problem in page.problems()), 'JupyterLab alone says that the widget is gone, in its console'
 
 
 def test_hostile_names_are_shown_and_not_obeyed(work, lab, page):
-    _notebook(work, 'strange.ipynb', checkpoints=[str(work/'runs'/'strange <b>&\u202e'/'student.safetensors')], data='strange', show='both, compared', overlay='class heat-map')
+    _notebook(work, 'strange.ipynb',
+              checkpoints=[str(work/'runs'/'strange <b>&\u202e'/'student.safetensors')],
+              data='strange', show='both, compared', overlay='class heat-map')
     _run_all(page, lab, 'strange.ipynb')
     shown = page.run("return document.querySelector('.stdg-explorer').textContent")
     assert '<script>window.hacke' in shown and '\u202e' not in shown and 'a' * 500 not in shown
@@ -574,26 +685,35 @@ def test_hostile_names_are_shown_and_not_obeyed(work, lab, page):
         page.hover(css)
         page.settle()
     page.shot('hostile')
-    options = page.run("return [...document.querySelectorAll('.widget-dropdown option')].map(e => e.textContent.replaceAll('\\u00a0', ' '))")
-    assert any(option.startswith('"><img src=x') for option in options) and max(map(len, options)) <= 40
-    assert page.run('return window.hacked') is None and not page.find('.stdg-explorer script, .stdg-explorer img, .stdg-explorer foreignObject, .stdg-explorer [onload], .stdg-explorer [onerror]')
+    options = page.run("return [...document.querySelectorAll('.widget-dropdown option')].map(e => "
+                       "e.textContent.replaceAll('\\u00a0', ' '))")
+    assert any(option.startswith('"><img src=x') for option in options) and max(map(len,
+        options)) <= 40
+    assert page.run('return window.hacked') is None and not page.find('.stdg-explorer script, '
+        '.stdg-explorer img, .stdg-explorer foreignObject, .stdg-explorer [onload], .stdg-explorer '
+        '[onerror]')
     assert not page.find('.widget-dropdown script') and not page.problems()
 
 
 def test_voila_serves_it(work, page, tmp_path):
-    _notebook(work, 'served.ipynb', checkpoints=[str(work/'runs'/'tests'/'student.safetensors')], data='rooms')
-    server = Server(work, tmp_path, 'voila', 'served.ipynb', '--no-browser', '--Voila.ip=127.0.0.1', '--port={port}')
+    _notebook(work, 'served.ipynb', checkpoints=[str(work/'runs'/'tests'/'student.safetensors')],
+              data='rooms')
+    server = Server(work, tmp_path, 'voila', 'served.ipynb', '--no-browser', '--Voila.ip=127.0.0.1',
+                    '--port={port}')
     try:
         page.wait(lambda: _up(server), 'voila is up')
         page.driver.get(server.url)
         page.one('.stdg-explorer[data-painted] .stdg-node')
         page.settle()
-        assert set(listening(_family(server.process.pid))) <= {'0100007F', '00000000000000000000000001000000', '0000000000000000FFFF00000100007F'}
+        assert set(listening(_family(server.process.pid))) <= {'0100007F',
+            '00000000000000000000000001000000', '0000000000000000FFFF00000100007F'}
         page.hover('.stdg-node')
         page.wait(lambda: lit(page, '.stdg-box'), 'linked')
         page.shot('voila')
-        of_voila = [problem for problem in page.problems() if 'fontawesome' not in problem]  # its own page asks a CDN for icons; the explorer needs none
-        assert not of_voila and not any(image.is_displayed() for image in page.find('.jp-OutputArea-output img'))
+        # its own page asks a CDN for icons; the explorer needs none
+        of_voila = [problem for problem in page.problems() if 'fontawesome' not in problem]
+        assert not of_voila and not any(image.is_displayed()
+                                        for image in page.find('.jp-OutputArea-output img'))
     finally: server.stop()
 
 

@@ -1,4 +1,5 @@
-"The four published runs: the spec's numbers, the runbook's parameters, the code behind them, and what a trial may lack."
+"""The four published runs: the spec's numbers, the runbook's parameters, the code behind them, and
+what a trial may lack."""
 import inspect
 import json
 import os
@@ -15,10 +16,10 @@ import torch
 import yaml
 
 from stdg import data, model, train
-from stdg.training import loop as training
-from stdg.checkpoint import facts, load
 from stdg.backbone import CONFIGURATIONS
+from stdg.checkpoint import facts, load
 from stdg.model import STDG
+from stdg.training import loop as training
 
 root = Path(__file__).parent.parent
 configs = root/'nbs'/'configs'
@@ -39,11 +40,15 @@ OPTIONS = '''--lr --lr-basenet --lr-raf --b-scale --epochs --lr-decay --batch-si
 
 
 def test_settings_are_the_parameters_of_the_runbook():
-    "`stdg.train`, which a cluster runs, knows what the runbook knows, with the same types and defaults, in the same order; what else it knows, the runbook takes as `more`."
+    """`stdg.train`, which a cluster runs, knows what the runbook knows, with the same types and
+    defaults, in the same order; what else it knows, the runbook takes as `more`."""
     shown, rare = parameters(), {f.name for f in fields(train._Rare)}
     assert shown.pop('more') == (dict, {}) and not rare & shown.keys()
-    assert [item for item in asdict(train.Settings()).items() if item[0] not in rare] == [(name, default) for name, (_, default) in shown.items()]
-    for f in fields(train.Settings): assert f.type is type(getattr(train.Settings(), f.name)) and (f.name in rare or f.type is shown[f.name][0]), f.name
+    assert [item for item in asdict(train.Settings()).items() if item[0] not in rare] == [(name,
+        default) for name, (_, default) in shown.items()]
+    for f in fields(train.Settings):
+        assert f.type is type(getattr(train.Settings(), f.name)) and (f.name in rare
+            or f.type is shown[f.name][0]), f.name
 
 
 def read(name): return yaml.safe_load((configs/f'{name}.yaml').read_text())
@@ -51,7 +56,8 @@ def read(name): return yaml.safe_load((configs/f'{name}.yaml').read_text())
 
 def parameters():
     "Name to (type, default) of the runbook's parameters cell."
-    cell = next(c for c in nbformat.read(root/'nbs'/'train.ipynb', as_version=4).cells if 'parameters' in c.metadata.get('tags', []))
+    cell = next(c for c in nbformat.read(root/'nbs'/'train.ipynb', as_version=4).cells
+                if 'parameters' in c.metadata.get('tags', []))
     values = {}
     exec(cell.source, values)
     return {name: (kind, values[name]) for name, kind in values['__annotations__'].items()}
@@ -62,8 +68,10 @@ def test_numbers_of_the_spec(name):
     lr, weight_decay, batch, decay, epochs, lr_basenet = TABLE[name]
     backbone, stage = name.rsplit('_', 1)
     config = read(name)
-    expected = dict(name=name, stages=[stage], backbone=backbone, lr=lr, lr_backbone=lr if stage == 'teacher' else lr_basenet, weight_decay=weight_decay,
-                    batch_size=batch, decay=decay, epochs=epochs, warm_up=1, ema=.01, size=512, scale=[.7, 1.5], stretch=[.75, 1.33], colour=True, overlap=True,
+    expected = dict(name=name, stages=[stage], backbone=backbone, lr=lr,
+                    lr_backbone=lr if stage == 'teacher' else lr_basenet, weight_decay=weight_decay,
+                    batch_size=batch, decay=decay, epochs=epochs, warm_up=1, ema=.01, size=512,
+                    scale=[.7, 1.5], stretch=[.75, 1.33], colour=True, overlap=True,
                     hold_out=0, pretrained=True, weights='')
     assert {k: config[k] for k in expected} == expected
     assert 'steps' not in config, 'a trial is asked for on the command line'
@@ -75,44 +83,62 @@ def test_every_key_is_a_parameter_of_its_type(path):
     for key, value in yaml.safe_load(path.read_text()).items():
         assert key in known, f'{path.name}: train.ipynb has no parameter {key}'
         kind = known[key][0]
-        assert type(value) is kind or (kind is float and type(value) is int), f'{path.name}: {key} is {value!r}, a {kind.__name__} is needed'
-        if kind is list: assert {type(v) for v in value} <= {int, float, str} and {isinstance(v, str) for v in value} == {key == 'stages'}
+        assert type(value) is kind or (kind is float
+                                       and type(value) is int), f'{path.name}: {key} is {value!r}, a {kind.__name__} is needed'
+        if kind is list:
+            assert {type(v) for v in value} <= {int, float, str} and {isinstance(v, str)
+                for v in value} == {key == 'stages'}
 
 
 @pytest.mark.parametrize('name', TABLE)
 def test_every_released_option_is_spoken_of(name):
-    words = (configs/f'{name}.yaml').read_text().replace(',', ' ').replace(')', ' ').replace('(', ' ').replace(':', ' ').replace(';', ' ').replace('.', ' ').split()
+    words = (configs/f'{name}.yaml').read_text().replace(',', ' ').replace(')', ' ').replace('(',
+        ' ').replace(':', ' ').replace(';', ' ').replace('.', ' ').split()
     assert not [option for option in OPTIONS if option not in words]
-    if name.endswith('teacher'): assert f'--lr-basenet {TABLE[name][-1]:.0e}'.replace('e-0', 'e-') + ' had NO EFFECT' in (configs/f'{name}.yaml').read_text()
+    if name.endswith('teacher'):
+        assert f'--lr-basenet {TABLE[name][-1]:.0e}'.replace('e-0',
+            'e-') + ' had NO EFFECT' in (configs/f'{name}.yaml').read_text()
 
 
 @pytest.mark.parametrize('name', TABLE)
 def test_optimiser_is_the_published_one(name):
-    config, tiny = read(name), dict(n_objects=2, n_predicates=1, pretrained=False, fpn=16, channels=16)
+    config, tiny = read(name), dict(n_objects=2, n_predicates=1, pretrained=False, fpn=16,
+                                    channels=16)
     network = STDG('small', 'depth' if name.endswith('teacher') else 'rgb', **tiny)
     ours = training.optimiser(network, config['lr'], config['lr_backbone'], config['weight_decay'])
-    theirs = training.optimiser(network, config['lr'], TABLE[name][-1], config['weight_decay'], released=True)
+    theirs = training.optimiser(network, config['lr'], TABLE[name][-1], config['weight_decay'],
+                                released=True)
     assert [g['lr'] for g in ours.param_groups] == [g['lr'] for g in theirs.param_groups]
-    for group in ours.param_groups: assert (group['betas'], group['eps'], group['weight_decay']) == ((.9, .999), 1e-6, config['weight_decay'])
+    for group in ours.param_groups:
+        assert (group['betas'], group['eps'], group['weight_decay']) == ((.9, .999), 1e-6,
+            config['weight_decay'])
     factor = lambda epoch: training.schedule(epoch, config['warm_up'], config['decay'])
     first = config['decay'][0]
-    assert [factor(e) for e in (0, 1, first)] == [.001, 1, 1] and factor(.5) == pytest.approx(.001**.5)
-    assert factor(first + .5) == pytest.approx(.1**.5) and factor(60) == pytest.approx(.1**len(config['decay']))
+    assert [factor(e) for e in (0, 1, first)] == [.001, 1,
+                                                  1] and factor(.5) == pytest.approx(.001**.5)
+    assert factor(first + .5) == pytest.approx(.1**.5) and factor(60) == pytest.approx(
+        .1**len(config['decay']))
 
 
 def test_numbers_that_are_fixed_in_the_code():
-    default = lambda function: {k: p.default for k, p in inspect.signature(function).parameters.items()}
+    default = lambda function: {k: p.default
+                                for k, p in inspect.signature(function).parameters.items()}
     assert default(data.photometry)['jpeg'] == .1 and default(data.photometry)['grey'] == .01
     assert default(data.geometry)['flip'] == .5 and training.Options().ema == .01
-    assert [default(data.jitter)[k] for k in ('brightness', 'contrast', 'saturation', 'hue')] == [.4, .1, .4, .1]
-    numbers = {name: {k: CONFIGURATIONS[name].get(k) for k in ('stride', 'fpn', 'transformer', 'drop_path_rate', 'head_norm')} for name in ('resnet50', 'swin_s')}
-    assert numbers == dict(resnet50=dict(stride=16, fpn=0, transformer=False, drop_path_rate=None, head_norm=None),
-                           swin_s=dict(stride=16, fpn=768, transformer=True, drop_path_rate=.2, head_norm=None))
+    assert [default(data.jitter)[k] for k in ('brightness', 'contrast', 'saturation',
+                                              'hue')] == [.4, .1, .4, .1]
+    numbers = {name: {k: CONFIGURATIONS[name].get(k) for k in ('stride', 'fpn', 'transformer',
+        'drop_path_rate', 'head_norm')} for name in ('resnet50', 'swin_s')}
+    assert numbers == dict(resnet50=dict(stride=16, fpn=0, transformer=False, drop_path_rate=None,
+                                         head_norm=None),
+                           swin_s=dict(stride=16, fpn=768, transformer=True, drop_path_rate=.2,
+                                       head_norm=None))
 
 
 @pytest.fixture
 def offline(monkeypatch):
-    "No network and an empty cache; timm's own attempt, which takes most of a minute, must not be made."
+    """No network and an empty cache; timm's own attempt, which takes most of a minute, must not be
+    made."""
     def refused(*args, **kwargs): raise URLError('Name or service not known')
     def late(*args, pretrained=False, create=model.timm.create_model, **kwargs):
         assert not pretrained, 'timm was asked to fetch'
@@ -123,11 +149,14 @@ def offline(monkeypatch):
 
 
 def test_weights_that_cannot_be_fetched(offline):
-    with pytest.raises(ConnectionError, match=r'resnet18.a1_in1k cannot be fetched .*Name or service.*https://\S+/model.safetensors on another machine.*-p weights'):
+    with pytest.raises(ConnectionError, match=r'resnet18.a1_in1k cannot be fetched .*Name or '
+                       r'service.*https://\S+/model.safetensors on another machine.*-p weights'):
         training.check_start(['teacher'], 'resnet18.a1_in1k')
     pretrained, notes = training.check_start(['teacher'], 'resnet18.a1_in1k', trial=True)
-    assert pretrained is False and len(notes) == 1 and notes[0].startswith('TRIAL WITHOUT IMAGENET: the backbone begins from random weights.') and '\n' not in notes[0]
-    assert training.check_start(['teacher'], 'resnet18.a1_in1k', False) == (False, []), 'who asks for random weights gets no note'
+    assert pretrained is False and len(notes) == 1 and notes[0].startswith('TRIAL WITHOUT '
+        'IMAGENET: the backbone begins from random weights.') and '\n' not in notes[0]
+    assert training.check_start(['teacher'], 'resnet18.a1_in1k', False) == (False,
+        []), 'who asks for random weights gets no note'
 
 
 def test_a_host_that_answers_or_a_cache_leaves_the_rest_to_timm(monkeypatch):
@@ -136,10 +165,13 @@ def test_a_host_that_answers_or_a_cache_leaves_the_rest_to_timm(monkeypatch):
     monkeypatch.setattr(model, 'urlopen', not_found)
     model._check_fetchable('resnet18.a1_in1k')
     asked = []
-    monkeypatch.setattr(model, 'urlopen', lambda request, timeout: asked.append((request.method, timeout)) or SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(model, 'urlopen', lambda request,
+                        timeout: asked.append((request.method, timeout))
+                        or SimpleNamespace(close=lambda: None))
     model._check_fetchable('resnet18.a1_in1k')
     assert asked == [('HEAD', 10)]
-    monkeypatch.setattr(model, 'try_to_load_from_cache', lambda repository, file: '/cache' if file == 'pytorch_model.bin' else None)
+    monkeypatch.setattr(model, 'try_to_load_from_cache', lambda repository,
+                        file: '/cache' if file == 'pytorch_model.bin' else None)
     model._check_fetchable('resnet18.a1_in1k')
     assert len(asked) == 1, 'nobody is asked when the cache has them'
 
@@ -147,49 +179,73 @@ def test_a_host_that_answers_or_a_cache_leaves_the_rest_to_timm(monkeypatch):
 def test_a_local_file_of_weights_begins_both_networks(tmp_path, monkeypatch):
     whole = model.timm.create_model('resnet18.tv_in1k').state_dict()
     torch.save(whole, tmp_path/'resnet18.pth')
-    monkeypatch.setattr(model, 'urlopen', lambda *args, **kwargs: pytest.fail('the network was asked'))
-    begins, notes = training.check_start(['teacher'], 'resnet18.tv_in1k', str(tmp_path/'resnet18.pth'))
+    monkeypatch.setattr(model, 'urlopen', lambda *args, **kwargs: pytest.fail('the network was '
+        'asked'))
+    begins, notes = training.check_start(['teacher'], 'resnet18.tv_in1k',
+                                         str(tmp_path/'resnet18.pth'))
     network = training.build_network(0, 'resnet18.tv_in1k', 'depth', 3, 2, pretrained=begins)
-    assert not notes and torch.equal(network.network.backbone.body.state_dict()['layer4.1.conv2.weight'], whole['layer4.1.conv2.weight'])
+    assert not notes and torch.equal(
+        network.network.backbone.body.state_dict()['layer4.1.conv2.weight'],
+        whole['layer4.1.conv2.weight'])
     (tmp_path/'cut.pth').write_bytes((tmp_path/'resnet18.pth').read_bytes()[:5000])
     for trial in (False, True):
-        with pytest.raises(ValueError, match='cut.pth is not a whole file of weights'): training.check_start(['teacher'], 'resnet18.tv_in1k', str(tmp_path/'cut.pth'), trial=trial)
+        with pytest.raises(ValueError, match='cut.pth is not a whole file of weights'):
+            training.check_start(['teacher'], 'resnet18.tv_in1k', str(tmp_path/'cut.pth'),
+                                 trial=trial)
 
 
 def test_student_without_a_teacher(tmp_path):
-    with pytest.raises(ValueError, match="needs a teacher: -p teacher runs/<name>/teacher.safetensors"): training.check_start(['student'], 'small', False)
+    with pytest.raises(ValueError, match="needs a teacher: -p teacher "
+                       "runs/<name>/teacher.safetensors"):
+        training.check_start(['student'], 'small', False)
     _, notes = training.check_start(['student'], 'small', False, trial=True)
-    assert len(notes) == 1 and notes[0].startswith('TRIAL WITHOUT A TEACHER') and '\n' not in notes[0]
+    assert len(notes) == 1 and notes[0].startswith('TRIAL WITHOUT A TEACHER') and '\n' not in notes[
+        0]
     for trial in (False, True):
-        with pytest.raises(FileNotFoundError, match='gone.json is missing'): training.check_start(['student'], 'small', False, tmp_path/'gone.safetensors', trial=trial)
-        assert training.check_start(['teacher', 'student'], 'small', False, trial=trial) == (False, [])
+        with pytest.raises(FileNotFoundError, match='gone.json is missing'):
+            training.check_start(['student'], 'small', False, tmp_path/'gone.safetensors',
+                                 trial=trial)
+        assert training.check_start(['teacher', 'student'], 'small', False, trial=trial) == (False,
+            [])
 
 
 def papermill(home, name, *values, **environment):
     "The command of the config's first lines, in an empty project folder."
     (home/'settings.ini').touch()
-    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', '-f', str(configs/f'{name}.yaml'), str(root/'nbs'/'train.ipynb'), str(home/'out.ipynb'), *values]
-    return subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=3000, env={**os.environ, **environment})
+    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', '-k', 'python3', '-f',
+               str(configs/f'{name}.yaml'), str(root/'nbs'/'train.ipynb'), str(home/'out.ipynb'),
+               *values]
+    return subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=3000,
+                          env={**os.environ, **environment})
 
 
 def check_trial(home, name, batch, size):
     "What two steps must have left."
-    printed = ''.join(o.get('text', '') for c in nbformat.read(home/'out.ipynb', as_version=4).cells for o in c.get('outputs', []))
+    printed = ''.join(o.get('text', '') for c in nbformat.read(home/'out.ipynb', as_version=4).cells
+                      for o in c.get('outputs', []))
     out = home/'runs'/name
     lines = [json.loads(line) for line in open(out/'log.jsonl')]
-    assert [(r['stage'], r['step']) for r in lines] == [('student', 1), ('student', 2)] and all(r['teaching'] > 0 for r in lines)
+    assert [(r['stage'], r['step']) for r in lines] == [('student', 1),
+                                                        ('student', 2)] and all(r['teaching'] > 0
+        for r in lines)
     record, results = facts(out/'student.json'), json.loads((out/'results.json').read_text())
-    assert record['size'] == size and record['training']['step'] == 2 and record['config']['backbone'] == results['settings']['backbone'] == name.rsplit('_', 1)[0]
-    assert results['settings']['batch_size'] == batch and results['notes'] == record['notes'] and all(note in printed for note in record['notes'])
+    assert record['size'] == size and record['training']['step'] == 2 and record['config'][
+        'backbone'] == results['settings']['backbone'] == name.rsplit('_', 1)[0]
+    assert results['settings']['batch_size'] == batch and results['notes'] == record[
+        'notes'] and all(note in printed for note in record['notes'])
     assert any('WITHOUT A TEACHER' in note for note in record['notes'])
-    assert record['pretrained'] is results['settings']['pretrained'] is (not any('WITHOUT IMAGENET' in note for note in record['notes']))
-    assert set(results['rows']) == {'frequency prior', 'student (RGB, taught)'} and (out/'prediction-0.png').exists() and (out/'offsets.png').exists()
+    assert record['pretrained'] is results['settings']['pretrained'] is (
+        not any('WITHOUT IMAGENET' in note for note in record['notes']))
+    assert set(results['rows']) == {'frequency prior',
+                                    'student (RGB, taught)'} and (out
+        /'prediction-0.png').exists() and (out/'offsets.png').exists()
     return record
 
 
 def test_trial_of_the_full_network_on_small_pictures(tmp_path):
     "The quoted command, but for the size of pictures and batch; nothing can be fetched."
-    done = papermill(tmp_path, 'resnet50_student', '-p', 'steps', '2', '-p', 'size', '96', '-p', 'batch_size', '4', '-p', 'n_train', '8', '-p', 'n_test', '2',
+    done = papermill(tmp_path, 'resnet50_student', '-p', 'steps', '2', '-p', 'size', '96', '-p',
+                     'batch_size', '4', '-p', 'n_train', '8', '-p', 'n_test', '2',
                      HF_ENDPOINT='http://127.0.0.1:9', HF_HOME=str(tmp_path/'empty'))
     assert done.returncode == 0, done.stderr[-4000:]
     record = check_trial(tmp_path, 'resnet50_student', 4, 96)
@@ -199,10 +255,12 @@ def test_trial_of_the_full_network_on_small_pictures(tmp_path):
 
 def test_the_whole_run_stops_before_it_renders(tmp_path):
     done = papermill(tmp_path, 'swin_s_student')
-    assert done.returncode and '-p teacher runs/<name>/teacher.safetensors' in done.stderr and not (tmp_path/'data').exists()
+    assert done.returncode and '-p teacher runs/<name>/teacher.safetensors' in done.stderr and not (
+        tmp_path/'data').exists()
 
 
-@pytest.mark.skipif(not os.environ.get('STDG_FULL_SIZE'), reason='seven minutes and 11 GB on two cores: STDG_FULL_SIZE=1 runs it')
+@pytest.mark.skipif(not os.environ.get('STDG_FULL_SIZE'), reason='seven minutes and 11 GB on two '
+                    'cores: STDG_FULL_SIZE=1 runs it')
 def test_trial_at_full_size(tmp_path):
     done = papermill(tmp_path, 'resnet50_student', '-p', 'steps', '2')
     assert done.returncode == 0, done.stderr[-4000:]

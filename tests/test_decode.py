@@ -1,11 +1,12 @@
-"Decoding: the released numbers, a plain loop over candidates, the way from graph to fields and back, and bad fields."
+"""Decoding: the released numbers, a plain loop over candidates, the way from graph to fields and
+back, and bad fields."""
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from stdg.decode import decode, decode_batch, detect, ideal_output, hungarian_match
+from stdg.decode import decode, decode_batch, detect, hungarian_match, ideal_output
 from stdg.fields import encode
 from stdg.graph import TASKS, SceneGraph
 
@@ -14,7 +15,8 @@ GOLDEN = np.load(Path(__file__).parent / 'golden/decode.npz')
 
 def golden(case):
     part = lambda name: torch.from_numpy(GOLDEN[f'case{case}_{name}'])
-    return part('detection'), part('relation'), SceneGraph(part('gt_boxes'), part('gt_labels') - 1, []), part
+    return part('detection'), part('relation'), SceneGraph(part('gt_boxes'), part('gt_labels') - 1,
+        []), part
 
 
 def by_pair(pairs): return (pairs[:, 0] * 1000 + pairs[:, 1]).argsort()
@@ -22,9 +24,13 @@ def by_pair(pairs): return (pairs[:, 0] * 1000 + pairs[:, 1]).argsort()
 
 def random_fields(seed, classes=6, predicates=4, h=9, w=12, density=.3):
     g = torch.Generator().manual_seed(seed)
-    detection, relation = torch.rand(classes + 4, h, w, generator=g), torch.rand(predicates, 7, h, w, generator=g)
+    detection, relation = torch.rand(classes + 4, h, w, generator=g), torch.rand(predicates, 7, h,
+        w, generator=g)
     detection[-2:] *= 4
-    relation[:, 1] *= w; relation[:, 2] *= h; relation[:, 3] *= w; relation[:, 4] *= h
+    relation[:, 1] *= w
+    relation[:, 2] *= h
+    relation[:, 3] *= w
+    relation[:, 4] *= h
     relation[:, 0] *= torch.rand(predicates, h, w, generator=g) < density
     return detection, relation
 
@@ -33,7 +39,8 @@ def random_graph(seed, n=8, r=12, classes=6, predicates=4, side=192, size=None):
     rng = np.random.default_rng(seed)
     corner = rng.uniform(0, side - 60, (n, 2))
     pairs = np.array([rng.choice(n, 2, replace=False) for _ in range(r)])
-    return SceneGraph(np.c_[corner, corner + rng.uniform(15, 60, (n, 2))], rng.integers(0, classes, n),
+    return SceneGraph(np.c_[corner, corner + rng.uniform(15, 60, (n, 2))],
+                      rng.integers(0, classes, n),
                       np.c_[pairs, rng.integers(0, predicates, r)], size or (side, side))
 
 
@@ -47,7 +54,8 @@ def test_golden(case, task):
     assert torch.equal(ours.labels, part(f'{task}_labels') - 1)
     assert torch.allclose(ours.scores.double(), part(f'{task}_scores'), atol=1e-5, rtol=0)
     assert torch.equal(ours.pairs[by_pair(ours.pairs)], pairs[by_pair(pairs)])
-    assert torch.allclose(ours.predicates[by_pair(ours.pairs)].double(), predicates[by_pair(pairs)], atol=1e-5, rtol=0)
+    assert torch.allclose(ours.predicates[by_pair(ours.pairs)].double(), predicates[by_pair(pairs)],
+                          atol=1e-5, rtol=0)
     best = predicates.amax(1)
     alone = torch.tensor([(best == value).sum() == 1 for value in best])
     assert torch.equal(ours.pairs[alone], pairs[alone])  # the order, where scores differ
@@ -57,9 +65,11 @@ def test_golden(case, task):
 def test_default_differs_in_rank_only(case):
     detection, relation, truth, _ = golden(case)
     for task in ('sgdet', 'predcls'):
-        ours, theirs = decode(detection, relation, task, truth), decode(detection, relation, task, truth, released=True)
+        ours, theirs = decode(detection, relation, task, truth), decode(detection, relation, task,
+            truth, released=True)
         a, b = by_pair(ours.pairs), by_pair(theirs.pairs)
-        assert torch.equal(ours.pairs[a], theirs.pairs[b]) and torch.equal(ours.predicates[a], theirs.predicates[b])
+        assert torch.equal(ours.pairs[a], theirs.pairs[b]) and torch.equal(ours.predicates[a],
+            theirs.predicates[b])
         rank = ours.scores[ours.pairs].prod(1) * ours.predicates.amax(1)
         assert (rank.diff() <= 1e-7).all()
         assert task == 'sgdet' or torch.equal(ours.pairs, theirs.pairs)
@@ -71,7 +81,9 @@ def plain_relations(relation, boxes, scores, filtered, stride):
     q, pairs = scores.double().numpy(), {}
     for p, y, x in (relation[:, 0] > .1).nonzero().tolist():
         c, *points = relation[p, :5, y, x].tolist()
-        s, o = (int((np.linalg.norm(centres - np.array(point) * stride, axis=1) / (q * c + 1e-5)).argmin()) for point in (points[:2], points[2:]))
+        s, o = (int((np.linalg.norm(centres - np.array(point) * stride,
+                                    axis=1) / (q * c + 1e-5)).argmin()) for point in (points[:2],
+            points[2:]))
         if s == o or filtered and c <= min(q[s], q[o]) / 2: continue
         row = pairs.setdefault((s, o), np.zeros(len(relation)))
         row[p] = max(row[p], c)
@@ -86,14 +98,16 @@ def test_plain_loop(seed):
         ours = decode(detection, relation, task, truth, stride=8)
         plain = plain_relations(relation, ours.boxes, ours.scores, task != 'predcls', 8)
         assert {tuple(pair) for pair in ours.pairs.tolist()} == set(plain)
-        for pair, row in zip(ours.pairs.tolist(), ours.predicates): assert np.allclose(row, plain[tuple(pair)], atol=1e-6)
+        for pair, row in zip(ours.pairs.tolist(), ours.predicates):
+            assert np.allclose(row, plain[tuple(pair)], atol=1e-6)
 
 
 def test_many_candidates_need_no_more_than_blocks():
     detection, relation = random_fields(0, predicates=20, density=1.)
     ours = decode(detection, relation, stride=8)
     plain = plain_relations(relation, ours.boxes, ours.scores, True, 8)
-    assert {tuple(pair) for pair in ours.pairs.tolist()} == set(plain) and (relation[:, 0] > .1).sum() > 3 * 512
+    assert {tuple(pair) for pair in ours.pairs.tolist()} == set(plain) and (relation[:,
+        0] > .1).sum() > 3 * 512
 
 
 @pytest.mark.parametrize('stride', [8, 16])
@@ -101,21 +115,28 @@ def test_round_trip(stride):
     kept = total = right = 0
     for seed in range(30):
         graph = random_graph(seed)
-        prediction = decode(*ideal_output(encode(graph, 6, 4, graph.size, stride)), 'predcls', graph, stride)
+        prediction = decode(*ideal_output(encode(graph, 6, 4, graph.size, stride)), 'predcls',
+                            graph, stride)
         assert torch.equal(prediction.boxes, graph.boxes) and prediction.size == graph.size
-        found = {(s, o, p) for (s, o), row in zip(prediction.pairs.tolist(), prediction.predicates) for p in row.nonzero()[:, 0].tolist()}
+        found = {(s, o, p) for (s, o), row in zip(prediction.pairs.tolist(), prediction.predicates)
+                 for p in row.nonzero()[:, 0].tolist()}
         true = {tuple(row) for row in graph.relations.tolist()}
-        kept += len(found & true); right += len(found); total += len(true)
+        kept += len(found & true)
+        right += len(found)
+        total += len(true)
     assert kept / total > .95 and kept / right > .99
 
 
 def test_round_trip_detection():
-    graph = SceneGraph([[8, 8, 60, 50], [70, 20, 150, 120], [20, 100, 66, 180]], [0, 1, 0], [(0, 1, 2), (2, 1, 0)], (192, 192))
+    graph = SceneGraph([[8, 8, 60, 50], [70, 20, 150, 120], [20, 100, 66, 180]], [0, 1, 0],
+                       [(0, 1, 2), (2, 1, 0)], (192, 192))
     fields = ideal_output(encode(graph, 6, 4, graph.size, 8))
     prediction = decode(*fields, stride=8)
     order = [(prediction.boxes[:3] - box).abs().sum(1).argmin().item() for box in graph.boxes]
-    assert torch.allclose(prediction.boxes[order], graph.boxes, atol=1e-3) and torch.equal(prediction.labels[order], graph.labels)
-    assert {tuple(p) for p in prediction.pairs.tolist()} == {(order[0], order[1]), (order[2], order[1])}
+    assert torch.allclose(prediction.boxes[order], graph.boxes,
+                          atol=1e-3) and torch.equal(prediction.labels[order], graph.labels)
+    assert {tuple(p) for p in prediction.pairs.tolist()} == {(order[0], order[1]),
+        (order[2], order[1])}
     assert torch.equal(decode(*fields, 'sgcls', graph, 8).labels, graph.labels)
 
 
@@ -124,9 +145,11 @@ def test_unmatched_boxes_do_not_leak_their_class():
     detection[3, 4, 5] = .4  # a weak peak of class 3 beside the centre of the first box, of size 0
     truth = SceneGraph([[32, 24, 56, 56], [60, 60, 90, 90]], [5, 2], [], (96, 96))
     relation = torch.zeros(4, 7, 12, 12)
-    ours, theirs = (decode(detection, relation, 'sgcls', truth, 8, released) for released in (False, True))
+    ours, theirs = (decode(detection, relation, 'sgcls', truth, 8, released) for released in (False,
+        True))
     assert theirs.labels.tolist() == [5, 2] and theirs.scores.tolist() == [1, 1]
-    assert ours.labels[0] == 3 and torch.isclose(ours.scores[0], torch.tensor(.4)) and ours.scores[1] == 0
+    assert ours.labels[0] == 3 and torch.isclose(ours.scores[0],
+                                                 torch.tensor(.4)) and ours.scores[1] == 0
 
 
 def test_match_is_one_to_one_and_best_in_total():
@@ -137,13 +160,16 @@ def test_match_is_one_to_one_and_best_in_total():
 
 
 def test_batch_is_the_images_one_by_one():
-    fields, truths = [random_fields(seed) for seed in range(3)], [random_graph(seed, n=4 + seed, side=72, size=(72, 96)) for seed in range(3)]
+    fields, truths = [random_fields(seed) for seed in range(3)], [random_graph(seed, n=4 + seed,
+        side=72, size=(72, 96)) for seed in range(3)]
     fields[1][1].zero_()
     detections, relations = (torch.stack(part) for part in zip(*fields))
     for task in TASKS:
-        for one, (detection, relation), truth in zip(decode_batch(detections, relations, task, truths, 8), fields, truths):
+        for one, (detection, relation), truth in zip(decode_batch(detections, relations, task,
+            truths, 8), fields, truths):
             alone = decode(detection, relation, task, truth, 8)
-            for name in ('boxes', 'labels', 'scores', 'pairs', 'predicates'): assert torch.equal(getattr(one, name), getattr(alone, name))
+            for name in ('boxes', 'labels', 'scores', 'pairs', 'predicates'):
+                assert torch.equal(getattr(one, name), getattr(alone, name))
 
 
 def test_always_100_detections_or_every_cell():
@@ -164,10 +190,12 @@ def test_negative_sizes_of_an_untrained_network():
 def test_nothing_to_find(task):
     detection, relation = random_fields(0)
     none = SceneGraph([], [], [])
-    assert decode(detection, torch.zeros_like(relation), task, random_graph(0, size=(144, 192))).predicates.shape == (0, 4)
+    assert decode(detection, torch.zeros_like(relation), task,
+                  random_graph(0, size=(144, 192))).predicates.shape == (0, 4)
     if task != 'sgdet':
         prediction = decode(detection, relation, task, none)
-        assert len(prediction) == 0 and prediction.pairs.shape == (0, 2) and prediction.predicates.shape == (0, 4)
+        assert len(prediction) == 0 and prediction.pairs.shape == (0,
+            2) and prediction.predicates.shape == (0, 4)
     lone = decode(detection, relation, task, SceneGraph([[0, 0, 9, 9]], [0], []))
     assert task == 'sgdet' or len(lone.pairs) == 0
 
@@ -182,17 +210,25 @@ def test_half_precision_and_gradients_are_accepted():
 def test_bad_input():
     detection, relation = random_fields(0)
     truth = random_graph(0)
-    with pytest.raises(ValueError, match="task 'all' is unknown"): decode(detection, relation, 'all')
+    with pytest.raises(ValueError, match="task 'all' is unknown"):
+        decode(detection, relation, 'all')
     for task in ('sgcls', 'predcls'):
-        with pytest.raises(ValueError, match='needs the true boxes'): decode(detection, relation, task)
-        with pytest.raises(ValueError, match='truth has label 7'): decode(detection, relation, task, SceneGraph([[0, 0, 9, 9]], [7], []))
-    with pytest.raises(ValueError, match='needs the true boxes'): decode_batch(detection[None], relation[None], 'predcls', [truth, truth])
+        with pytest.raises(ValueError, match='needs the true boxes'):
+            decode(detection, relation, task)
+        with pytest.raises(ValueError, match='truth has label 7'):
+            decode(detection, relation, task, SceneGraph([[0, 0, 9, 9]], [7], []))
+    with pytest.raises(ValueError, match='needs the true boxes'):
+        decode_batch(detection[None], relation[None], 'predcls', [truth, truth])
     with pytest.raises(ValueError, match='at least one class'): decode(detection[:4], relation)
     with pytest.raises(ValueError, match=r'\(P, 7, h, w\)'): decode(detection, relation[:, :5])
     with pytest.raises(ValueError, match='fields disagree'): decode(detection, relation[..., :-1])
-    with pytest.raises(ValueError, match='fields disagree'): decode_batch(detection[None], relation[None].repeat(2, 1, 1, 1, 1))
-    with pytest.raises(ValueError, match=r'truth is of an image of \(192, 192\) pixels, at stride 8 \(24, 24\) cells; the fields have \(9, 12\)'):
+    with pytest.raises(ValueError, match='fields disagree'):
+        decode_batch(detection[None], relation[None].repeat(2, 1, 1, 1, 1))
+    with pytest.raises(ValueError, match=r'truth is of an image of \(192, 192\) pixels, at stride '
+                       r'8 \(24, 24\) cells; the fields have \(9, 12\)'):
         decode(detection, relation, 'predcls', truth, 8)
     for broken in (float('nan'), float('inf')):
-        with pytest.raises(ValueError, match='detection fields hold NaN'): decode(detection.index_fill(0, torch.tensor([2]), broken), relation)
-        with pytest.raises(ValueError, match='relation fields hold NaN'): decode(detection, relation.index_fill(1, torch.tensor([0]), broken))
+        with pytest.raises(ValueError, match='detection fields hold NaN'):
+            decode(detection.index_fill(0, torch.tensor([2]), broken), relation)
+        with pytest.raises(ValueError, match='relation fields hold NaN'):
+            decode(detection, relation.index_fill(1, torch.tensor([0]), broken))

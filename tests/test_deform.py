@@ -11,7 +11,8 @@ from stdg.model import STDG
 
 def case(c, b=2, h=9, w=7):
     torch.manual_seed(0)
-    return torch.randn(b, c, h, w, requires_grad=True), (4 * torch.randn(b, 18, h, w)).requires_grad_()
+    return torch.randn(b, c, h, w, requires_grad=True), (4 * torch.randn(b, 18, h,
+        w)).requires_grad_()
 
 
 @pytest.mark.parametrize('c,n', [(8, 8), (8, 16), (32, 8)])
@@ -20,7 +21,8 @@ def test_layer_equals_torchvision(c, n):
     learnt = (x, offsets, layer.weight, layer.bias)
     ours, theirs = layer(x, offsets), deform_conv2d(x, offsets, layer.weight, layer.bias, padding=1)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    for a, b in zip(torch.autograd.grad(ours.square().sum(), learnt), torch.autograd.grad(theirs.square().sum(), learnt)):
+    for a, b in zip(torch.autograd.grad(ours.square().sum(), learnt),
+                    torch.autograd.grad(theirs.square().sum(), learnt)):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 
@@ -31,7 +33,8 @@ def test_training_under_autocast(c):
     with torch.autocast('cpu', dtype=torch.bfloat16): out = layer(x.bfloat16(), offsets.bfloat16())
     out.sum().backward()
     torch.testing.assert_close(out, layer(x.bfloat16().float(), offsets.bfloat16().float()))
-    assert out.dtype == torch.float32 and all(torch.isfinite(p.grad).all() for p in (x, offsets, layer.weight))
+    assert out.dtype == torch.float32 and all(torch.isfinite(p.grad).all() for p in (x, offsets,
+        layer.weight))
 
 
 @pytest.mark.parametrize('c', [8, 32])
@@ -46,15 +49,20 @@ def test_compiles_without_a_break(c):
 def test_whole_network_exports_with_free_batch(backbone):
     model = STDG(backbone, n_objects=5, n_predicates=3, pretrained=False).eval()
     image = torch.randn(2, 3, 64, 64)
-    program = torch.export.export(model, (image,), dynamic_shapes=({0: torch.export.Dim('batch')},)).module()
+    program = torch.export.export(model, (image,), dynamic_shapes=({0: torch.export.Dim('batch')},
+        )).module()
     with torch.no_grad():
-        for ours, theirs in zip(program(torch.cat([image, image[:1]])), model(image)): torch.testing.assert_close(ours[:2], theirs, rtol=1e-4, atol=1e-4)
+        for ours, theirs in zip(program(torch.cat([image, image[:1]])), model(image)):
+            torch.testing.assert_close(ours[:2], theirs, rtol=1e-4, atol=1e-4)
 
 
 def peak(function):
     "Most bytes that `function` holds at once, by the allocator's own records."
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile: function()
-    events = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == '[memory]')
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:
+        function()
+    events = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events()
+                    if e.name() == '[memory]')
     return max(itertools.accumulate(size for _, size in events))
 
 
@@ -66,5 +74,6 @@ def test_needs_no_more_memory_than_torchvision(c, n):
     run()  # gradients exist from here on
     ours = peak(run)
     for head in heads:
-        for block in head.blocks: block.deform.way = lambda *inputs: deform_conv2d(*inputs, padding=1)
+        for block in head.blocks:
+            block.deform.way = lambda *inputs: deform_conv2d(*inputs, padding=1)
     assert ours <= peak(run)

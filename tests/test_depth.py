@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from stdg.depth.maps import (
-    camera_matrix, inverse_depth_from, pseudo_depth, read_pfm, stereo_motorcycle, write_pfm)
+from stdg.depth.maps import camera_matrix, inverse_depth_from, pseudo_depth, read_pfm, stereo_motorcycle, write_pfm
 
 GOLDEN = np.load(Path(__file__).parent/'golden'/'hha.npz')
 
@@ -16,7 +15,8 @@ def test_released_pseudo_depth_is_golden(case):
     depth, camera = pseudo_depth(GOLDEN[f'{case}_inverse_depth'], released=True)
     assert depth.shape == (512, 512) and depth.dtype == np.float32
     assert np.array_equal(camera, GOLDEN[f'{case}_K'])
-    golden = GOLDEN[f'{case}_pseudo_depth'].astype(np.float32)  # stored in half precision: 2^-11 of 10 m
+    # stored in half precision: 2^-11 of 10 m
+    golden = GOLDEN[f'{case}_pseudo_depth'].astype(np.float32)
     np.testing.assert_allclose(depth, golden, rtol=2**-11, atol=1e-4)
 
 
@@ -26,13 +26,17 @@ def test_only_the_camera_differs_by_default(case):
     depth, camera = pseudo_depth(inverse)
     scale = 512/max(inverse.shape)
     assert np.array_equal(depth, pseudo_depth(inverse, released=True)[0])
-    np.testing.assert_allclose(camera, [[500, 0, scale*inverse.shape[1]/2], [0, 500, scale*inverse.shape[0]/2], [0, 0, 1]])
+    np.testing.assert_allclose(camera,
+                               [[500, 0, scale*inverse.shape[1]/2],
+                                [0, 500, scale*inverse.shape[0]/2], [0, 0, 1]])
 
 
 def test_pseudo_depth_of_tensors_and_other_sizes():
     inverse = np.random.default_rng(0).random((30, 40), np.float32) + 1
     depth, camera = pseudo_depth(torch.from_numpy(inverse), size=128)
-    assert isinstance(depth, torch.Tensor) and isinstance(camera, torch.Tensor) and depth.shape == (128, 128)
+    assert isinstance(depth, torch.Tensor) and isinstance(camera,
+                                                          torch.Tensor) and depth.shape == (128,
+        128)
     again, camera_again = pseudo_depth(inverse, size=128)
     assert np.array_equal(depth.numpy(), again) and np.array_equal(camera.numpy(), camera_again)
     assert 1 <= again[:96].min() and again.max() <= 10 and not again[96:].any()
@@ -41,7 +45,8 @@ def test_pseudo_depth_of_tensors_and_other_sizes():
 
 def test_pseudo_depth_ignores_scale_and_shift():
     inverse = np.random.default_rng(0).random((30, 40))
-    np.testing.assert_allclose(pseudo_depth(inverse)[0], pseudo_depth(1000*inverse + 300)[0], rtol=1e-3)
+    np.testing.assert_allclose(pseudo_depth(inverse)[0], pseudo_depth(1000*inverse + 300)[0],
+                               rtol=1e-3)
 
 
 def test_a_very_flat_picture_keeps_a_row():
@@ -50,7 +55,8 @@ def test_a_very_flat_picture_keeps_a_row():
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (np.full((4, 5), 7.), 'constant'), (np.array([[1, np.nan], [2, 3]]), 'NaN'), (np.array([[1, np.inf], [2, 3]]), 'NaN or infinite'),
+    (np.full((4, 5), 7.), 'constant'), (np.array([[1, np.nan], [2, 3]]), 'NaN'),
+                                            (np.array([[1, np.inf], [2, 3]]), 'NaN or infinite'),
     (np.ones((2, 4, 5)), 'shape'), (np.ones((0, 5)), 'shape')])
 def test_pseudo_depth_refuses(wrong, message):
     with pytest.raises(ValueError, match=message): pseudo_depth(wrong)
@@ -72,15 +78,20 @@ def test_pfm_round_trip(tmp_path, shape):
 def test_pfm_layout(tmp_path):
     array = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
     write_pfm(tmp_path/'map.pfm', array)
-    assert (tmp_path/'map.pfm').read_bytes() == b'Pf\n3 2\n-1.0\n' + np.array([4, 5, 6, 1, 2, 3], '<f4').tobytes()
-    (tmp_path/'big.pfm').write_bytes(b'Pf\n3 2\n1.0\n' + np.array([4, 5, 6, 1, 2, 3], '>f4').tobytes())
+    assert (tmp_path/'map.pfm').read_bytes() == b'Pf\n3 2\n-1.0\n' + np.array([4, 5, 6, 1, 2, 3],
+        '<f4').tobytes()
+    (tmp_path/'big.pfm').write_bytes(b'Pf\n3 2\n1.0\n' + np.array([4, 5, 6, 1, 2, 3],
+        '>f4').tobytes())
     assert np.array_equal(read_pfm(tmp_path/'big.pfm'), array)
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'', 'not a PFM'), (b'\x89PNG\r\n\x1a\n', 'not a PFM'), (b'PF\n1 1\n-1.0\n' + bytes(12), 'colour'),
+    (b'', 'not a PFM'), (b'\x89PNG\r\n\x1a\n', 'not a PFM'),
+                                              (b'PF\n1 1\n-1.0\n' + bytes(12), 'colour'),
     (b'Pf\n3 2\n-1.0\n' + bytes(23), 'truncated'), (b'Pf\n3 2\n-1.0\n' + bytes(25), 'too long'),
-    (b'Pf\n3\n-1.0\n' + bytes(24), 'header'), (b'Pf\n3 x\n-1.0\n' + bytes(24), 'header'), (b'Pf\n3 -2\n-1.0\n', 'header'), (b'Pf\n3 2\n', 'header'),
+    (b'Pf\n3\n-1.0\n' + bytes(24), 'header'), (b'Pf\n3 x\n-1.0\n' + bytes(24), 'header'),
+                                              (b'Pf\n3 -2\n-1.0\n', 'header'),
+                                              (b'Pf\n3 2\n', 'header'),
     (b'Pf\n3 2\n0\n' + bytes(24), 'header'), (b'Pf\n3 2\nnan\n' + bytes(24), 'header')])
 def test_pfm_faults_name_the_file(tmp_path, content, message):
     path = tmp_path/'broken.pfm'
@@ -90,7 +101,8 @@ def test_pfm_faults_name_the_file(tmp_path, content, message):
 
 def test_pfm_missing_or_of_another_shape(tmp_path):
     with pytest.raises(FileNotFoundError, match='absent.pfm'): read_pfm(tmp_path/'absent.pfm')
-    with pytest.raises(ValueError, match='map.pfm'): write_pfm(tmp_path/'map.pfm', np.ones((2, 3, 3)))
+    with pytest.raises(ValueError, match='map.pfm'):
+        write_pfm(tmp_path/'map.pfm', np.ones((2, 3, 3)))
     assert not list(tmp_path.iterdir())
 
 
@@ -102,7 +114,8 @@ def test_estimate_is_a_line_of_inverse_depth_without_noise():
 
 
 def test_estimate_fills_holes_is_positive_and_repeatable():
-    depth = np.random.default_rng(0).uniform(1, 6, (20, 30)); depth[5:12, 5:20] = 0
+    depth = np.random.default_rng(0).uniform(1, 6, (20, 30))
+    depth[5:12, 5:20] = 0
     before = depth.copy()
     estimate = inverse_depth_from(depth, rng=3)
     assert np.array_equal(depth, before)
@@ -115,12 +128,15 @@ def test_estimate_fills_holes_is_positive_and_repeatable():
 def test_more_noise_is_a_worse_estimate():
     _, depth, _ = stereo_motorcycle()
     seen = depth > 0
-    fit = [np.corrcoef(inverse_depth_from(depth, noise=noise, rng=0)[seen], 1/depth[seen])[0, 1] for noise in (.01, .1, .5)]
+    fit = [np.corrcoef(inverse_depth_from(depth, noise=noise, rng=0)[seen], 1/depth[seen])[0, 1]
+           for noise in (.01, .1, .5)]
     assert fit[0] > fit[1] > fit[2]
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (np.zeros((4, 5)), 'every pixel is missing'), (np.full((4, 5), -1.), 'negative'), (np.full((4, 5), np.nan), 'NaN'), (np.ones(4), 'shape')])
+    (np.zeros((4, 5)), 'every pixel is missing'), (np.full((4, 5), -1.), 'negative'),
+                                            (np.full((4, 5), np.nan), 'NaN'),
+                                            (np.ones(4), 'shape')])
 def test_estimate_refuses(wrong, message):
     with pytest.raises(ValueError, match=message): inverse_depth_from(wrong)
 

@@ -1,6 +1,8 @@
-"""Monocular depth over a database: real loading, real kills, shards, and one clear error for each thing that can be wrong.
+"""Monocular depth over a database: real loading, real kills, shards, and one clear error for each
+thing that can be wrong.
 
-As a script (`python test_estimation.py FOLDER MODEL`) it is the worker that the first test kills."""
+As a script (`python test_estimation.py FOLDER MODEL`) it is the worker that the first test
+kills."""
 import os
 
 os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_VERBOSITY='error')
@@ -19,10 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stdg.datasets.visual_genome import Database, write_annotations, write_images
 from stdg.depth.depth_file import DepthFile, depth_path
 from stdg.depth.estimators import Estimator, estimate_depth, merge_depth
 from stdg.graph import SceneGraph, Vocabulary
-from stdg.datasets.visual_genome import Database, write_annotations, write_images
 
 transformers = pytest.importorskip('transformers')
 SHAPES = [(48, 64), (64, 48), (64, 64), (40, 64), (3, 64)]
@@ -31,9 +33,12 @@ SHAPES = [(48, 64), (64, 48), (64, 64), (40, 64), (3, 64)]
 def make_database(folder, n=20, shapes=SHAPES):
     "Pictures of five shapes, one of them three pixels high: rows could be taken for colours there."
     rng = np.random.default_rng(0)
-    records = [dict(image=np.kron(rng.integers(0, 256, (-(-h // 8), -(-w // 8), 3)), np.ones((8, 8, 1))).astype(np.uint8)[:h, :w], image_id=100 + 7 * i)
+    records = [dict(image=np.kron(rng.integers(0, 256, (-(-h // 8), -(-w // 8), 3)),
+                                  np.ones((8, 8, 1))).astype(np.uint8)[:h, :w],
+                    image_id=100 + 7 * i)
                for i, (h, w) in enumerate((shapes * n)[:n])]
-    write_annotations(folder, [SceneGraph([], [], [], r['image'].shape[:2]) for r in records], [0] * n, Vocabulary(['cup'], ['on']), 64)
+    write_annotations(folder, [SceneGraph([], [], [], r['image'].shape[:2]) for r in records],
+                      [0] * n, Vocabulary(['cup'], ['on']), 64)
     write_images(folder, records, n, 64)
     return Database(folder)
 
@@ -43,43 +48,65 @@ def save(network, processor, folder, spread=6.):
     with torch.no_grad():
         for weights in network.parameters():
             if weights.ndim > 1: weights.mul_(spread)
-    network.save_pretrained(folder); processor.save_pretrained(folder)
+    network.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 
 def tiny_dpt(folder, seed=0):
     from transformers import BeitConfig, DPTConfig, DPTForDepthEstimation, DPTImageProcessor
     torch.manual_seed(seed)
-    backbone = BeitConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48, image_size=64, patch_size=16, out_indices=[1, 2, 3, 4],
+    backbone = BeitConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
+                          intermediate_size=48, image_size=64, patch_size=16,
+                          out_indices=[1, 2, 3, 4],
                           reshape_hidden_states=False, use_relative_position_bias=True)
-    network = DPTForDepthEstimation(DPTConfig(backbone_config=backbone, hidden_size=32, neck_hidden_sizes=[16, 16, 32, 32], fusion_hidden_size=16))
+    network = DPTForDepthEstimation(DPTConfig(backbone_config=backbone, hidden_size=32,
+                                              neck_hidden_sizes=[16, 16, 32, 32],
+                                              fusion_hidden_size=16))
     network.head.head[4].bias.data.fill_(1.)
-    return save(network, DPTImageProcessor(size=dict(height=64, width=64), keep_aspect_ratio=False, ensure_multiple_of=32), folder)
+    return save(network, DPTImageProcessor(size=dict(height=64, width=64), keep_aspect_ratio=False,
+                                           ensure_multiple_of=32), folder)
 
 
 def tiny_depth_anything(folder, kind='metric'):
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
     torch.manual_seed(0)
-    backbone = Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=56, patch_size=14, out_indices=[1, 2, 3, 4],
+    backbone = Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2,
+                            image_size=56, patch_size=14, out_indices=[1, 2, 3, 4],
                             reshape_hidden_states=False, apply_layernorm=True)
-    network = DepthAnythingForDepthEstimation(DepthAnythingConfig(backbone_config=backbone, reassemble_hidden_size=32, neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16, head_hidden_size=8,
-                                                                  depth_estimation_type=kind, max_depth=20 if kind == 'metric' else None))
-    return save(network, DPTImageProcessor(size=dict(height=56, width=56), keep_aspect_ratio=True, ensure_multiple_of=14), folder)
+    network = DepthAnythingForDepthEstimation(DepthAnythingConfig(backbone_config=backbone,
+        reassemble_hidden_size=32, neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16,
+        head_hidden_size=8,
+                                                                  depth_estimation_type=kind,
+        max_depth=20 if kind == 'metric' else None))
+    return save(network, DPTImageProcessor(size=dict(height=56, width=56), keep_aspect_ratio=True,
+                                           ensure_multiple_of=14), folder)
 
 
 def tiny_zoedepth(folder):
     from transformers import BeitConfig, ZoeDepthConfig, ZoeDepthForDepthEstimation, ZoeDepthImageProcessor
     torch.manual_seed(0)
-    backbone = BeitConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48, image_size=64, patch_size=16, out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
-    network = ZoeDepthForDepthEstimation(ZoeDepthConfig(backbone_config=backbone, backbone_hidden_size=32, neck_hidden_sizes=[16, 16, 32, 32], fusion_hidden_size=16, bottleneck_features=16,
-                                                        num_relative_features=8, bin_embedding_dim=8, num_attractors=[4, 2, 2, 1]))
-    return save(network, ZoeDepthImageProcessor(size=dict(height=64, width=64), ensure_multiple_of=32), folder)
+    backbone = BeitConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
+                          intermediate_size=48, image_size=64, patch_size=16,
+                          out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
+    network = ZoeDepthForDepthEstimation(ZoeDepthConfig(backbone_config=backbone,
+                                                        backbone_hidden_size=32,
+                                                        neck_hidden_sizes=[16, 16, 32, 32],
+                                                        fusion_hidden_size=16,
+                                                        bottleneck_features=16,
+                                                        num_relative_features=8,
+                                                        bin_embedding_dim=8,
+                                                        num_attractors=[4, 2, 2, 1]))
+    return save(network, ZoeDepthImageProcessor(size=dict(height=64, width=64),
+                                                ensure_multiple_of=32), folder)
 
 
 def tiny_glpn(folder):
     from transformers import GLPNConfig, GLPNForDepthEstimation, GLPNImageProcessor
     torch.manual_seed(0)
-    return save(GLPNForDepthEstimation(GLPNConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16, max_depth=10)),
+    return save(GLPNForDepthEstimation(GLPNConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1],
+                                                  num_attention_heads=[1, 1, 2, 2],
+                                                  decoder_hidden_size=16, max_depth=10)),
                 GLPNImageProcessor(), folder, 3.)
 
 
@@ -96,13 +123,18 @@ def copy(model, tmp_path): return shutil.copytree(model, tmp_path/'copy')
 
 
 def child(folder, model, shard, slow=0., stuck=False):
-    "A real process that does its share; slowly, or stuck for ever while it writes its second part. Returns its id."
+    """A real process that does its share; slowly, or stuck for ever while it writes its second
+    part.
+
+    Returns its id."""
     pid = os.fork()
     if pid: return pid
     code = 1
     try:
         maps, fsync, parts = Estimator.maps, os.fsync, []
-        def late(*args): time.sleep(slow); return maps(*args)
+        def late(*args):
+            time.sleep(slow)
+            return maps(*args)
         def hang(file):
             parts.append(file)
             if len(parts) == 2: time.sleep(600)
@@ -115,15 +147,21 @@ def child(folder, model, shard, slow=0., stuck=False):
 
 
 def worker(folder, model):
-    "Start shard 0 and kill it between two parts; start shard 1 and kill it within one; then let three processes finish."
+    """Start shard 0 and kill it between two parts; start shard 1 and kill it within one; then let
+    three processes finish."""
     parts = Path(folder)/'depth_tiny-parts'
-    whole = lambda shard: sorted(int(p.stem[5:]) for p in parts.glob('part-*.h5') if int(p.stem[5:]) % 3 == shard)
-    for shard, how, ready in [(0, dict(slow=.4), lambda: len(whole(0)) >= 1), (1, dict(stuck=True), lambda: whole(1) and list(parts.glob('.*partial.part-*')))]:
+    whole = lambda shard: sorted(int(p.stem[5:]) for p in parts.glob('part-*.h5')
+                                 if int(p.stem[5:]) % 3 == shard)
+    for shard, how, ready in [(0, dict(slow=.4), lambda: len(whole(0)) >= 1),
+                              (1, dict(stuck=True),
+                               lambda: whole(1) and list(parts.glob('.*partial.part-*')))]:
         pid, end = child(folder, model, shard, **how), time.monotonic() + 60
         while not ready() and time.monotonic() < end: time.sleep(.02)
         os.kill(pid, signal.SIGKILL)
-        print('killed', shard, os.waitpid(pid, 0)[1], len(whole(shard)), len(list(parts.glob('.*partial*'))))
-    for shard in range(3): print('exit', os.waitpid(child(folder, model, shard), 0)[1], len(whole(shard)))
+        print('killed', shard, os.waitpid(pid, 0)[1], len(whole(shard)),
+              len(list(parts.glob('.*partial*'))))
+    for shard in range(3):
+        print('exit', os.waitpid(child(folder, model, shard), 0)[1], len(whole(shard)))
 
 
 @pytest.fixture
@@ -135,21 +173,27 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_killed_twice_in_three_shards_equals_one_undisturbed_run(model, database, tmp_path, one_thread):
-    run = subprocess.run([sys.executable, __file__, database.folder, model], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+def test_killed_twice_in_three_shards_equals_one_undisturbed_run(model, database, tmp_path,
+    one_thread):
+    run = subprocess.run([sys.executable, __file__, database.folder, model], capture_output=True,
+                         text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert run.returncode == 0, run.stderr
     killed = [line.split()[1:] for line in run.stdout.splitlines() if line.startswith('killed')]
-    assert [k[1] for k in killed] == ['9', '9'] and all(0 < int(k[2]) < 4 for k in killed), run.stdout
+    assert [k[1] for k in killed] == ['9', '9'] and all(0 < int(k[2]) < 4
+                                                        for k in killed), run.stdout
     assert killed[1][3] == '1', 'the second was killed while it wrote'
     assert run.stdout.count('exit 0') == 3 and 'exit 0 4' in run.stdout, run.stdout
     assert not depth_path(database.folder, model).exists(), 'a shard does not merge'
     merged = DepthFile(merge_depth(database, model), database.image_ids)
     assert not list(database.folder.glob('*parts*'))
-    other = Database(database.folder); other.folder = tmp_path/'undisturbed'
-    once = DepthFile(estimate_depth(other, model, size=64, batch=2, progress=False), database.image_ids)
+    other = Database(database.folder)
+    other.folder = tmp_path/'undisturbed'
+    once = DepthFile(estimate_depth(other, model, size=64, batch=2, progress=False),
+                     database.image_ids)
     assert len(merged) == 20 and [tuple(s) for s in merged.shapes] == (SHAPES * 4)
     assert all(np.array_equal(a, b) and np.ptp(a) > 0 for a, b in zip(merged, once))
-    with h5py.File(merged.path) as a, h5py.File(once.path) as b: assert set(a) == set(b) and all(np.array_equal(a[k], b[k]) for k in a)
+    with h5py.File(merged.path) as a, h5py.File(once.path) as b:
+        assert set(a) == set(b) and all(np.array_equal(a[k], b[k]) for k in a)
 
 
 def test_part_size_does_not_matter_and_a_file_reads_in_other_processes(model, database):
@@ -160,27 +204,37 @@ def test_part_size_does_not_matter_and_a_file_reads_in_other_processes(model, da
     for a, b in zip(maps, large): np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('make, most', [(tiny_depth_anything, 20), (tiny_zoedepth, 10), (tiny_glpn, 10)])
+@pytest.mark.parametrize('make, most', [(tiny_depth_anything, 20), (tiny_zoedepth, 10),
+                                        (tiny_glpn, 10)])
 def test_metric_models_give_metres(make, most, tmp_path):
     database = make_database(tmp_path/'db', 8, SHAPES[:4])
-    maps = DepthFile(estimate_depth(database, make(tmp_path/'metres'), size=64, batch=8, progress=False))
-    assert maps.metric and all(.0009 < m.min() < m.max() <= most * 1.2 for m in maps) and [m.shape for m in maps] == SHAPES[:4] * 2
+    maps = DepthFile(estimate_depth(database, make(tmp_path/'metres'), size=64, batch=8,
+                                    progress=False))
+    assert maps.metric and all(.0009 < m.min() < m.max() <= most * 1.2 for m in maps) and [m.shape
+        for m in maps] == SHAPES[:4] * 2
     estimator = Estimator(tmp_path/'metres')
-    for row in range(4): np.testing.assert_allclose(maps[row], estimator([database.image(row)])[0], rtol=5e-3)
+    for row in range(4):
+        np.testing.assert_allclose(maps[row], estimator([database.image(row)])[0], rtol=5e-3)
 
 
 def test_what_the_configuration_says_can_be_overruled(model, database, tmp_path):
-    assert not Estimator(tiny_depth_anything(tmp_path/'any', 'relative')).metric and Estimator(model, metric=True).metric
+    assert not Estimator(tiny_depth_anything(tmp_path/'any',
+                                             'relative')).metric and Estimator(model,
+        metric=True).metric
     assert DepthFile(estimate_depth(database, model, size=64, metric=True, progress=False)).metric
 
 
 def test_a_picture_that_the_processor_cannot_read_is_named(database, tmp_path):
-    with pytest.raises(ValueError, match=r'image 128 \(64 x 3 pixels\) is not read by the processor of .*flat'): estimate_depth(database, tiny_depth_anything(tmp_path/'flat'), progress=False)
+    with pytest.raises(ValueError, match=r'image 128 \(64 x 3 pixels\) is not read by the '
+                       r'processor of .*flat'):
+        estimate_depth(database, tiny_depth_anything(tmp_path/'flat'), progress=False)
 
 
 def test_without_transformers(model, database, monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
-    with pytest.raises(ImportError, match=r"needs the package transformers: pip install 'stdg\[depth\]'"): estimate_depth(database, model)
+    with pytest.raises(ImportError, match=r"needs the package transformers: pip install "
+                       r"'stdg\[depth\]'"):
+        estimate_depth(database, model)
     assert not list(database.folder.glob('depth*'))
 
 
@@ -192,34 +246,44 @@ def weights(copy, change):
 
 def test_nan_in_the_weights_names_the_images(copy, database):
     weights(copy, lambda t: t['head.head.2.weight'].fill_(torch.nan))
-    with pytest.raises(ValueError, match=r'copy: the depth of images 100, 107, 114 has NaN or infinite values'): estimate_depth(database, copy, batch=3, progress=False)
+    with pytest.raises(ValueError, match=r'copy: the depth of images 100, 107, 114 has NaN or '
+                       r'infinite values'):
+        estimate_depth(database, copy, batch=3, progress=False)
     assert not list(database.folder.glob('depth*')), 'nothing is left'
 
 
 def test_absent_weights_are_seen_only_where_they_matter(copy, database, model):
-    unused = [f'neck.fusion_stage.layers.0.residual_layer1.convolution{k}.{what}' for k in (1, 2) for what in ('weight', 'bias')]
+    unused = [f'neck.fusion_stage.layers.0.residual_layer1.convolution{k}.{what}' for k in (1, 2)
+              for what in ('weight', 'bias')]
     weights(copy, lambda t: [t.pop(name) for name in unused])
     estimator, image = Estimator(copy), database.image(0)
-    assert estimator.absent == sorted(unused) and np.array_equal(estimator([image])[0], Estimator(model)([image])[0])
+    assert estimator.absent == sorted(unused) and np.array_equal(estimator([image])[0],
+        Estimator(model)([image])[0])
     weights(copy, lambda t: t.pop('head.head.2.bias'))
-    with pytest.raises(ValueError, match=r'copy \(absent weights: 5, head.head.2.bias, ...\): the depth of images 100, .* has NaN'): estimate_depth(database, copy, progress=False)
+    with pytest.raises(ValueError, match=r'copy \(absent weights: 5, head.head.2.bias, ...\): the '
+                       r'depth of images 100, .* has NaN'):
+        estimate_depth(database, copy, progress=False)
 
 
 def test_three_rows_are_not_taken_for_three_colours(model):
     pixels, shape = Estimator(model).prepare(np.full((3, 64, 3), (255, 0, 0), np.uint8))
-    assert shape == (3, 64) and pixels.shape == (3, 64, 64) and pixels[0].min() == 1 and pixels[1:].max() == -1
+    assert shape == (3, 64) and pixels.shape == (3, 64,
+                                                 64) and pixels[0].min() == 1 and pixels[
+        1:].max() == -1
 
 
 def test_weights_in_half_precision(copy, model, database):
     Estimator(model).network.half().save_pretrained(copy)
     assert load_file(copy/'model.safetensors')['head.head.2.bias'].dtype == torch.float16
     image = database.image(0)
-    np.testing.assert_allclose(Estimator(copy)([image])[0], Estimator(model)([image])[0], rtol=.01, atol=.01)
+    np.testing.assert_allclose(Estimator(copy)([image])[0], Estimator(model)([image])[0], rtol=.01,
+                               atol=.01)
 
 
 def test_weights_of_another_shape(copy):
     weights(copy, lambda t: t.update({'head.head.2.bias': torch.zeros(7)}))
-    with pytest.raises(ValueError, match="copy can't be loaded as a depth estimator"): Estimator(copy)
+    with pytest.raises(ValueError, match="copy can't be loaded as a depth estimator"):
+        Estimator(copy)
 
 
 def test_strangers_code_does_not_run(copy, tmp_path):
@@ -228,42 +292,67 @@ def test_strangers_code_does_not_run(copy, tmp_path):
     torch.save(dict(a=Bomb()), copy/'pytorch_model.bin')
     config = json.loads((copy/'config.json').read_text())
     (copy/'evil.py').write_text(f"open({str(tmp_path/'harm')!r}, 'w')\nclass Evil: pass\n")
-    (copy/'config.json').write_text(json.dumps({**config, 'auto_map': {'AutoModelForDepthEstimation': 'evil.Evil', 'AutoConfig': 'evil.Evil'}}))
+    (copy/'config.json').write_text(json.dumps({**config,
+                                                'auto_map': {
+        'AutoModelForDepthEstimation': 'evil.Evil', 'AutoConfig': 'evil.Evil'}}))
     Estimator(copy)
-    (copy/'config.json').write_text(json.dumps({**config, 'model_type': 'evil', 'auto_map': {'AutoConfig': 'evil.Evil'}}))
+    (copy/'config.json').write_text(json.dumps({**config, 'model_type': 'evil',
+                                                'auto_map': {'AutoConfig': 'evil.Evil'}}))
     with pytest.raises(ValueError, match="copy can't be loaded"): Estimator(copy)
-    (copy/'config.json').write_text(json.dumps(config)); (copy/'model.safetensors').unlink()
-    with pytest.raises(FileNotFoundError, match='copy has no weights as .safetensors'): Estimator(copy)
+    (copy/'config.json').write_text(json.dumps(config))
+    (copy/'model.safetensors').unlink()
+    with pytest.raises(FileNotFoundError, match='copy has no weights as .safetensors'):
+        Estimator(copy)
     assert not (tmp_path/'harm').exists()
 
 
 def test_parts_of_other_weights_or_settings_are_refused(model, copy, database, tmp_path):
     estimate_depth(database, model, size=64, shard=(0, 2), batch=4, progress=False)
     other = tiny_dpt(tmp_path/'other'/'tiny', seed=1)
-    with pytest.raises(ValueError, match=r'depth_tiny-parts holds parts of something else: weights'): estimate_depth(database, other, size=64, progress=False)
-    with pytest.raises(ValueError, match=r'pixels 64 \(asked: 32\)'): estimate_depth(database, model, size=32, progress=False)
-    with pytest.raises(ValueError, match='shard 2/2: the first number goes from 0 to 1'): estimate_depth(database, model, size=64, shard=(2, 2), progress=False)
+    with pytest.raises(ValueError,
+                       match=r'depth_tiny-parts holds parts of something else: weights'):
+        estimate_depth(database, other, size=64, progress=False)
+    with pytest.raises(ValueError, match=r'pixels 64 \(asked: 32\)'):
+        estimate_depth(database, model, size=32, progress=False)
+    with pytest.raises(ValueError, match='shard 2/2: the first number goes from 0 to 1'):
+        estimate_depth(database, model, size=64, shard=(2, 2), progress=False)
     with pytest.raises(ValueError, match='2 of 5 parts are missing'): merge_depth(database, model)
-    moved = shutil.copytree(model, tmp_path/'moved'/'tiny')  # another mount point of the same weights
-    assert DepthFile(estimate_depth(database, moved, size=64, progress=False)).path == depth_path(database.folder, model)
+    # another mount point of the same weights
+    moved = shutil.copytree(model, tmp_path/'moved'/'tiny')
+    assert DepthFile(estimate_depth(database, moved, size=64,
+                                    progress=False)).path == depth_path(database.folder, model)
 
 
 def test_constant_maps_are_counted_and_named(model, database, monkeypatch):
     maps = Estimator.maps
-    def dark(self, prepared, shapes=None): return [m * (shape != (3, 64)) for m, (_, shape) in zip(maps(self, prepared, shapes), prepared)]
+    def dark(self, prepared, shapes=None):
+        return [m * (shape != (3, 64)) for m, (_, shape) in zip(maps(self, prepared, shapes),
+            prepared)]
     monkeypatch.setattr(Estimator, 'maps', dark)
-    with pytest.warns(UserWarning, match='depth_tiny.h5: 4 of 20 images have no depth, their map is constant: 128, 163, 198, 233'): path = estimate_depth(database, model, size=64, progress=False)
+    with pytest.warns(UserWarning, match='depth_tiny.h5: 4 of 20 images have no depth, their map '
+                      'is constant: 128, 163, 198, 233'):
+        path = estimate_depth(database, model, size=64, progress=False)
     file = DepthFile(path)
     assert [bool(m.any()) for m in file] == [s != (3, 64) for s in SHAPES * 4]
     path.unlink()
-    monkeypatch.setattr(Estimator, 'maps', lambda self, prepared, shapes=None: [m * 0 for m in maps(self, prepared, shapes)])
-    with pytest.raises(ValueError, match='maps of images 100 to 205 are all constant. Are these trained weights'): estimate_depth(database, model, size=64, progress=False)
+    monkeypatch.setattr(Estimator, 'maps', lambda self, prepared,
+                        shapes=None: [m * 0 for m in maps(self, prepared, shapes)])
+    with pytest.raises(ValueError, match='maps of images 100 to 205 are all constant. Are these '
+                       'trained weights'):
+        estimate_depth(database, model, size=64, progress=False)
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda f: f.pop('metric'), "no dataset 'metric'"), (lambda f: f.pop('shape'), "no dataset 'shape'"),
-    (lambda f: f.update(shape=np.ones((3, 2), np.int32)), '20 maps, 3 shapes and 20 image_ids'), (lambda f: f.update(depth=f['depth'].astype(np.float64)), 'the maps are float64, float16 is needed'),
-    (lambda f: f.update(shape=-f['shape']), "the map of image 100 hasn't the .* pixels"), (lambda f: f.update(depth=f['depth'][:-5]), 'depth_end tells of'), (lambda f: f.update(camera=np.zeros((2, 3, 3))), r'20 maps.*cameras: \[2\]')])
+    (lambda f: f.pop('metric'), "no dataset 'metric'"),
+                                             (lambda f: f.pop('shape'), "no dataset 'shape'"),
+    (lambda f: f.update(shape=np.ones((3, 2), np.int32)), '20 maps, 3 shapes and 20 image_ids'),
+                                             (lambda f: f.update(
+    depth=f['depth'].astype(np.float64)), 'the maps are float64, float16 is needed'),
+    (lambda f: f.update(shape=-f['shape']), "the map of image 100 hasn't the .* pixels"),
+                                             (lambda f: f.update(depth=f['depth'][:-5]),
+                                              'depth_end tells of'),
+                                             (lambda f: f.update(camera=np.zeros((2, 3, 3))),
+                                              r'20 maps.*cameras: \[2\]')])
 def test_inconsistent_files(model, database, change, message):
     path = estimate_depth(database, model, size=64, progress=False)
     with h5py.File(path) as file: data = {name: file[name][:] for name in file}
@@ -275,11 +364,12 @@ def test_inconsistent_files(model, database, change, message):
 
 def test_cut_off_and_foreign_files(model, database):
     path = estimate_depth(database, model, size=64, progress=False)
-    with pytest.raises(ValueError, match='depth_tiny.h5 was made for other images'): estimate_depth(make_database(database.folder, 19), model)
+    with pytest.raises(ValueError, match='depth_tiny.h5 was made for other images'):
+        estimate_depth(make_database(database.folder, 19), model)
     os.truncate(path, 3000)
     with pytest.raises(ValueError, match='depth_tiny.h5 is not a whole HDF5 file'): DepthFile(path)
 
 
 if __name__ == '__main__':
-    from transformers import AutoImageProcessor, AutoModelForDepthEstimation, BeitBackbone, DPTForDepthEstimation, DPTImageProcessor  # noqa: F401, before the forks
+    # noqa: F401, before the forks
     worker(*sys.argv[1:])

@@ -1,4 +1,5 @@
-"Evaluation of anything: shared, killed and taken up again, with any batch size; teachers, released files; the runbook."
+"""Evaluation of anything: shared, killed and taken up again, with any batch size; teachers,
+released files; the runbook."""
 import json
 import math
 import subprocess
@@ -8,18 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_metrics import golden_cases
 
-from stdg.evaluation import diagnostics as calibration, core as evaluation, diagnostics as report
 from stdg import matching, metrics
 from stdg.checkpoint import _unused, released_name
 from stdg.data import SceneGraphs
+from stdg.datasets.visual_genome import Database, write_annotations, write_images
 from stdg.depth.precompute import prepare_hha
+from stdg.evaluation import core as evaluation
+from stdg.evaluation import diagnostics as calibration
+from stdg.evaluation import diagnostics as report
 from stdg.graph import TASKS, Prediction, SceneGraph, Vocabulary
 from stdg.model import STDG
-from stdg.rooms.build import make_rooms
-from stdg.datasets.visual_genome import Database, write_annotations, write_images
 from stdg.released import any_network
-from test_metrics import golden_cases
+from stdg.rooms.build import make_rooms
 
 root = Path(__file__).parent.parent
 NAMES = Vocabulary(['disc', 'square', '<b>'], ['near', 'on', '$under$'])
@@ -41,7 +44,8 @@ def scene(i, size=(48, 64)):
     rng = np.random.default_rng(i)
     corner = rng.integers(0, 30, (3, 2))
     pairs = np.array([(0, 1), (1, 2), (2, 0), (1, 0)])[rng.permutation(4)[:1 + i % 3]]
-    graph = SceneGraph(np.c_[corner, corner + 16], rng.permutation(3), np.c_[pairs, rng.integers(0, 3, len(pairs))], size)
+    graph = SceneGraph(np.c_[corner, corner + 16], rng.permutation(3),
+                       np.c_[pairs, rng.integers(0, 3, len(pairs))], size)
     return graph, dict(image=rng.integers(0, 255, (*size, 3), dtype=np.uint8), image_id=100 + i)
 
 
@@ -53,7 +57,8 @@ def make_database(folder, n):
 
 
 @pytest.fixture(scope='module')
-def dataset(tmp_path_factory): return SceneGraphs(make_database(tmp_path_factory.mktemp('noise'), 11), 'test')
+def dataset(tmp_path_factory):
+    return SceneGraphs(make_database(tmp_path_factory.mktemp('noise'), 11), 'test')
 
 
 @pytest.fixture(scope='module')
@@ -62,22 +67,27 @@ def model():
     return loud(STDG('small', **SMALL))
 
 
-def untimed(figures): return {name: value for name, value in figures.items() if name != 'seconds_per_image'}
+def untimed(figures):
+    return {name: value for name, value in figures.items() if name != 'seconds_per_image'}
 
 
 @pytest.fixture(scope='module')
 def whole(model, dataset):
-    figures = untimed(evaluation.evaluate(model, dataset, zero_shot=UNSEEN, batch_size=4, progress=False))
-    assert 0 < figures['predcls']['R@50'] < 1 and figures['AP50'] > 0 and figures['images'] == 11, 'there is something to compare'
+    figures = untimed(evaluation.evaluate(model, dataset, zero_shot=UNSEEN, batch_size=4,
+                                          progress=False))
+    assert 0 < figures['predcls']['R@50'] < 1 and figures['AP50'] > 0 and figures[
+        'images'] == 11, 'there is something to compare'
     return figures
 
 
 def test_evaluate_is_the_evaluators_fed_one_by_one(model, dataset, whole):
-    evaluators = {(protocol, task): metrics.Evaluator(task, 3, UNSEEN, protocol) for protocol in metrics.PROTOCOLS for task in TASKS}
+    evaluators = {(protocol, task): metrics.Evaluator(task, 3, UNSEEN, protocol)
+                  for protocol in metrics.PROTOCOLS for task in TASKS}
     boxes, truths = [], []
     for truth, found in evaluation.predictions(model, dataset, batch_size=4, progress=False):
         for (_, task), evaluator in evaluators.items(): evaluator.update(found[task], truth)
-        boxes.append(found['sgdet']); truths.append(truth)
+        boxes.append(found['sgdet'])
+        truths.append(truth)
     for (protocol, task), evaluator in evaluators.items():
         figures = whole[task] if protocol == 'strict' else whole['reference'][task]
         assert {k: v for k, v in figures.items() if k != 'intervals'} == evaluator.compute()
@@ -87,18 +97,23 @@ def test_evaluate_is_the_evaluators_fed_one_by_one(model, dataset, whole):
 
 @pytest.mark.parametrize('n', (2, 3, 7))
 def test_shards_change_nothing(model, dataset, whole, n):
-    shares = [list(evaluation.records(model, dataset, zero_shot=UNSEEN, shard=(i, n), batch_size=4, progress=False)) for i in range(n)]
+    shares = [list(evaluation.records(model, dataset, zero_shot=UNSEEN, shard=(i, n), batch_size=4,
+                                      progress=False)) for i in range(n)]
     assert [len(share) for share in shares] == [len(range(i, 11, n)) for i in range(n)]
     joined = sorted(sum(shares, []), key=lambda pair: pair[0])
     assert untimed(evaluation.figures(joined, dataset, zero_shot=UNSEEN)) == whole
-    for (_, mine), (_, alone) in zip(joined, evaluation.records(model, dataset, zero_shot=UNSEEN, batch_size=4, progress=False), strict=True):
-        assert mine.keys() == alone.keys() and all(np.array_equal(mine[name], alone[name]) for name in alone if name != 'seconds'), 'also the scores, to the last bit'
+    for (_, mine), (_, alone) in zip(joined, evaluation.records(model, dataset, zero_shot=UNSEEN,
+        batch_size=4, progress=False), strict=True):
+        assert mine.keys() == alone.keys() and all(np.array_equal(mine[name], alone[name])
+                                                   for name in alone
+                                                   if name != 'seconds'), 'also the scores, to the last bit'
 
 
 def test_missing_and_double_records_are_refused(model, dataset):
     records = list(evaluation.records(model, dataset, ('predcls',), progress=False))
     figures = lambda these: evaluation.figures(these, dataset, ('predcls',), intervals=0)
-    for wrong, message in ((records[:-1], '10 for 11 images'), (records[1:], 'number 0 is expected and 1 comes'),
+    for wrong, message in ((records[:-1], '10 for 11 images'), (records[1:], 'number 0 is expected '
+        'and 1 comes'),
                            (records[:2] + records[1:], 'number 2 is expected and 1 comes')):
         with pytest.raises(ValueError, match=message): figures(wrong)
     assert figures(records)['images'] == 11
@@ -112,10 +127,13 @@ def close(a, b):
 
 @pytest.mark.parametrize('batch_size', (1, 3, 50))
 def test_batch_size_changes_nothing(model, dataset, whole, batch_size):
-    assert close(untimed(evaluation.evaluate(model, dataset, zero_shot=UNSEEN, batch_size=batch_size, progress=False)), whole)
+    assert close(untimed(evaluation.evaluate(model, dataset, zero_shot=UNSEEN,
+                                             batch_size=batch_size, progress=False)), whole)
 
 
-def store(folder, model, dataset, **how): return evaluation.store(folder, model, dataset, zero_shot=UNSEEN, progress=False, **dict(batch_size=4, part=2) | how)
+def store(folder, model, dataset, **how):
+    return evaluation.store(folder, model, dataset, zero_shot=UNSEEN, progress=False,
+                            **dict(batch_size=4, part=2) | how)
 
 
 def made(monkeypatch, most=None):
@@ -140,7 +158,8 @@ def test_a_killed_evaluation_goes_on(model, dataset, whole, tmp_path, monkeypatc
         count = made(patch)
         path = store(tmp_path, model, dataset, batch_size=3)
     assert len(count) == 11 - 4 and not (tmp_path/'records-parts').exists()
-    assert close(untimed(evaluation.figures(evaluation.stored(path), dataset, zero_shot=UNSEEN)), whole)
+    assert close(untimed(evaluation.figures(evaluation.stored(path), dataset, zero_shot=UNSEEN)),
+                 whole)
     assert [position for position, _ in evaluation.stored(path)] == list(range(11))
 
 
@@ -156,12 +175,14 @@ def test_other_weights_data_and_settings_are_refused(model, dataset, tmp_path):
     torch.manual_seed(1)
     other = loud(STDG('small', **SMALL))
     fewer = SceneGraphs(dataset.database, 'test', limit=10)
-    changes = [(dict(model=other), 'weights'), (dict(dataset=fewer), 'data|keys'), (dict(protocol='strict'), 'protocol'), (dict(released=True), 'released'),
+    changes = [(dict(model=other), 'weights'), (dict(dataset=fewer), 'data|keys'),
+               (dict(protocol='strict'), 'protocol'), (dict(released=True), 'released'),
                (dict(tasks=('predcls',)), 'tasks')]
     for finished in (False, True):
         store(tmp_path, model, dataset, **({} if finished else dict(shard=(0, 2))))
         for change, what in changes:
-            with pytest.raises(ValueError, match=f'{tmp_path}.*holds .* of something else: .*({what}).*remove that') as error:
+            with pytest.raises(ValueError, match=f'{tmp_path}.*holds .* of something else: '
+                               f'.*({what}).*remove that') as error:
                 store(tmp_path, **dict(model=model, dataset=dataset) | change)
             assert '\n' not in str(error.value)
     assert store(tmp_path, model, dataset, batch_size=1, part=5), 'batches and parts may change'
@@ -171,8 +192,10 @@ def test_nothing_is_left_of_a_run_that_never_began(model, dataset, tmp_path, mon
     made(monkeypatch, 0)
     with pytest.raises(KeyboardInterrupt): store(tmp_path/'a', model, dataset)
     assert not list((tmp_path/'a').glob('*'))
-    with pytest.raises(ValueError, match="protocol 'mine' is not known"): store(tmp_path/'b', model, dataset, protocol='mine')
-    with pytest.raises(ValueError, match="reads 'hha'"): store(tmp_path/'b', STDG('small', 'depth', **SMALL), dataset)
+    with pytest.raises(ValueError, match="protocol 'mine' is not known"):
+        store(tmp_path/'b', model, dataset, protocol='mine')
+    with pytest.raises(ValueError, match="reads 'hha'"):
+        store(tmp_path/'b', STDG('small', 'depth', **SMALL), dataset)
     assert not (tmp_path/'b').exists()
 
 
@@ -183,17 +206,22 @@ def test_damaged_records_are_named(model, dataset, tmp_path):
     path.write_bytes(whole[:at - 40] + b'\xff' * 40 + whole[at:])
     with pytest.raises(ValueError, match=r'records\.h5'): list(evaluation.stored(path))
     path.write_bytes(whole[:1000])
-    with pytest.raises(ValueError, match=r'records\.h5 is not a whole HDF5 file'): list(evaluation.stored(path))
+    with pytest.raises(ValueError, match=r'records\.h5 is not a whole HDF5 file'):
+        list(evaluation.stored(path))
 
 
 def test_records_are_small():
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 400, (100, 2))
     boxes, pairs = np.c_[corner, corner + 100], np.argwhere(~np.eye(100, dtype=bool))[:300]
-    prediction = Prediction(boxes, rng.integers(0, 150, 100), rng.uniform(size=100), pairs, rng.uniform(size=(300, 50)))
-    truth = SceneGraph(boxes[:30], prediction.labels[:30], np.c_[pairs[:40] % 30, rng.integers(0, 50, 40)])
-    evaluators = evaluation._evaluators(Vocabulary.visual_genome(), ('sgdet',), metrics.PROTOCOLS, 0, [[0, 0, 0]])
-    assert sum(a.nbytes for a in evaluation._record(evaluators, truth, dict(sgdet=prediction), 50).values()) < 6000
+    prediction = Prediction(boxes, rng.integers(0, 150, 100), rng.uniform(size=100), pairs,
+                            rng.uniform(size=(300, 50)))
+    truth = SceneGraph(boxes[:30], prediction.labels[:30],
+                       np.c_[pairs[:40] % 30, rng.integers(0, 50, 40)])
+    evaluators = evaluation._evaluators(Vocabulary.visual_genome(), ('sgdet',), metrics.PROTOCOLS,
+                                        0, [[0, 0, 0]])
+    assert sum(a.nbytes for a in evaluation._record(evaluators, truth, dict(sgdet=prediction),
+                                                    50).values()) < 6000
 
 
 # Calibration
@@ -205,7 +233,8 @@ def test_right_claims_are_the_hits_of_the_golden_images(task):
     for prediction, truth in zip(predictions, truths):
         scores, right = matching.claims(prediction, truth, task, 50)
         found = evaluator.record(prediction, truth)['found'][0]
-        assert len(scores) <= 100 and right.sum() == found[2].sum() and right[:20].sum() == found[0].sum()
+        assert len(scores) <= 100 and right.sum() == found[2].sum() and right[:20].sum() == found[
+            0].sum()
         if task == 'sgdet': assert np.all(np.diff(scores) <= 1e-6)
         n += right.sum()
     assert n > 50
@@ -220,7 +249,8 @@ def test_reliability_against_loops():
         inside = [i for i, s in enumerate(scores) if int(s * 10) == b or (b == 9 and s == 1)]
         assert found['count'][b] == len(inside)
         if not inside: continue
-        mean, share = sum(scores[i] for i in inside) / len(inside), sum(right[i] for i in inside) / len(inside)
+        mean, share = sum(scores[i] for i in inside) / len(inside), sum(right[i]
+            for i in inside) / len(inside)
         assert math.isclose(found['score'][b], mean) and math.isclose(found['right'][b], share)
         ece += len(inside) / len(scores) * abs(mean - share)
     assert math.isclose(found['ece'], ece)
@@ -235,7 +265,8 @@ def test_records_hold_the_claims(model, dataset):
         assert round(np.nansum(np.multiply(curve['right'], curve['count']))) == hits
     assert sum(curves['boxes']['count']) == sum(len(record['boxes/found']) for _, record in records)
     recall, relations = report.image_recalls(records, 'strict/predcls')
-    assert math.isclose(recall.mean(), evaluation.figures(records, dataset, intervals=0)['predcls']['R@50'])
+    assert math.isclose(recall.mean(),
+                        evaluation.figures(records, dataset, intervals=0)['predcls']['R@50'])
     assert relations.tolist() == [len(dataset.truth(i).relations.unique(dim=0)) for i in range(11)]
 
 
@@ -251,15 +282,23 @@ def rooms(tmp_path_factory):
 def test_a_released_depth_teacher_on_hha(rooms, tmp_path):
     torch.manual_seed(0)
     teacher = STDG('resnet50', 'depth', n_objects=35, n_predicates=10, pretrained=False)
-    state = {released_name(k, 'depth'): v for k, v in teacher.state_dict().items()} | {k: torch.zeros(shape) for k, shape in _unused(teacher).items()}
+    state = {released_name(k, 'depth'): v
+             for k, v in teacher.state_dict().items()} | {k: torch.zeros(shape)
+                                                          for k, shape in _unused(teacher).items()}
     torch.save(dict(model=state, epoch=60), tmp_path/'epoch060.pkl')
     read = any_network(tmp_path/'epoch060.pkl', rooms.vocabulary)
-    assert read.mode == 'depth' and all(torch.equal(a, b) for a, b in zip(teacher.state_dict().values(), read.state_dict().values()))
-    with pytest.raises(ValueError, match='epoch060.pkl: it knows 35 object classes and 10 predicates, the vocabulary has 3 and 3'):
+    assert read.mode == 'depth' and all(torch.equal(a, b)
+                                        for a, b in zip(teacher.state_dict().values(),
+                                                        read.state_dict().values()))
+    with pytest.raises(ValueError, match='epoch060.pkl: it knows 35 object classes and 10 '
+                       'predicates, the vocabulary has 3 and 3'):
         any_network(tmp_path/'epoch060.pkl', NAMES)
-    with pytest.raises(ValueError, match="mode 'depth' reads 'hha'"): evaluation.evaluate(read, SceneGraphs(rooms, 'test'), progress=False)
+    with pytest.raises(ValueError, match="mode 'depth' reads 'hha'"):
+        evaluation.evaluate(read, SceneGraphs(rooms, 'test'), progress=False)
     hha = SceneGraphs(rooms, 'test', ('hha',))
-    mine, theirs = (untimed(evaluation.evaluate(network, hha, ('sgdet', 'predcls'), protocol='strict', intervals=20, progress=False)) for network in (teacher, read))
+    mine, theirs = (untimed(evaluation.evaluate(network, hha, ('sgdet', 'predcls'),
+                                                protocol='strict', intervals=20, progress=False))
+                    for network in (teacher, read))
     assert mine == theirs and mine['images'] == len(hha) and 'sgcls' not in mine
 
 
@@ -268,16 +307,27 @@ def test_the_runbook(rooms, tmp_path):
     torch.manual_seed(0)
     network = loud(STDG('small', n_objects=35, n_predicates=10, pretrained=False))
     network.save(tmp_path/'some.safetensors', vocabulary=rooms.vocabulary.to_json(), size=64)
-    values = dict(checkpoint=tmp_path/'some.safetensors', data=rooms.folder, intervals=50, timed=1, extremes=1, batch_size=3)
-    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', str(root/'nbs'/'evaluate.ipynb'), str(tmp_path/'out.ipynb'), '-k', 'python3']
-    done = subprocess.run(command + [text for k, v in values.items() for text in ('-p', k, str(v))], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    values = dict(checkpoint=tmp_path/'some.safetensors', data=rooms.folder, intervals=50, timed=1,
+                  extremes=1, batch_size=3)
+    command = [sys.executable, '-m', 'papermill', '--no-progress-bar',
+               str(root/'nbs'/'evaluate.ipynb'), str(tmp_path/'out.ipynb'), '-k', 'python3']
+    done = subprocess.run(command + [text for k, v in values.items() for text in ('-p', k, str(v))],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads((tmp_path/'some-test'/'results.json').read_text())
     dataset = SceneGraphs(rooms, 'test')
-    expected = evaluation.evaluate(network, dataset, zero_shot=evaluation.statistics.zero_shot_triplets(rooms), intervals=50, batch_size=3, progress=False)
+    expected = evaluation.evaluate(network, dataset,
+                                   zero_shot=evaluation.statistics.zero_shot_triplets(rooms),
+                                   intervals=50, batch_size=3, progress=False)
     row = results['rows']['some']
-    assert close(untimed(row), json.loads(json.dumps(evaluation.finite(untimed(expected))))) and set(results['rows']['frequency prior']['predcls']) >= {'R@50', 'intervals'}
-    assert set(results['calibration']) == set(report.CLAIMS.values()) and [len(results[end]) for end in ('worst', 'best')] == [1, 1]
-    assert results['worst'][0]['recall'] <= results['best'][0]['recall'] and {row['part'] for row in results['timing']} == {'load', 'forward', 'decode', 'whole'}
-    assert results['machine'] and results['images'] == len(dataset) and results['checkpoint'].endswith('some.safetensors')
-    assert {path.name for path in (tmp_path/'some-test').iterdir()} >= {'records.h5', 'records.json', 'predicates.png', 'calibration.png', 'worst-0.png', 'best-0.png'}
+    assert close(untimed(row),
+                 json.loads(json.dumps(evaluation.finite(untimed(expected))))) and set(
+        results['rows']['frequency prior']['predcls']) >= {'R@50', 'intervals'}
+    assert set(results['calibration']) == set(report.CLAIMS.values()) and [len(results[end])
+        for end in ('worst', 'best')] == [1, 1]
+    assert results['worst'][0]['recall'] <= results['best'][0]['recall'] and {row['part']
+        for row in results['timing']} == {'load', 'forward', 'decode', 'whole'}
+    assert results['machine'] and results['images'] == len(dataset) and results[
+        'checkpoint'].endswith('some.safetensors')
+    assert {path.name for path in (tmp_path/'some-test').iterdir()} >= {'records.h5',
+        'records.json', 'predicates.png', 'calibration.png', 'worst-0.png', 'best-0.png'}

@@ -18,7 +18,8 @@ REVERSED = [0, 3, 4, 1, 2, 8, 7]
 def golden_graph(case):
     part = lambda name: GOLDEN[f'case{case}_{name}']
     relations = part('relations') - [0, 0, 1]
-    return SceneGraph(part('boxes'), part('labels') - 1, relations, (512, 512), part('ignore') > 0), part
+    return SceneGraph(part('boxes'), part('labels') - 1, relations, (512, 512),
+                      part('ignore') > 0), part
 
 
 def random_graph(seed, n=12, r=15, classes=5, predicates=4, height=160, width=208):
@@ -26,8 +27,10 @@ def random_graph(seed, n=12, r=15, classes=5, predicates=4, height=160, width=20
     corner = rng.uniform(-20, (width - 20, height - 20), (n, 2))
     pairs = np.array([rng.choice(n, 2, replace=False) for _ in range(r)])
     pairs = np.sort(pairs, 1)  # no relation beside its reverse, whose distances tie
-    return SceneGraph(np.c_[corner, corner + rng.uniform(2, 90, (n, 2))], rng.integers(0, classes, n),
-                      np.c_[pairs, rng.integers(0, predicates, r)], (height, width), rng.random(n) < .15)
+    return SceneGraph(np.c_[corner, corner + rng.uniform(2, 90, (n, 2))],
+                      rng.integers(0, classes, n),
+                      np.c_[pairs, rng.integers(0, predicates, r)], (height, width),
+                      rng.random(n) < .15)
 
 
 @pytest.mark.parametrize('case', range(6))
@@ -60,11 +63,14 @@ def plain_fields(graph, n_objects, n_predicates, size, stride):
         b1, c1 = bh + bw, bw * bh * (1 - m) / (1 + m)
         b2, c2 = 2 * (bh + bw), (1 - m) * bw * bh
         b3, c3 = -2 * m * (bh + bw), (m - 1) * bw * bh
-        r = max(0, int(min((b1 + math.sqrt(b1**2 - 4 * c1)) / 2, (b2 + math.sqrt(b2**2 - 16 * c2)) / 2, (b3 + math.sqrt(b3**2 - 16 * m * c3)) / 2)))
+        r = max(0, int(min((b1 + math.sqrt(b1**2 - 4 * c1)) / 2,
+                           (b2 + math.sqrt(b2**2 - 16 * c2)) / 2,
+                           (b3 + math.sqrt(b3**2 - 16 * m * c3)) / 2)))
         cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
         for y in range(max(0, int(cy) - r), min(h, int(cy) + r + 1)):
             for x in range(max(0, int(cx) - r), min(w, int(cx) + r + 1)):
-                value = math.exp(-((x - int(cx))**2 + (y - int(cy))**2) / (2 * ((2 * r + 1) / 6)**2))
+                value = math.exp(-((x - int(cx))**2 + (y - int(cy))**2) / (2
+                    * ((2 * r + 1) / 6)**2))
                 heatmap[label, y, x] = max(heatmap[label, y, x], value)
         slots.append([cx - int(cx), cy - int(cy), x2 - x1, y2 - y1, int(cy) * w + int(cx)])
     for s, o, p in graph.relations.tolist():
@@ -93,7 +99,8 @@ def test_plain_loop(seed, stride):
     assert np.allclose(fields['heatmap'], heatmap, atol=1e-5)
     n = int(fields['mask'].sum())
     assert n == len(slots) and (fields['mask'][:n] == 1).all()
-    assert np.allclose(np.c_[fields['offset'][:n], fields['size'][:n], fields['index'][:n]], slots, atol=1e-5)
+    assert np.allclose(np.c_[fields['offset'][:n], fields['size'][:n], fields['index'][:n]], slots,
+                       atol=1e-5)
     assert np.allclose(fields['relation'], relation, atol=1e-4)
 
 
@@ -101,8 +108,10 @@ def test_shapes_are_fixed_and_collate():
     graphs = [random_graph(0), SceneGraph([], [], []), SceneGraph([[0, 0, 50, 50]], [1], [])]
     batch = default_collate([encode(g, 5, 4, (160, 208), 8) for g in graphs])
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in batch.items()}
-    assert shapes == dict(heatmap=(5, 20, 26), offset=(128, 2), size=(128, 2), mask=(128,), index=(128,), relation=(4, 9, 20, 26))
-    assert batch['relation'].isfinite().all() and batch['heatmap'].amax((1, 2, 3)).tolist() == [1, 0, 1]
+    assert shapes == dict(heatmap=(5, 20, 26), offset=(128, 2), size=(128, 2), mask=(128,),
+                          index=(128,), relation=(4, 9, 20, 26))
+    assert batch['relation'].isfinite().all() and batch['heatmap'].amax((1, 2, 3)).tolist() == [1,
+        0, 1]
     assert batch['mask'].dtype == torch.uint8 and batch['index'].dtype == torch.int64
 
 
@@ -115,12 +124,14 @@ def test_earlier_relation_stays_on_a_tie():
 def test_predicates_do_not_compete_and_self_relations_have_no_line():
     boxes = [[0, 0, 40, 40], [300, 200, 360, 260]]
     fields = encode(SceneGraph(boxes, [0, 0], [(0, 1, 0), (1, 0, 1), (0, 0, 2)]), 1, 3)['relation']
-    assert torch.equal(fields[0, 0], fields[1, 0]) and torch.equal(fields[0, 1:3], fields[1, 3:5]) and fields[2].sum() == 0
+    assert torch.equal(fields[0, 0], fields[1, 0]) and torch.equal(fields[0, 1:3],
+        fields[1, 3:5]) and fields[2].sum() == 0
 
 
 def test_two_objects_in_one_cell_keep_their_slots():
     fields = encode(SceneGraph([[0, 0, 100, 100], [2, 2, 98, 98]], [0, 1], []), 2, 1)
-    assert fields['mask'].sum() == 2 and fields['index'][0] == fields['index'][1] and fields['size'][0, 0] > fields['size'][1, 0]
+    assert fields['mask'].sum() == 2 and fields['index'][0] == fields['index'][1] and fields[
+        'size'][0, 0] > fields['size'][1, 0]
 
 
 def test_more_than_128_objects_keeps_the_largest():
@@ -128,7 +139,9 @@ def test_more_than_128_objects_keeps_the_largest():
     corner, side = rng.uniform(0, 400, (150, 2)), np.arange(20, 170)[:, None] / 2
     graph = SceneGraph(np.c_[corner, corner + side], np.zeros(150), [])
     with pytest.warns(UserWarning, match='largest 128'): fields = encode(graph, 1, 1)
-    assert fields['mask'].sum() == 128 and np.allclose(fields['size'][:, 0], side[22:, 0] / 16, atol=1e-5)  # in their order
+    # in their order
+    assert fields['mask'].sum() == 128 and np.allclose(fields['size'][:, 0], side[22:, 0] / 16,
+                                                       atol=1e-5)
 
 
 def test_box_outside_the_field_takes_no_slot():
@@ -142,15 +155,21 @@ def test_valid_area():
     graph = random_graph(0, height=512, width=512)
     fields = encode(graph, 5, 4, valid_area=(100, 60, 64, 81))['relation']
     whole = encode(graph, 5, 4)['relation']
-    rows, columns = slice(3, 10), slice(6, 12)  # int(60/16), ceil(141/16)+1; int(100/16), ceil(164/16)+1
+    # int(60/16), ceil(141/16)+1; int(100/16), ceil(164/16)+1
+    rows, columns = slice(3, 10), slice(6, 12)
     assert torch.equal(fields[:, :, rows, columns], whole[:, :, rows, columns])
     fields[:, :, rows, columns] = 0
     assert fields.count_nonzero() == 0
 
 
 @pytest.mark.parametrize('change,message', [
-    (dict(n_objects=3), 'label 4 for 3 classes'), (dict(n_predicates=2), 'predicate 3 for 2 classes'),
-    (dict(stride=0), 'at least 1 pixel'), (dict(size=(0, 512)), 'at least 1 pixel'), (dict(size=(512,)), 'at least 1 pixel'),
-    (dict(valid_area=(0, 0, 5)), 'four numbers'), (dict(valid_area=(0, 0, float('nan'), 5)), 'four numbers')])
+    (dict(n_objects=3), 'label 4 for 3 classes'),
+                                            (dict(n_predicates=2), 'predicate 3 for 2 classes'),
+    (dict(stride=0), 'at least 1 pixel'), (dict(size=(0, 512)), 'at least 1 pixel'),
+                                            (dict(size=(512,)), 'at least 1 pixel'),
+    (dict(valid_area=(0, 0, 5)), 'four numbers'),
+                                            (dict(valid_area=(0, 0, float('nan'), 5)),
+                                             'four numbers')])
 def test_bad_input(change, message):
-    with pytest.raises(ValueError, match=message): encode(**dict(graph=random_graph(1), n_objects=5, n_predicates=4) | change)
+    with pytest.raises(ValueError, match=message):
+        encode(**dict(graph=random_graph(1), n_objects=5, n_predicates=4) | change)

@@ -1,4 +1,6 @@
-"What a GPU computes beside what a processor computes, and training there. Skipped where there is none."
+"""What a GPU computes beside what a processor computes, and training there.
+
+Skipped where there is none."""
 import json
 import math
 
@@ -7,17 +9,18 @@ import pytest
 import torch
 
 from stdg import data, decode, deform
-from stdg.evaluation import core as evaluation
-from stdg.rooms import build as rooms
-from stdg.training import loop as training
 from stdg.checkpoint import load
-from stdg.model import STDG
-from stdg.training.resume import saved_states
 from stdg.datasets.visual_genome import Database
 from stdg.depth.precompute import prepare_hha
+from stdg.evaluation import core as evaluation
+from stdg.model import STDG
+from stdg.rooms import build as rooms
+from stdg.training import loop as training
+from stdg.training.resume import saved_states
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
-TINY = dict(epochs=2, batch_size=4, lr=1e-3, lr_backbone=1e-3, decay=(), warm_up=.5, progress=False, device='cuda')
+TINY = dict(epochs=2, batch_size=4, lr=1e-3, lr_backbone=1e-3, decay=(), warm_up=.5, progress=False,
+            device='cuda')
 
 
 @pytest.fixture(scope='module')
@@ -29,12 +32,15 @@ def database(tmp_path_factory):
 
 
 def network(database, mode='rgb'):
-    sizes = dict(n_objects=len(database.vocabulary.objects), n_predicates=len(database.vocabulary.predicates))
+    sizes = dict(n_objects=len(database.vocabulary.objects),
+                 n_predicates=len(database.vocabulary.predicates))
     return training.build_network(0, 'small', mode, pretrained=False, **sizes)
 
 
 def samples(database, mode='rgb'):
-    return data.SceneGraphs(database, 'train', dict(rgb=('rgb',), depth=('hha',), combine=('rgb', 'hha'))[mode], train=True, stride=8)
+    return data.SceneGraphs(database, 'train',
+                            dict(rgb=('rgb',), depth=('hha',), combine=('rgb', 'hha'))[mode],
+                            train=True, stride=8)
 
 
 def records(folder): return [json.loads(line) for line in open(folder/'log.jsonl')]
@@ -43,14 +49,18 @@ def records(folder): return [json.loads(line) for line in open(folder/'log.jsonl
 @pytest.mark.parametrize('mode', ['rgb', 'combine'])
 def test_terms_are_those_of_the_processor(database, mode):
     batch = next(iter(data.loader(samples(database, mode), 4)))
-    ours = {device: {k: float(v.detach()) for k, v in training.loss_terms(network(database, mode).to(device).train(), batch).items()} for device in ('cpu', 'cuda')}
+    ours = {device: {k: float(v.detach())
+                     for k, v in training.loss_terms(network(database, mode).to(device).train(),
+                                                     batch).items()} for device in ('cpu', 'cuda')}
     assert ours['cpu'] == pytest.approx(ours['cuda'], rel=2e-2)
 
 
 @pytest.mark.parametrize('channels', [(64, 32), (32, 32)])
 def test_ways_of_the_deformable_convolution(channels):
     layer = deform.DeformConv(*channels).cuda()
-    x, offsets = torch.randn(2, channels[0], 9, 12, device='cuda', requires_grad=True), torch.randn(2, 18, 9, 12, device='cuda', requires_grad=True)
+    x, offsets = torch.randn(2, channels[0], 9, 12, device='cuda',
+                             requires_grad=True), torch.randn(2, 18, 9, 12, device='cuda',
+        requires_grad=True)
     results = []
     for way in (None, deform.gather_then_project, deform.project_then_gather, deform.definition):
         layer.way = way
@@ -59,38 +69,53 @@ def test_ways_of_the_deformable_convolution(channels):
     for other in results[1:]:
         for a, b in zip(results[0], other): torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
     layer.way = None
-    with torch.autocast('cuda', dtype=torch.bfloat16): half = layer(x.bfloat16(), offsets.bfloat16())
+    with torch.autocast('cuda', dtype=torch.bfloat16):
+        half = layer(x.bfloat16(), offsets.bfloat16())
     exact = layer(x.bfloat16().float(), offsets.bfloat16().float())
-    assert half.dtype == torch.float32 and float((half - exact).abs().max()) < .02 * float(exact.abs().max()), 'products are rounded, places are not'
+    assert half.dtype == torch.float32 and float((half - exact).abs().max()) < .02 * float(
+        exact.abs().max()), 'products are rounded, places are not'
 
 
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16', 'float16'])
 def test_training_in_each_precision(database, tmp_path, precision):
-    model = training.fit(network(database, 'combine'), samples(database, 'combine'), tmp_path, 'student', precision=precision, epochs=6, **{k: v for k, v in TINY.items() if k != 'epochs'})
+    model = training.fit(network(database, 'combine'), samples(database, 'combine'), tmp_path,
+                         'student', precision=precision, epochs=6,
+                         **{k: v for k, v in TINY.items() if k != 'epochs'})
     losses = [r['loss'] for r in records(tmp_path)]
-    assert len(losses) == 24 and all(map(math.isfinite, losses)) and np.mean(losses[-4:]) < .9 * np.mean(losses[:4])
-    assert next(model.parameters()).is_cuda and all(torch.isfinite(p).all() for p in model.parameters())
+    assert len(losses) == 24 and all(map(math.isfinite,
+                                         losses)) and np.mean(losses[-4:]) < .9 * np.mean(
+        losses[:4])
+    assert next(model.parameters()).is_cuda and all(torch.isfinite(p).all()
+                                                    for p in model.parameters())
     times = json.loads((tmp_path/'timing.jsonl').read_text().splitlines()[-1])
     assert times['memory'] > 0 and times['backward'] > 0 and times['teacher'] > 0
 
 
 def test_resumed_and_compiled_training(database, tmp_path):
-    "After a stop the run goes on from the same state; on a GPU sums are not ordered, so equality is not to the bit."
+    """After a stop the run goes on from the same state; on a GPU sums are not ordered, so equality
+    is not to the bit."""
     whole = training.fit(network(database), samples(database), tmp_path/'whole', 'control', **TINY)
     training.fit(network(database), samples(database), tmp_path/'cut', 'control', **TINY, steps=3)
     again = training.fit(network(database), samples(database), tmp_path/'cut', 'control', **TINY)
     assert saved_states(tmp_path/'cut'/'states', 'control')[-1].stem == 'control-00000008'
-    for a, b in zip(records(tmp_path/'whole'), records(tmp_path/'cut')): assert a['loss'] == pytest.approx(b['loss'], rel=.05)
-    assert all(torch.isfinite(p).all() for p in again.parameters()) and len(whole.state_dict()) == len(load(tmp_path/'cut'/'control.safetensors').state_dict())
-    thrifty = training.fit(network(database), samples(database), tmp_path/'thrifty', 'control', **TINY, recompute=True, accumulate=2, clip=1.)
-    compiled = training.fit(network(database), samples(database), tmp_path/'compiled', 'control', **TINY, compile=True)
+    for a, b in zip(records(tmp_path/'whole'), records(tmp_path/'cut')):
+        assert a['loss'] == pytest.approx(b['loss'], rel=.05)
+    assert all(torch.isfinite(p).all()
+               for p in again.parameters()) and len(whole.state_dict()) == len(load(tmp_path/'cut'
+        /'control.safetensors').state_dict())
+    thrifty = training.fit(network(database), samples(database), tmp_path/'thrifty', 'control',
+                           **TINY, recompute=True, accumulate=2, clip=1.)
+    compiled = training.fit(network(database), samples(database), tmp_path/'compiled', 'control',
+                            **TINY, compile=True)
     assert all(torch.isfinite(p).all() for model in (thrifty, compiled) for p in model.parameters())
 
 
 def test_decoding_and_evaluation(database):
     model, test = network(database).eval(), data.SceneGraphs(database, 'test')
-    here = {device: evaluation.evaluate(model, test, intervals=0, device=device, progress=False) for device in ('cpu', 'cuda')}
-    for task in ('sgdet', 'sgcls', 'predcls'): assert here['cpu'][task]['R@100'] == pytest.approx(here['cuda'][task]['R@100'], abs=.05)
+    here = {device: evaluation.evaluate(model, test, intervals=0, device=device, progress=False)
+            for device in ('cpu', 'cuda')}
+    for task in ('sgdet', 'sgcls', 'predcls'):
+        assert here['cpu'][task]['R@100'] == pytest.approx(here['cuda'][task]['R@100'], abs=.05)
     picture = data.network_input(model.cuda(), test[0]['rgb'][None])
     with torch.no_grad(): fields = model(picture)
     assert isinstance(decode.decode_batch(*fields), list) and STDG is type(model)

@@ -20,7 +20,8 @@ def close(picture, golden):
 def plane(normal, distance, height=60, width=80, camera=CAMERA):
     "Depth of the plane normal . P = distance (metres); pixels count from 1."
     v, u = np.mgrid[1:height+1, 1:width+1]
-    return distance / (normal[0]*(u - camera[0, 2])/camera[0, 0] + normal[1]*(v - camera[1, 2])/camera[1, 1] + normal[2])
+    return distance / (normal[0]*(u - camera[0, 2])/camera[0,
+        0] + normal[1]*(v - camera[1, 2])/camera[1, 1] + normal[2])
 
 
 @pytest.mark.parametrize('case', ['metric0', 'metric1', 'metric2'])
@@ -37,7 +38,8 @@ def test_golden_metric(case):
 @pytest.mark.parametrize('case', ['relative0', 'relative1'])
 def test_golden_relative(case):
     picture = encode(*pseudo_depth(GOLDEN[f'{case}_inverse_depth'], released=True))
-    assert (close(picture, GOLDEN[f'{case}_hha']) >= .997).all(), close(picture, GOLDEN[f'{case}_hha'])
+    assert (close(picture, GOLDEN[f'{case}_hha']) >= .997).all(), close(picture,
+        GOLDEN[f'{case}_hha'])
 
 
 @pytest.mark.parametrize('case', ['relative0', 'relative1'])
@@ -45,7 +47,8 @@ def test_golden_from_stored_half_precision(case):
     depth = GOLDEN[f'{case}_pseudo_depth']
     assert depth.dtype == np.float16
     picture = encode(depth, GOLDEN[f'{case}_K'])
-    assert (close(picture, GOLDEN[f'{case}_hha']) >= .996).all(), close(picture, GOLDEN[f'{case}_hha'])
+    assert (close(picture, GOLDEN[f'{case}_hha']) >= .996).all(), close(picture,
+        GOLDEN[f'{case}_hha'])
     assert np.array_equal(picture, encode(torch.from_numpy(depth), GOLDEN[f'{case}_K']).numpy())
 
 
@@ -55,9 +58,11 @@ def test_batch_is_single():
     cameras = np.stack([camera_matrix(f, 25, 20) for f in (60, 100, 200)])
     together = encode(depths, cameras)
     assert together.shape == (3, 40, 50, 3)
-    for picture, depth, camera in zip(together, depths, cameras): assert np.array_equal(picture, encode(depth, camera))
+    for picture, depth, camera in zip(together, depths, cameras):
+        assert np.array_equal(picture, encode(depth, camera))
     shared = encode(torch.from_numpy(depths), cameras[0])
-    assert isinstance(shared, torch.Tensor) and np.array_equal(shared[2].numpy(), encode(depths[2], cameras[0]))
+    assert isinstance(shared, torch.Tensor) and np.array_equal(shared[2].numpy(),
+        encode(depths[2], cameras[0]))
 
 
 @pytest.mark.parametrize('radius', [3, 10])
@@ -66,21 +71,25 @@ def test_normal_of_a_plane(radius, normal):
     for focal in (120, 500, 3000):  # the longer the lens, the worse the conditioning
         camera = camera_matrix(focal, 40, 30)
         found = normals(plane(normal, 2, camera=camera), camera, radius)
-        assert torch.allclose(found, torch.tensor(normal, dtype=torch.float32)[:, None, None].expand_as(found), atol=2e-3)
+        assert torch.allclose(found, torch.tensor(normal, dtype=torch.float32)[:, None,
+            None].expand_as(found), atol=2e-3)
 
 
 def test_normal_of_a_plane_with_holes():
     depth = plane((.6, -.48, .64), 2)
     depth[np.random.default_rng(0).random(depth.shape) < .3] = 0
     found = normals(depth, CAMERA, 3)
-    assert torch.allclose(found, torch.tensor([.6, -.48, .64])[:, None, None].expand_as(found), atol=2e-3)
+    assert torch.allclose(found, torch.tensor([.6, -.48, .64])[:, None, None].expand_as(found),
+                          atol=2e-3)
 
 
 def test_normals_batch_and_nan():
-    depth = np.zeros((2, 30, 30), np.float32); depth[0] = 2
+    depth = np.zeros((2, 30, 30), np.float32)
+    depth[0] = 2
     depth[1, 15] = 2  # one line of pixels spans no plane
     found = normals(depth, CAMERA)
-    assert found.shape == (2, 3, 30, 30) and torch.isfinite(found[0]).all() and torch.isnan(found[1]).all()
+    assert found.shape == (2, 3, 30,
+                           30) and torch.isfinite(found[0]).all() and torch.isnan(found[1]).all()
     assert torch.allclose(normals(depth[0], CAMERA), found[0], equal_nan=True)
 
 
@@ -88,9 +97,11 @@ def test_normals_batch_and_nan():
 def test_gravity_of_a_floor_and_a_wall(tilt):
     t = np.radians(tilt)
     down, ahead = np.array([0, np.cos(t), np.sin(t)]), np.array([0, -np.sin(t), np.cos(t)])
-    n = np.concatenate([np.tile(down, (500, 1)), np.tile(ahead, (700, 1)), np.tile([1., 0, 0], (300, 1))])
+    n = np.concatenate([np.tile(down, (500, 1)), np.tile(ahead, (700, 1)),
+                        np.tile([1., 0, 0], (300, 1))])
     n += np.random.default_rng(0).normal(0, .02, n.shape)
-    n = torch.from_numpy(n/np.linalg.norm(n, axis=1, keepdims=True)).float().T.reshape(3, 30, 50).clone()
+    n = torch.from_numpy(n/np.linalg.norm(n, axis=1, keepdims=True)).float().T.reshape(3, 30,
+        50).clone()
     n[:, 0] = torch.nan
     y = gravity(n)
     assert y.shape == (3,) and np.degrees(np.arccos(y.numpy() @ down)) < 1
@@ -102,9 +113,12 @@ def test_floor_and_wall_channels():
     floor = plane((0, 1, 1e-9), 1.5, camera=camera)
     depth = np.minimum(np.where(floor > 0, floor, np.inf), 4)
     picture = encode(depth, camera).astype(int)
-    on_floor = np.zeros(depth.shape, bool); on_floor[-8:] = True
-    on_wall = np.zeros(depth.shape, bool); on_wall[:20] = True
-    assert np.abs(picture[on_floor, 0] - 38).max() <= 1 and np.abs(picture[on_wall, 0] - 128).max() <= 1
+    on_floor = np.zeros(depth.shape, bool)
+    on_floor[-8:] = True
+    on_wall = np.zeros(depth.shape, bool)
+    on_wall[:20] = True
+    assert np.abs(picture[on_floor, 0] - 38).max() <= 1 and np.abs(picture[on_wall,
+        0] - 128).max() <= 1
     assert picture[on_floor, 1].max() <= 1
     assert np.abs(picture[on_wall, 2] - 78).max() == 0  # 31000/400, rounded to even: 77.5 -> 78
 
@@ -113,7 +127,8 @@ def test_unseen_ground_is_130_below():
     picture = encode(np.full((60, 80), 2.), CAMERA)
     v = np.arange(1, 61)
     expected = np.round(130 - 200*(v - 30)/120)
-    assert np.abs(picture[..., 1] - expected[:, None]).max() <= 1 and (picture[..., 0] == 128).all() and (picture[..., 2] == 155).all()
+    assert np.abs(picture[..., 1] - expected[:, None]).max() <= 1 and (picture[...,
+        0] == 128).all() and (picture[..., 2] == 155).all()
 
 
 def test_disparity_saturates():
@@ -128,27 +143,34 @@ def test_nothing_measured():
 
 
 def test_missing_pixels_have_their_codes():
-    depth = plane((0, .8, .6), 2); depth[:20, :20] = 0
+    depth = plane((0, .8, .6), 2)
+    depth[:20, :20] = 0
     picture = encode(depth, CAMERA)
     assert (picture[:20, :20, 2] == 255).all() and (picture[:16, :16, 0] == 218).all()
     assert (picture[25:, 25:, 0] != 218).all()
 
 
 def test_input_is_left_alone():
-    depth = plane((0, .8, .6), 2).astype(np.float32); depth[3] = 0
+    depth = plane((0, .8, .6), 2).astype(np.float32)
+    depth[3] = 0
     tensor = torch.from_numpy(depth.copy()).requires_grad_()
     before = depth.copy()
     first = encode(depth, CAMERA)
-    assert np.array_equal(depth, before) and np.array_equal(encode(tensor, CAMERA).numpy(), first) and np.array_equal(tensor.detach().numpy(), before)
+    assert np.array_equal(depth, before) and np.array_equal(encode(tensor, CAMERA).numpy(),
+        first) and np.array_equal(tensor.detach().numpy(), before)
     depth.setflags(write=False)
     assert np.array_equal(encode(depth[:, ::-1][:, ::-1], CAMERA), first)
 
 
-@pytest.mark.parametrize('value, message', [(np.nan, 'NaN'), (np.inf, 'infinite'), (-np.inf, 'infinite'), (-.5, 'negative')])
+@pytest.mark.parametrize('value, message',
+                         [(np.nan, 'NaN'), (np.inf, 'infinite'), (-np.inf, 'infinite'),
+                          (-.5, 'negative')])
 def test_impossible_depth(value, message):
-    depth = np.ones((20, 20)); depth[3, 4] = value
+    depth = np.ones((20, 20))
+    depth[3, 4] = value
     with pytest.raises(ValueError, match=f'depth.*{message}'): encode(depth, CAMERA)
-    with pytest.raises(ValueError, match=f'depth.*{message}'): normals(torch.from_numpy(depth), CAMERA)
+    with pytest.raises(ValueError, match=f'depth.*{message}'):
+        normals(torch.from_numpy(depth), CAMERA)
 
 
 @pytest.mark.parametrize('shape', [(5,), (1, 2, 3, 4), (0, 5), (2, 0, 5), ()])
@@ -156,6 +178,7 @@ def test_impossible_depth_shape(shape):
     with pytest.raises(ValueError, match='depth: shape'): encode(np.ones(shape), CAMERA)
 
 
-@pytest.mark.parametrize('camera', [np.eye(4), np.ones((3, 3, 3)), np.zeros((3, 3)), np.full((3, 3), np.nan), np.diag([-1., 1, 1])])
+@pytest.mark.parametrize('camera', [np.eye(4), np.ones((3, 3, 3)), np.zeros((3, 3)),
+                                    np.full((3, 3), np.nan), np.diag([-1., 1, 1])])
 def test_impossible_camera(camera):
     with pytest.raises(ValueError, match='camera'): encode(np.ones((2, 5, 5)), camera)

@@ -12,7 +12,8 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
         for step in (4, 5): log.write('student', step, dict(data=.01), loss=20. - step)
     events = reader.EventAccumulator(str(tmp_path/'tensorboard'/'student')).Reload()
     assert set(events.Tags()['scalars']) == {'loss', 'data'}
-    assert [(e.step, e.value) for e in events.Scalars('loss')] == [(1, 9), (2, 8), (3, 7), (4, 16), (5, 15)]
+    assert [(e.step, e.value) for e in events.Scalars('loss')] == [(1, 9), (2, 8), (3, 7), (4, 16),
+        (5, 15)]
 
 
 def test_wandb_stays_offline_and_in_the_folder(tmp_path, monkeypatch):

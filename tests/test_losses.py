@@ -9,13 +9,15 @@ from torch.autograd import gradcheck
 from stdg.losses import detection_loss, focal_loss, relation_loss, teaching_loss
 
 GOLDEN = np.load(Path(__file__).parent / 'golden/fields.npz')
-NAMES = dict(heatmap='detection_heatmap', offset='detection_offset', size='detection_size', mask='detection_mask',
+NAMES = dict(heatmap='detection_heatmap', offset='detection_offset', size='detection_size',
+             mask='detection_mask',
              index='detection_index', relation='relation_fields')
 
 
 @pytest.fixture(scope='module')
 def targets():
-    return {name: torch.stack([torch.from_numpy(GOLDEN[f'case{i}_{key}']) for i in range(6)]) for name, key in NAMES.items()}
+    return {name: torch.stack([torch.from_numpy(GOLDEN[f'case{i}_{key}']) for i in range(6)])
+            for name, key in NAMES.items()}
 
 
 @pytest.fixture
@@ -28,7 +30,8 @@ def small():
     relation[0, 1, :, 1, 1:4] = torch.tensor([1, 2, 3, -1, 4, .1, .1, .3, .4])[:, None]
     relation[0, 1, 4, 1, 2] = 0  # the row of the object's centre
     targets = dict(heatmap=heatmap, offset=torch.rand(2, 128, 2), size=torch.rand(2, 128, 2) * 4,
-                   mask=(torch.arange(128) < 2).repeat(2, 1).byte(), index=torch.randint(0, 20, (2, 128)), relation=relation)
+                   mask=(torch.arange(128) < 2).repeat(2, 1).byte(),
+                   index=torch.randint(0, 20, (2, 128)), relation=relation)
     return {name: t.double() if t.is_floating_point() else t for name, t in targets.items()}
 
 
@@ -41,16 +44,19 @@ def test_golden_detection(targets):
     assert list(terms) == ['heatmap', 'size', 'offset'] and close(terms, GOLDEN['loss_detection'])
 
 
-@pytest.mark.parametrize('released', [True, False])  # no cell of the golden cases lies exactly on an object's row or column
+# no cell of the golden cases lies exactly on an object's row or column
+@pytest.mark.parametrize('released', [True, False])
 def test_golden_relation(targets, released):
-    terms = relation_loss(torch.from_numpy(GOLDEN['loss_relation_output']), targets, released=released)
+    terms = relation_loss(torch.from_numpy(GOLDEN['loss_relation_output']), targets,
+                          released=released)
     assert list(terms) == ['confidence', 'object', 'subject', 'subject_scale', 'object_scale']
     assert close(terms, GOLDEN['loss_relation'])
 
 
 def test_golden_teaching():
     offsets = lambda who: [torch.from_numpy(GOLDEN[f'teaching_{who}{head}']) for head in (0, 1)]
-    assert np.isclose(float(teaching_loss(offsets('student'), offsets('teacher'))), GOLDEN['teaching_loss'], rtol=1e-5)
+    assert np.isclose(float(teaching_loss(offsets('student'), offsets('teacher'))),
+                      GOLDEN['teaching_loss'], rtol=1e-5)
 
 
 def test_gradients(small):
@@ -72,12 +78,14 @@ def test_finite_at_the_extremes(small, dtype):
         output = torch.full((2, 7, 4, 5), value, dtype=dtype, requires_grad=True)
         terms = detection_loss(output, targets)
         sum(terms.values()).backward()
-        assert all(term.isfinite() and term.dtype == torch.float32 for term in terms.values()) and output.grad.isfinite().all()
+        assert all(term.isfinite() and term.dtype == torch.float32
+                   for term in terms.values()) and output.grad.isfinite().all()
     for logit in (-1000., 0., 1000.):
         output = torch.full((2, 2, 7, 4, 5), logit, dtype=dtype, requires_grad=True)
         terms = relation_loss(output, targets)
         sum(terms.values()).backward()
-        assert all(term.isfinite() and term.dtype == torch.float32 for term in terms.values()) and output.grad.isfinite().all()
+        assert all(term.isfinite() and term.dtype == torch.float32
+                   for term in terms.values()) and output.grad.isfinite().all()
 
 
 def test_half_precision_agrees(small):
@@ -90,36 +98,46 @@ def test_half_precision_agrees(small):
 
 def test_released_rule_skips_the_object_row(small):
     output = torch.zeros(2, 2, 7, 4, 5).double()
-    ours, theirs = relation_loss(output, small)['object'], relation_loss(output, small, released=True)['object']
+    ours, theirs = relation_loss(output, small)['object'], relation_loss(output, small,
+        released=True)['object']
     assert torch.isclose(ours, torch.tensor((3 * 1 + 2 * 4) / 6 / 2).double(), atol=1e-4)
     assert torch.isclose(theirs, torch.tensor((2 * 1 + 2 * 4) / 4 / 2).double(), atol=1e-4)
 
 
 def test_nothing_annotated(small):
     blank = {name: torch.zeros_like(t) for name, t in small.items()}
-    detection, relation = torch.rand(2, 7, 4, 5, requires_grad=True), torch.randn(2, 2, 7, 4, 5, requires_grad=True)
+    detection, relation = torch.rand(2, 7, 4, 5, requires_grad=True), torch.randn(2, 2, 7, 4, 5,
+        requires_grad=True)
     terms = detection_loss(detection, blank) | relation_loss(relation, blank)
     assert all(terms[name].item() == 0 for name in terms if name not in ('heatmap', 'confidence'))
     sum(terms.values()).backward()
-    assert terms['heatmap'] > 0 and detection.grad.isfinite().all() and relation.grad.isfinite().all()
+    assert terms[
+        'heatmap'] > 0 and detection.grad.isfinite().all() and relation.grad.isfinite().all()
 
 
 def test_focal_loss_divides_by_the_positives():
     p = torch.full((4,), .3)
-    assert torch.isclose(focal_loss(p, torch.tensor([1., 1, 1, 1])), focal_loss(p[:1], torch.ones(1)))
+    assert torch.isclose(focal_loss(p, torch.tensor([1., 1, 1, 1])),
+                         focal_loss(p[:1], torch.ones(1)))
     assert torch.isclose(focal_loss(p, torch.zeros(4)), 4 * focal_loss(p[:1], torch.zeros(1)))
 
 
 def test_teacher_gets_no_gradient_and_wild_offsets_are_left_out():
-    teacher, student = torch.tensor([1., 9.99, -10, 30], requires_grad=True), torch.zeros(4, requires_grad=True)
+    teacher, student = torch.tensor([1., 9.99, -10, 30], requires_grad=True), torch.zeros(4,
+        requires_grad=True)
     teaching_loss([student], [teacher]).backward()
     assert teacher.grad is None and (student.grad != 0).tolist() == [True, True, False, False]
 
 
 def test_bad_input(small):
-    with pytest.raises(ValueError, match='detection fields'): detection_loss(torch.rand(2, 6, 4, 5), small)
-    with pytest.raises(ValueError, match='detection fields'): detection_loss(torch.rand(2, 7, 4, 4), small)
-    with pytest.raises(ValueError, match='relation fields'): relation_loss(torch.rand(2, 14, 4, 5), small)
-    with pytest.raises(ValueError, match='relation fields'): relation_loss(torch.rand(2, 2, 9, 4, 5), small)
+    with pytest.raises(ValueError, match='detection fields'):
+        detection_loss(torch.rand(2, 6, 4, 5), small)
+    with pytest.raises(ValueError, match='detection fields'):
+        detection_loss(torch.rand(2, 7, 4, 4), small)
+    with pytest.raises(ValueError, match='relation fields'):
+        relation_loss(torch.rand(2, 14, 4, 5), small)
+    with pytest.raises(ValueError, match='relation fields'):
+        relation_loss(torch.rand(2, 2, 9, 4, 5), small)
     with pytest.raises(ValueError, match='0 student heads'): teaching_loss([], [])
-    with pytest.raises(ValueError, match='offsets'): teaching_loss([torch.zeros(1, 36, 4, 4)], [torch.zeros(1, 36, 4, 5)])
+    with pytest.raises(ValueError, match='offsets'):
+        teaching_loss([torch.zeros(1, 36, 4, 4)], [torch.zeros(1, 36, 4, 5)])

@@ -10,15 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stdg.graph import Prediction, SceneGraph
-from stdg.metrics import (
-    TASKS, Evaluator, FrequencyPrior, average_precision, evaluate, match, pixel_iou,
-    results_table)
+from stdg.metrics import TASKS, Evaluator, FrequencyPrior, average_precision, evaluate, match, pixel_iou, results_table
 
 GOLDEN = Path(__file__).parent / 'golden'
 
 
 def golden_cases(task):
-    "Predictions, truths and the zero-shot list of the golden images; the files number from 1 and keep a background column."
+    """Predictions, truths and the zero-shot list of the golden images; the files number from 1 and
+    keep a background column."""
     z = np.load(GOLDEN / 'metrics.npz')
     kind = 'sgdet' if task == 'sgdet' else 'gtbox'
     objects = 'sgdet' if task == 'sgdet' else 'gt'
@@ -26,12 +25,15 @@ def golden_cases(task):
     boxes, labels = cut('gt_boxes', 'n_gt_objects'), cut('gt_labels', 'n_gt_objects')
     relations = cut('gt_relations', 'n_gt_relations')
     truths = [SceneGraph(b, l - 1, r - [0, 0, 1]) for b, l, r in zip(boxes, labels, relations)]
-    pairs, predicates = cut(f'{kind}_pairs', f'n_{kind}_pairs'), cut(f'{kind}_predicates', f'n_{kind}_pairs')
+    pairs, predicates = cut(f'{kind}_pairs', f'n_{kind}_pairs'), cut(f'{kind}_predicates',
+        f'n_{kind}_pairs')
     lengths = f'n_{objects}_objects'
     boxes = cut(f'{objects}_boxes', lengths)
     labels = cut('gt_labels' if task == 'predcls' else f'{task}_labels', lengths)
-    scores = [np.ones(len(b)) for b in boxes] if task == 'predcls' else cut(f'{task}_scores', lengths)
-    predictions = [Prediction(b, l - 1, s, q, p[:, 1:]) for b, l, s, q, p in zip(boxes, labels, scores, pairs, predicates)]
+    scores = [np.ones(len(b)) for b in boxes] if task == 'predcls' else cut(f'{task}_scores',
+        lengths)
+    predictions = [Prediction(b, l - 1, s, q, p[:, 1:]) for b, l, s, q, p in zip(boxes, labels,
+        scores, pairs, predicates)]
     return predictions, truths, z['zero_shot_triplets'] - 1
 
 
@@ -41,15 +43,18 @@ def test_golden_figures(task):
     predictions, truths, zero_shot = golden_cases(task)
     figures = evaluate(predictions, truths, task, zero_shot)
     assert set(figures) == set(expected)
-    for name, value in expected.items(): np.testing.assert_allclose(figures[name], value, rtol=0, atol=1e-9, err_msg=name)
+    for name, value in expected.items():
+        np.testing.assert_allclose(figures[name], value, rtol=0, atol=1e-9, err_msg=name)
 
 
 @pytest.mark.parametrize('task', TASKS)
 def test_golden_figures_do_not_depend_on_order_or_repetition(task):
     predictions, truths, zero_shot = golden_cases(task)
     once, many = evaluate(predictions, truths, task, zero_shot), Evaluator(task, 50, zero_shot)
-    for prediction, truth in list(zip(predictions, truths))[::-1] * 3: many.update(prediction, truth)
-    for name, value in many.compute().items(): np.testing.assert_allclose(value, once[name], rtol=0, atol=1e-12, err_msg=name)
+    for prediction, truth in list(zip(predictions, truths))[::-1] * 3:
+        many.update(prediction, truth)
+    for name, value in many.compute().items():
+        np.testing.assert_allclose(value, once[name], rtol=0, atol=1e-12, err_msg=name)
 
 
 def test_memory_does_not_grow():
@@ -75,8 +80,10 @@ def plain_iou(a, b):
 def plain_hits(boxes, labels, triplets, truth):
     "For each of `triplets` the set of relations of `truth` that it hits."
     def same(mine, theirs):
-        return labels[mine] == truth.labels[theirs] and plain_iou(boxes[mine].tolist(), truth.boxes[theirs].tolist()) >= .5
-    return [{j for j, (s, o, p) in enumerate(truth.relations.tolist()) if p == pp and same(ps, s) and same(po, o)} for ps, po, pp in triplets]
+        return labels[mine] == truth.labels[theirs] and plain_iou(boxes[mine].tolist(),
+            truth.boxes[theirs].tolist()) >= .5
+    return [{j for j, (s, o, p) in enumerate(truth.relations.tolist()) if p == pp and same(ps, s)
+             and same(po, o)} for ps, po, pp in triplets]
 
 
 def plain_evaluate(predictions, truths, task, zero_shot, n_predicates):
@@ -86,45 +93,59 @@ def plain_evaluate(predictions, truths, task, zero_shot, n_predicates):
         if task != 'sgdet': boxes = truth.boxes
         if task == 'predcls': labels, scores = truth.labels, torch.ones(len(truth))
         pairs, table = prediction.pairs.tolist(), prediction.predicates
-        if not pairs and len(boxes): pairs, table = [[len(boxes) - 1] * 2], torch.zeros(1, n_predicates)
+        if not pairs and len(boxes):
+            pairs, table = [[len(boxes) - 1] * 2], torch.zeros(1, n_predicates)
         best = [(s, o, int(row.argmax())) for (s, o), row in zip(pairs, table)]
-        every = [(-float(scores[s] * scores[o] * row[p]), (s, o, p)) for (s, o), row in zip(pairs, table) for p in range(n_predicates)]
+        every = [(-float(scores[s] * scores[o] * row[p]), (s, o, p)) for (s, o), row in zip(pairs,
+            table) for p in range(n_predicates)]
         free = [triplet for _, triplet in sorted(every, key=lambda entry: entry[0])][:100]
         relations = truth.relations.tolist()
-        named = [(int(truth.labels[s]), int(truth.labels[o]), p) in zero_shot for s, o, p in relations]
+        named = [(int(truth.labels[s]), int(truth.labels[o]), p) in zero_shot
+                 for s, o, p in relations]
         total += len(relations)
         for kind, triplets in (('', best), ('ng-', free)):
             hits = plain_hits(boxes, labels, triplets, truth)
             for k in (20, 50, 100):
                 found = set().union(*hits[:k])
                 lists.setdefault(f'{kind}R@{k}', []).append(len(found) / len(relations))
-                if any(named): lists.setdefault(f'{kind}zR@{k}', []).append(sum(named[j] for j in found) / sum(named))
+                if any(named):
+                    lists.setdefault(f'{kind}zR@{k}',
+                                     []).append(sum(named[j] for j in found) / sum(named))
                 for p in {p for *_, p in relations}:
                     of_p = [j for j, r in enumerate(relations) if r[2] == p]
-                    lists.setdefault((f'{kind}mR@{k}', p), []).append(len(found & set(of_p)) / len(of_p))
+                    lists.setdefault((f'{kind}mR@{k}', p),
+                                     []).append(len(found & set(of_p)) / len(of_p))
         annotated = [t for t in best if any(t[:2] == (s, o) for s, o, _ in relations)]
         hits = plain_hits(boxes, labels, annotated, truth)
         for k in hit: hit[k] += len(set().union(*hits[:k]))
     figures = {name: np.mean(values) for name, values in lists.items() if isinstance(name, str)}
     for kind in ('', 'ng-'):
-        for k in hit: figures[f'{kind}mR@{k}'] = sum(np.mean(lists.get((f'{kind}mR@{k}', p), 0)) for p in range(n_predicates)) / n_predicates
+        for k in hit:
+            figures[f'{kind}mR@{k}'] = sum(np.mean(lists.get((f'{kind}mR@{k}', p), 0))
+                                           for p in range(n_predicates)) / n_predicates
     if task != 'sgdet': figures.update({f'A@{k}': hit[k] / total for k in hit})
     return figures
 
 
 @st.composite
 def scenes(draw, n_predicates=7, classes=2):
-    "An image with few classes and crowded boxes, so that hits, repeated claims, ties and empty predictions abound."
+    """An image with few classes and crowded boxes, so that hits, repeated claims, ties and empty
+    predictions abound."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    n, r, q = draw(st.integers(1, 6)), draw(st.integers(1, 8)), draw(st.sampled_from([0, 1, 5, 30, 130]))
+    n, r, q = draw(st.integers(1, 6)), draw(st.integers(1,
+                                                        8)), draw(st.sampled_from([0, 1, 5, 30,
+        130]))
     def boxes(n):
         corner = rng.integers(0, 12, (n, 2)).astype(np.float32)
         return np.column_stack([corner, corner + rng.integers(5, 14, (n, 2))])
-    truth = SceneGraph(boxes(n), rng.integers(0, classes, n), np.column_stack([rng.integers(0, n, (r, 2)), rng.integers(0, n_predicates, r)]))
+    truth = SceneGraph(boxes(n), rng.integers(0, classes, n),
+                       np.column_stack([rng.integers(0, n, (r, 2)),
+                                        rng.integers(0, n_predicates, r)]))
     scores = rng.integers(0, 4, (q, n_predicates)) / np.float32(4)
     order = np.argsort(-scores.max(1), kind='stable')
     labels = np.where(rng.uniform(size=n) < .7, truth.labels, rng.integers(0, classes, n))
-    prediction = Prediction(truth.boxes.numpy() + rng.integers(0, 3, (n, 1)), labels, rng.integers(1, 5, n) / np.float32(4),
+    prediction = Prediction(truth.boxes.numpy() + rng.integers(0, 3, (n, 1)), labels,
+                            rng.integers(1, 5, n) / np.float32(4),
                             rng.integers(0, n, (q, 2))[order], scores[order])
     return prediction, truth
 
@@ -135,10 +156,12 @@ def test_agrees_with_the_definition(cases, task):
     predictions, truths = zip(*cases)
     zero_shot = [(0, 0, p) for p in range(4)] + [(1, 0, 2), (0, 1, 6)]
     figures = evaluate(predictions, truths, task, zero_shot)
-    expected = plain_evaluate(predictions, truths, task, zero_shot, predictions[0].predicates.shape[1])
+    expected = plain_evaluate(predictions, truths, task, zero_shot,
+                              predictions[0].predicates.shape[1])
     for name in figures:
         if name.startswith('per_predicate'): continue
-        np.testing.assert_allclose(figures[name], expected.get(name, math.nan), rtol=0, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(figures[name], expected.get(name, math.nan), rtol=0, atol=1e-9,
+                                   err_msg=name)
 
 
 @settings(max_examples=30, deadline=None)
@@ -164,17 +187,23 @@ def test_ranks_are_exact():
     boxes = [[100 * i, 0, 100 * i + 50, 50] for i in range(12)]
     truth = SceneGraph(boxes, range(12), [[10, 11, 0]])
     others = [[s, o] for s in range(6) for o in range(6) if s != o][:20]
-    prediction = Prediction(boxes, range(12), np.ones(12), others + [[10, 11]], np.linspace(1, .5, 21)[:, None])
+    prediction = Prediction(boxes, range(12), np.ones(12), others + [[10, 11]],
+                            np.linspace(1, .5, 21)[:, None])
     figures = evaluate([prediction], [truth], 'sgdet')
-    assert (figures['R@20'], figures['R@50'], figures['ng-R@20'], figures['ng-R@50']) == (0, 1, 0, 1)
-    assert evaluate([prediction], [truth], 'predcls')['A@20'] == 1  # among annotated pairs it is the first
+    assert (figures['R@20'], figures['R@50'], figures['ng-R@20'], figures['ng-R@50']) == (0, 1, 0,
+        1)
+    # among annotated pairs it is the first
+    assert evaluate([prediction], [truth], 'predcls')['A@20'] == 1
 
 
 def test_empty_predictions_count_as_nothing_found():
     predictions, truths, zero_shot = golden_cases('sgdet')
     nothing = Prediction([], [], [], [], torch.zeros(0, 50))
-    full, half = evaluate(predictions, truths, 'sgdet', zero_shot), evaluate(predictions + [nothing] * 40, truths * 2, 'sgdet', zero_shot)
-    for name in ('R@20', 'ng-R@100', 'mR@50', 'ng-mR@20', 'zR@50', 'ng-zR@100'): assert math.isclose(half[name], full[name] / 2, rel_tol=1e-12)
+    full, half = evaluate(predictions, truths, 'sgdet',
+                          zero_shot), evaluate(predictions + [nothing] * 40, truths * 2, 'sgdet',
+                                               zero_shot)
+    for name in ('R@20', 'ng-R@100', 'mR@50', 'ng-mR@20', 'zR@50', 'ng-zR@100'):
+        assert math.isclose(half[name], full[name] / 2, rel_tol=1e-12)
     untyped = Prediction([], [], [], [], [])
     figures = evaluate([untyped], truths[:1], 'sgdet')
     assert figures['R@20'] == 0 and figures['mR@20'] == 0
@@ -182,35 +211,51 @@ def test_empty_predictions_count_as_nothing_found():
 
 def test_clear_errors():
     predictions, truths, _ = golden_cases('sgdet')
-    with pytest.raises(ValueError, match='40 predictions for 39 truths'): evaluate(predictions, truths[1:], 'sgdet')
-    with pytest.raises(ValueError, match='39 predictions for 40 truths'): average_precision(predictions[1:], truths, 150)
-    with pytest.raises(ValueError, match='must be made on the true boxes'): evaluate(predictions, truths, 'sgcls')
-    with pytest.raises(ValueError, match='scores 50 predicates, 51 are expected'): Evaluator('sgdet', 51).update(predictions[0], truths[0])
+    with pytest.raises(ValueError, match='40 predictions for 39 truths'):
+        evaluate(predictions, truths[1:], 'sgdet')
+    with pytest.raises(ValueError, match='39 predictions for 40 truths'):
+        average_precision(predictions[1:], truths, 150)
+    with pytest.raises(ValueError, match='must be made on the true boxes'):
+        evaluate(predictions, truths, 'sgcls')
+    with pytest.raises(ValueError, match='scores 50 predicates, 51 are expected'):
+        Evaluator('sgdet', 51).update(predictions[0], truths[0])
     with pytest.raises(ValueError, match='holds predicate 7, but there are 2'):
-        Evaluator('sgdet', 2).update(Prediction([], [], [], [], []), SceneGraph([[0, 0, 1, 1]], [0], [[0, 0, 7]]))
-    with pytest.raises(ValueError, match='choose one of predcls, sgcls, sgdet'): evaluate(predictions, truths, 'detection')
-    with pytest.raises(ValueError, match='choose one of reference, strict'): evaluate(predictions, truths, 'sgdet', protocol='literature')
-    with pytest.raises(ValueError, match='a Prediction holds label .*, but there are 20 classes'): average_precision(predictions, [SceneGraph([], [], [])] * 40, 20)
-    with pytest.raises(ValueError, match='zero_shot: shape'): Evaluator('sgdet', 50, zero_shot=[[1, 2], [3, 4], [5, 6]])
+        Evaluator('sgdet', 2).update(Prediction([], [], [], [], []),
+                                     SceneGraph([[0, 0, 1, 1]], [0], [[0, 0, 7]]))
+    with pytest.raises(ValueError, match='choose one of predcls, sgcls, sgdet'):
+        evaluate(predictions, truths, 'detection')
+    with pytest.raises(ValueError, match='choose one of reference, strict'):
+        evaluate(predictions, truths, 'sgdet', protocol='literature')
+    with pytest.raises(ValueError, match='a Prediction holds label .*, but there are 20 classes'):
+        average_precision(predictions, [SceneGraph([], [], [])] * 40, 20)
+    with pytest.raises(ValueError, match='zero_shot: shape'):
+        Evaluator('sgdet', 50, zero_shot=[[1, 2], [3, 4], [5, 6]])
 
 
 # Average precision
 
 def test_average_precision_of_the_truth_is_one(capsys):
     _, truths, _ = golden_cases('sgdet')
-    perfect = [Prediction(t.boxes, t.labels, np.ones(len(t)), [], torch.zeros(0, 50)) for t in truths]
+    perfect = [Prediction(t.boxes, t.labels, np.ones(len(t)), [], torch.zeros(0, 50))
+               for t in truths]
     ap = average_precision(perfect, truths, 150)
-    assert math.isclose(ap['AP50'], 1) and math.isclose(ap['AP'], 1) and len(ap['AP50_per_class']) == 150
+    assert math.isclose(ap['AP50'], 1) and math.isclose(ap['AP'],
+                                                        1) and len(ap['AP50_per_class']) == 150
     assert capsys.readouterr().out == ''
 
 
 def test_average_precision_by_hand():
-    "Right, wrong, right for three objects: precision 1 up to recall 1/3, 2/3 up to 2/3, then 0, read at 101 recalls."
+    """Right, wrong, right for three objects: precision 1 up to recall 1/3, 2/3 up to 2/3, then 0,
+    read at 101 recalls."""
     truth = SceneGraph([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]], [0, 0, 0], [])
-    prediction = Prediction([[0, 0, 10, 10], [60, 60, 70, 70], [20, 0, 30, 10]], [0, 0, 0], [.9, .8, .7], [], torch.zeros(0, 1))
-    assert math.isclose(average_precision([prediction], [truth], 1)['AP50'], (34 + 33 * 2 / 3) / 101)
-    doubled = Prediction(torch.cat([prediction.boxes[:1], prediction.boxes]), [0] * 4, [.95, .9, .8, .7], [], torch.zeros(0, 1))
-    assert average_precision([doubled], [truth], 1)['AP50'] < average_precision([prediction], [truth], 1)['AP50']
+    prediction = Prediction([[0, 0, 10, 10], [60, 60, 70, 70], [20, 0, 30, 10]], [0, 0, 0],
+                            [.9, .8, .7], [], torch.zeros(0, 1))
+    assert math.isclose(average_precision([prediction], [truth], 1)['AP50'],
+                        (34 + 33 * 2 / 3) / 101)
+    doubled = Prediction(torch.cat([prediction.boxes[:1], prediction.boxes]), [0] * 4,
+                         [.95, .9, .8, .7], [], torch.zeros(0, 1))
+    assert average_precision([doubled], [truth], 1)['AP50'] < average_precision([prediction],
+        [truth], 1)['AP50']
 
 
 def test_ignored_objects_are_neither_asked_for_nor_punished():
@@ -229,10 +274,14 @@ def test_frequency_prior_learns_what_it_counts():
     assert prior.pairs.sum() == sum(len(t) * (len(t) - 1) for t in truths)
     guesses = [prior.predict(t) for t in truths]
     for guess, truth in zip(guesses, truths):
-        assert len(guess.pairs) == len(truth) * (len(truth) - 1) and bool((guess.pairs[:, 0] != guess.pairs[:, 1]).all())
-        assert bool((guess.predicates.amax(1).diff() <= 0).all()) and 0 <= guess.predicates.min() and guess.predicates.max() <= 1
+        assert len(guess.pairs) == len(truth) * (len(truth) - 1) and bool((guess.pairs[:,
+            0] != guess.pairs[:, 1]).all())
+        assert bool((
+            guess.predicates.amax(
+            1).diff() <= 0).all()) and 0 <= guess.predicates.min() and guess.predicates.max() <= 1
     untrained = [FrequencyPrior(150, 50).predict(t) for t in truths]
-    assert evaluate(guesses, truths, 'predcls')['R@50'] > .5 > evaluate(untrained, truths, 'predcls')['R@50']
+    assert evaluate(guesses, truths, 'predcls')['R@50'] > .5 > evaluate(untrained, truths,
+        'predcls')['R@50']
 
 
 def test_frequency_prior_of_images_without_pairs():
@@ -244,13 +293,17 @@ def test_frequency_prior_of_images_without_pairs():
 
 # Table
 
-@pytest.mark.parametrize('name', ['<script>alert(1)</script>', ']]>', '"quoted" & \'single\'', 'a|b', 'line\nbreak', 'x' * 10_000, '\x00\x07'])
+@pytest.mark.parametrize('name', ['<script>alert(1)</script>', ']]>', '"quoted" & \'single\'',
+                                  'a|b', 'line\nbreak', 'x' * 10_000, '\x00\x07'])
 def test_table_escapes_names(name):
     figures = {f'{kind}@{k}': .5 for kind in ('R', 'ng-R', 'mR', 'ng-mR') for k in (20, 50, 100)}
-    table = results_table({name: dict(predcls=figures, sgdet=figures, AP50=.3), 'other': dict(sgdet={**figures, 'R@20': .7})})
+    table = results_table({name: dict(predcls=figures, sgdet=figures, AP50=.3),
+                           'other': dict(sgdet={**figures, 'R@20': .7})})
     html, markdown = table._repr_html_(), str(table)
     assert '<script' not in html + markdown and len(html + markdown) < 6000
     blocks = markdown.strip().split('\n\n')
     assert [len(block.splitlines()) for block in blocks] == [3, 4]
-    for block in blocks: assert len({line.replace(r'\|', '').count('|') for line in block.splitlines()}) == 1
-    assert blocks[1].splitlines()[3].endswith('| – |') and '**70.0**' in blocks[1] and '30.0' in blocks[1]
+    for block in blocks:
+        assert len({line.replace(r'\|', '').count('|') for line in block.splitlines()}) == 1
+    assert blocks[1].splitlines()[3].endswith('| – |') and '**70.0**' in blocks[
+        1] and '30.0' in blocks[1]

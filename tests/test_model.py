@@ -46,30 +46,42 @@ def test_outputs_equal_released(config):
         (detection, relation), offsets = model(image), model.offsets(image)
         close(detection[None] if detection.ndim == 3 else detection, f'{config}_detection')
         close(relation, f'{config}_relation')
-        for ours, head in zip(offsets, ('detection', 'relation')): close(ours, f'{config}_offsets_{head}')
+        for ours, head in zip(offsets, ('detection', 'relation')):
+            close(ours, f'{config}_offsets_{head}')
         if model.teacher is not None:
             taught = model.teacher.offsets(image.flip(1))
-            for ours, head in zip(taught, ('detection', 'relation')): close(ours, f'{config}_teacher_offsets_{head}')
-            assert float(teaching_loss(offsets, taught)) == pytest.approx(float(outputs[f'{config}_teaching_loss']), rel=1e-4)
+            for ours, head in zip(taught, ('detection', 'relation')):
+                close(ours, f'{config}_teacher_offsets_{head}')
+            assert float(teaching_loss(offsets,
+                                       taught)) == pytest.approx(
+                float(outputs[f'{config}_teaching_loss']), rel=1e-4)
 
 
 @pytest.mark.parametrize('config', sorted(layouts))
 def test_every_layout_is_recognised(config):
-    model = from_released({key: torch.zeros(shape, dtype=getattr(torch, dtype.removeprefix('torch.'))) for key, (shape, dtype) in layouts[config].items()})
-    assert model.mode in config and model.config['head_norm'] == config.endswith('_bn') and config.startswith(model.config['backbone'])
+    model = from_released({key: torch.zeros(shape,
+                                            dtype=getattr(torch, dtype.removeprefix('torch.')))
+                           for key, (shape, dtype) in layouts[config].items()})
+    assert model.mode in config and model.config['head_norm'] == config.endswith(
+        '_bn') and config.startswith(model.config['backbone'])
 
 
-@pytest.mark.parametrize('backbone,stride', [('resnet18', 8), ('mobilenetv3_small_100', 16), ('convnext_atto', 4), ('resnet18', 32)])
+@pytest.mark.parametrize('backbone,stride', [('resnet18', 8), ('mobilenetv3_small_100', 16),
+                                             ('convnext_atto', 4), ('resnet18', 32)])
 def test_any_timm_backbone(backbone, stride):
     model = STDG(backbone, n_objects=5, n_predicates=3, pretrained=False, stride=stride).eval()
     with torch.no_grad(): detection, relation = model(torch.zeros(1, 3, 64, 96))
-    assert detection.shape == (1, 9, 64 // stride, 96 // stride) and relation.shape == (1, 3, 7, 64 // stride, 96 // stride)
+    assert detection.shape == (1, 9, 64 // stride, 96 // stride) and relation.shape == (1, 3, 7,
+        64 // stride, 96 // stride)
 
 
 def test_pretrained_weights_come_from_the_package():
-    model, bare = STDG('small', n_objects=3, n_predicates=2), STDG('small', n_objects=3, n_predicates=2, pretrained=False)
+    model, bare = STDG('small', n_objects=3, n_predicates=2), STDG('small', n_objects=3,
+        n_predicates=2, pretrained=False)
     first, other = (m.network.backbone.body.conv_stem.weight for m in (model, bare))
-    assert not torch.equal(first, other) and torch.equal(first, STDG('small', n_objects=3, n_predicates=2).network.backbone.body.conv_stem.weight)
+    assert not torch.equal(first, other) and torch.equal(first,
+                                                         STDG('small', n_objects=3,
+        n_predicates=2).network.backbone.body.conv_stem.weight)
 
 
 def test_pretrained_from_a_local_file(tmp_path):
@@ -78,14 +90,16 @@ def test_pretrained_from_a_local_file(tmp_path):
     from safetensors.torch import save_file
     donor = timm.create_model('resnet18', pretrained=False)
     save_file(donor.state_dict(), tmp_path/'resnet18.safetensors')
-    body = timm.create_model('resnet18', features_only=True, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path/'resnet18.safetensors')))
+    body = timm.create_model('resnet18', features_only=True, pretrained=True,
+                             pretrained_cfg_overlay=dict(file=str(tmp_path/'resnet18.safetensors')))
     assert torch.equal(body.conv1.weight, donor.conv1.weight)
 
 
 def test_teacher_never_changes():
     model = STDG('small', 'combine', n_objects=4, n_predicates=3, pretrained=False).train()
     before = {k: v.clone() for k, v in model.teacher.state_dict().items()}
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=.1, weight_decay=.1)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=.1,
+                                  weight_decay=.1)
     for _ in range(3):
         detection, relation, offsets, taught = model.taught(*torch.randn(2, 2, 3, 64, 64))
         assert not any(t.requires_grad for t in taught)
@@ -100,8 +114,12 @@ def test_teacher_never_changes():
 
 def test_save_and_load_every_mode(tmp_path):
     for mode in ('rgb', 'depth', 'combine'):
-        model = STDG('small', mode, n_objects=4, n_predicates=3, pretrained=False, head_norm=True).eval()
+        model = STDG('small', mode, n_objects=4, n_predicates=3, pretrained=False,
+                     head_norm=True).eval()
         model.save(tmp_path/f'{mode}.safetensors')
         image, again = torch.randn(1, 3, 64, 64), load(tmp_path/f'{mode}.safetensors')
-        with torch.no_grad(): assert all(torch.equal(a, b) for a, b in zip(model(image), again(image)))
-        assert again.mode == mode and sorted(p.suffix for p in tmp_path.glob(f'{mode}.*')) == ['.json', '.safetensors']
+        with torch.no_grad():
+            assert all(torch.equal(a, b) for a, b in zip(model(image), again(image)))
+        assert again.mode == mode and sorted(p.suffix
+                                             for p in tmp_path.glob(f'{mode}.*')) == ['.json',
+            '.safetensors']

@@ -1,7 +1,9 @@
-"""Figures beside their references in golden/pictures: other letters or smoothing pass, a box or a label in another place does not.
+"""Figures beside their references in golden/pictures: other letters or smoothing pass, a box or a
+label in another place does not.
 
-After a wanted change look at what `python tests/test_pictures_drawn.py` writes there anew, then commit it.
-Graphs are drawn without graphviz here, whose layouts differ from version to version; test_draw.py looks at those by their structure."""
+After a wanted change look at what `python tests/test_pictures_drawn.py` writes there anew, then
+commit it. Graphs are drawn without graphviz here, whose layouts differ from version to version;
+test_draw.py looks at those by their structure."""
 import io
 import sys
 from pathlib import Path
@@ -16,12 +18,14 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from stdg import draw
-from stdg.graph import Prediction, SceneGraph, Vocabulary
 from stdg.draw.style import rendered
+from stdg.graph import Prediction, SceneGraph, Vocabulary
 
 GOLDEN = Path(__file__).parent/'golden'/'pictures'
 VG = Vocabulary.visual_genome()
-MOST = 50  # dots that the other picture does not explain: other letters make up to 37, the smallest fault below 63
+# dots that the other picture does not explain: other letters make up to 37, the smallest fault
+# below 63
+MOST = 50
 
 
 @pytest.fixture(autouse=True)
@@ -44,24 +48,32 @@ def blocks(*spans, size=(96, 128)):
     return image.astype(np.uint8), depth, hha.astype(np.uint8)
 
 
-SPANS = np.array([(10, 50, 118, 92), (18, 44, 30, 64), (54, 44, 66, 64), (90, 24, 110, 64), (8, 4, 44, 18)])
+SPANS = np.array([(10, 50, 118, 92), (18, 44, 30, 64), (54, 44, 66, 64), (90, 24, 110, 64),
+                  (8, 4, 44, 18)])
 
 
 def scene():
     image, depth, hha = blocks(*SPANS)
     labels = [VG.object_index(name) for name in ('table', 'cup', 'cup', 'vase', 'window')]
-    rows = [[1, 0, 'on'], [2, 0, 'on'], [3, 0, 'on'], [1, 2, 'near'], [2, 1, 'near'], [4, 0, 'above']]
-    truth = SceneGraph(SPANS, labels, [[s, o, VG.predicate_index(p)] for s, o, p in rows], size=(96, 128))
+    rows = [[1, 0, 'on'], [2, 0, 'on'], [3, 0, 'on'], [1, 2, 'near'], [2, 1, 'near'],
+            [4, 0, 'above']]
+    truth = SceneGraph(SPANS, labels, [[s, o, VG.predicate_index(p)] for s, o, p in rows],
+                       size=(96, 128))
     scores = np.zeros((4, 50))
-    for row, (p, score) in zip(scores, [('on', .9), ('under', .8), ('near', .6), ('above', .7)]): row[VG.predicate_index(p)] = score
-    guess = Prediction(SPANS + 1, [*labels[:4], VG.object_index('screen')], [.95, .9, .8, .85, .7], [[1, 0], [3, 0], [1, 2], [4, 0]], scores, size=(96, 128))
+    for row, (p, score) in zip(scores, [('on', .9), ('under', .8), ('near', .6), ('above', .7)]):
+        row[VG.predicate_index(p)] = score
+    guess = Prediction(SPANS + 1, [*labels[:4], VG.object_index('screen')], [.95, .9, .8, .85, .7],
+                       [[1, 0], [3, 0], [1, 2], [4, 0]], scores, size=(96, 128))
     return image, depth, hha, truth, guess
 
 
 def curves():
     step = np.arange(100)
-    return draw.loss_curves([dict(step=s, stage=stage, loss=3 * np.exp(-s / rate) + 1 + .2 * np.sin(s), teaching=np.exp(-s / rate))
-                             for stage, rate in (('teacher', 20), ('student', 40)) for s in step.tolist()])
+    return draw.loss_curves([dict(step=s, stage=stage,
+                                  loss=3 * np.exp(-s / rate) + 1 + .2 * np.sin(s),
+                                  teaching=np.exp(-s / rate))
+                             for stage, rate in (('teacher', 20), ('student', 40))
+                             for s in step.tolist()])
 
 
 def offsets():
@@ -70,7 +82,9 @@ def offsets():
     return draw.offsets(scene()[0], pull, .5 * pull, stride=8)
 
 
-FIGURES = dict(boxes=lambda: draw.image_boxes(scene()[0], scene()[3], VG).figure, paper=lambda: draw.paper_figure(*scene()[:4], VG), pair=lambda: draw.side_by_side(scene()[0], *scene()[3:], VG),
+FIGURES = dict(boxes=lambda: draw.image_boxes(scene()[0], scene()[3], VG).figure,
+               paper=lambda: draw.paper_figure(*scene()[:4], VG),
+               pair=lambda: draw.side_by_side(scene()[0], *scene()[3:], VG),
                channels=lambda: draw.rgbd(*scene()[:3]), curves=curves, offsets=offsets)
 
 
@@ -78,15 +92,18 @@ def dots(figure, dpi=90): return Image.open(io.BytesIO(rendered(figure, 'png', d
 
 
 def strange(picture, other, reach=9, least=70):
-    "How many dots of `picture` have a colour that is `least` (of 255) away from all that `other` shows within a square of `reach` dots about them."
-    low, high = (np.asarray(other.filter(kind(reach)), dtype=int) for kind in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
+    """How many dots of `picture` have a colour that is `least` (of 255) away from all that `other`
+    shows within a square of `reach` dots about them."""
+    low, high = (np.asarray(other.filter(kind(reach)), dtype=int)
+                 for kind in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
     own = np.asarray(picture, dtype=int)
     return int(np.maximum(low - own, own - high).max(2).__gt__(least).sum())
 
 
 def difference(picture, other):
     "Dots of either picture that the other cannot explain."
-    assert np.abs(np.subtract(picture.size, other.size)).max() <= 2, f'{picture.size} and {other.size}: the figure has another size'
+    assert np.abs(np.subtract(picture.size,
+                              other.size)).max() <= 2, f'{picture.size} and {other.size}: the figure has another size'
     other = other.crop((0, 0, *picture.size))
     return strange(picture, other) + strange(other, picture)
 
@@ -98,18 +115,24 @@ def reference(name): return Image.open(GOLDEN/f'{name}.png').convert('RGB')
 def test_figures_look_as_they_did(name, tmp_path):
     drawn = dots(FIGURES[name]())
     drawn.save(tmp_path/f'{name}.png')
-    assert difference(drawn, reference(name)) < MOST, f'see {tmp_path/name}.png beside {GOLDEN/name}.png'
+    assert difference(drawn,
+                      reference(name)) < MOST, f'see {tmp_path/name}.png beside {GOLDEN/name}.png'
 
 
 def test_references_are_few_and_small():
     files = sorted(GOLDEN.glob('*'))
-    assert [f.name for f in files] == sorted(f'{name}.png' for name in FIGURES) and all(f.stat().st_size < 60_000 for f in files)
+    assert [f.name for f in files] == sorted(f'{name}.png'
+                                             for name in FIGURES) and all(f.stat().st_size < 60_000
+        for f in files)
 
 
 # What passes
 
 @pytest.mark.parametrize('name', FIGURES)
-@pytest.mark.parametrize('style', [{'text.hinting': 'none'}, {'text.hinting': 'force_autohint', 'text.hinting_factor': 1}, {'text.antialiased': False}, {'lines.antialiased': False}],
+@pytest.mark.parametrize('style',
+                         [{'text.hinting': 'none'},
+                          {'text.hinting': 'force_autohint', 'text.hinting_factor': 1},
+                          {'text.antialiased': False}, {'lines.antialiased': False}],
                          ids=['no hinting', 'other hinting', 'rough letters', 'rough lines'])
 def test_other_letters_and_smoothing_pass(name, style):
     with plt.rc_context(style): drawn = dots(FIGURES[name]())
@@ -130,9 +153,11 @@ def missing_label(figure):
 
 def other_name(figure): figure.axes[0].texts[0].set_text('motorcycle')
 def other_colour(figure): figure.axes[0].patches[0].set_edgecolor('black')
-def missing_edge(figure): next(p for p in figure.axes[3].patches if isinstance(p, FancyArrowPatch)).set_visible(False)
+def missing_edge(figure):
+    next(p for p in figure.axes[3].patches if isinstance(p, FancyArrowPatch)).set_visible(False)
 def missing_node(figure): figure.axes[3].patches[0].set_visible(False)
-def turned_depth(figure): figure.axes[1].images[0].set_data(figure.axes[1].images[0].get_array()[:, ::-1])
+def turned_depth(figure):
+    figure.axes[1].images[0].set_data(figure.axes[1].images[0].get_array()[:, ::-1])
 
 
 @pytest.mark.parametrize('fault', [moved_box, missing_label, other_name, other_colour])

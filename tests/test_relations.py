@@ -1,9 +1,9 @@
-"Every relation rule on hand-made scenes, where it holds and where it just does not; the sparse annotator."
+"""Every relation rule on hand-made scenes, where it holds and where it just does not; the sparse
+annotator."""
 import numpy as np
 import pytest
 
-from stdg.rooms.relations import (
-    COUNTS, PREDICATES, Bodies, annotate, gap, footprints, relations, separation)
+from stdg.rooms.relations import COUNTS, PREDICATES, Bodies, annotate, footprints, gap, relations, separation
 
 
 def block(x, y, z, w, d, h, fixed=False, tops=(), insides=(), yaw=0):
@@ -11,11 +11,15 @@ def block(x, y, z, w, d, h, fixed=False, tops=(), insides=(), yaw=0):
 
 
 def scene(*blocks):
-    "Bodies, boxes and depths seen by a parallel camera that looks along y from y = -3; 100 pixels a metre."
-    at, size = np.array([b['at'] for b in blocks], float), np.array([b['size'] for b in blocks], float)
+    """Bodies, boxes and depths seen by a parallel camera that looks along y from y = -3; 100 pixels
+    a metre."""
+    at, size = np.array([b['at'] for b in blocks], float), np.array([b['size'] for b in blocks],
+        float)
     low, high = -size / 2 * [1, 1, 0], size * [.5, .5, 1]
-    rect = lambda key: [(i, z, *low[i, :2], *high[i, :2]) for i, b in enumerate(blocks) for z in b[key]]
-    bodies = Bodies(at, [b['yaw'] for b in blocks], np.stack([low, high], 1), [b['fixed'] for b in blocks], rect('tops'), rect('insides'))
+    rect = lambda key: [(i, z, *low[i, :2], *high[i, :2]) for i, b in enumerate(blocks)
+                        for z in b[key]]
+    bodies = Bodies(at, [b['yaw'] for b in blocks], np.stack([low, high], 1),
+                    [b['fixed'] for b in blocks], rect('tops'), rect('insides'))
     a, b = at + low, at + high
     return bodies, 100 * np.stack([a[:, 0], 3 - b[:, 2], b[:, 0], 3 - a[:, 2]], 1), at[:, 1] + 3
 
@@ -38,8 +42,10 @@ CASES = {
     'above': ([block(.1, .4, 1., .6, .05, .5, fixed=True), TABLE], [block(1., .4, 1., .6, .05, .5, fixed=True), TABLE]),  # another column
     'near': ([block(-.55, 0, 0, .3, .3, .5), CASE], [block(-.9, 0, 0, .3, .3, .5), CASE]),  # 45 cm away
     'against': ([block(-.46, 0, 0, .3, .3, .5), CASE], [block(-.5, 0, 0, .3, .3, .5), CASE]),  # 5 cm away
-    'behind': ([block(-.2, .7, 0, .5, .5, 1.), block(.1, 0, 0, .5, .5, .7)], [block(-.7, .7, 0, .5, .5, 1.), block(.1, 0, 0, .5, .5, .7)]),
-    'in front of': ([block(.1, 0, 0, .5, .5, .7), block(-.2, .7, 0, .5, .5, 1.)], [block(.6, 0, 0, .5, .5, .7), block(-.2, .7, 0, .5, .5, 1.)]),
+    'behind': ([block(-.2, .7, 0, .5, .5, 1.), block(.1, 0, 0, .5, .5, .7)],
+               [block(-.7, .7, 0, .5, .5, 1.), block(.1, 0, 0, .5, .5, .7)]),
+    'in front of': ([block(.1, 0, 0, .5, .5, .7), block(-.2, .7, 0, .5, .5, 1.)],
+                    [block(.6, 0, 0, .5, .5, .7), block(-.2, .7, 0, .5, .5, 1.)]),
 }
 
 
@@ -56,11 +62,13 @@ def test_rule_does_not_hold(name): assert name not in names(*CASES[name][1])
 
 @pytest.mark.parametrize('name', PREDICATES)
 def test_converse(name):
-    "near and against are mutual, behind and in front of change places, the others have a direction."
+    """near and against are mutual, behind and in front of change places, the others have a
+    direction."""
     back = names(*CASES[name][0], pair=(1, 0))
     if name in ('near', 'against'): assert name in back
     else: assert name not in back
-    if name in ('behind', 'in front of'): assert {'behind': 'in front of', 'in front of': 'behind'}[name] in back
+    if name in ('behind', 'in front of'):
+        assert {'behind': 'in front of', 'in front of': 'behind'}[name] in back
 
 
 def test_on_is_exclusive():
@@ -70,7 +78,8 @@ def test_on_is_exclusive():
 
 
 def test_shelf_boards():
-    "A book stands on a board inside the shelf's box; the one on the top board is not on the lower one."
+    """A book stands on a board inside the shelf's box; the one on the top board is not on the lower
+    one."""
     shelf = block(0, 0, 0, 1., .4, 1.5, tops=[.1, .6, 1.1])
     assert names(block(0, 0, .6, .2, .2, .3), shelf) == {'on'}
     assert 'on' not in names(block(0, 0, .7, .2, .2, .3), shelf)
@@ -78,7 +87,8 @@ def test_shelf_boards():
 
 
 def test_on_turned_table():
-    "Surfaces turn with their owner: a corner that the straight table reaches is not reached by the turned one."
+    """Surfaces turn with their owner: a corner that the straight table reaches is not reached by
+    the turned one."""
     spot = block(.55, .3, .7, .05, .05, .1)
     turned = {**TABLE, 'yaw': np.pi / 2}
     assert names(spot, TABLE) == {'on'} and 'on' not in names(spot, turned)
@@ -86,25 +96,30 @@ def test_on_turned_table():
 
 
 def test_gap_of_turned_squares():
-    one = Bodies([[0, 0, 0], [2, 0, 0], [0, .5, 0]], [0, np.pi / 4, 0], [[[-.5, -.5, 0], [.5, .5, 1]]] * 3)
+    one = Bodies([[0, 0, 0], [2, 0, 0], [0, .5, 0]], [0, np.pi / 4, 0],
+                 [[[-.5, -.5, 0], [.5, .5, 1]]] * 3)
     g = gap(footprints(one), footprints(one))
     assert np.allclose(g, g.T) and np.isclose(g[0, 1], 1.5 - .5 ** .5) and np.isclose(g[0, 2], -.5)
     assert np.allclose(separation(one, one).diagonal(), -1)
 
 
 def test_bodies_are_checked():
-    with pytest.raises(ValueError, match='2 positions'): Bodies([[0, 0, 0], [1, 0, 0]], [0], [[[0, 0, 0], [1, 1, 1]]])
+    with pytest.raises(ValueError, match='2 positions'):
+        Bodies([[0, 0, 0], [1, 0, 0]], [0], [[[0, 0, 0], [1, 1, 1]]])
 
 
 def test_no_bodies_no_relations():
-    found, pairs = relations(Bodies(np.zeros((0, 3)), [], np.zeros((0, 2, 3))), np.zeros((0, 4)), [])
-    assert found.shape == (0, 3) and annotate(found, pairs, np.zeros((0, 4)), np.random.default_rng(0)).shape == (0, 3)
+    found, pairs = relations(Bodies(np.zeros((0, 3)), [], np.zeros((0, 2, 3))), np.zeros((0, 4)),
+                             [])
+    assert found.shape == (0, 3) and annotate(found, pairs, np.zeros((0, 4)),
+                                              np.random.default_rng(0)).shape == (0, 3)
 
 
 @pytest.fixture
 def crowd():
     things = [block(-1 + .25 * i, 0, 1., .15, .15, .2 + .05 * (i % 3)) for i in range(9)]
-    return scene(block(0, 0, 0, 2.4, .6, 1., tops=[1.]), *things, block(-.3, -.8, 0, .5, .5, .6), block(.9, -.8, 0, .5, .5, .6))
+    return scene(block(0, 0, 0, 2.4, .6, 1., tops=[1.]), *things, block(-.3, -.8, 0, .5, .5, .6),
+                 block(.9, -.8, 0, .5, .5, .6))
 
 
 def test_annotator_is_sparse_and_keeps_truth(crowd):
@@ -115,7 +130,8 @@ def test_annotator_is_sparse_and_keeps_truth(crowd):
     assert lengths.min() >= 1 and 4 <= lengths.mean() <= 8 and lengths.mean() < .5 * len(dense)
     truth = set(map(tuple, dense.tolist()))
     assert all(set(map(tuple, w.tolist())) <= truth for w in written)
-    assert all(len({frozenset(r[:2]) for r in w.tolist()}) == len(w) for w in written)  # a pair once
+    # a pair once
+    assert all(len({frozenset(r[:2]) for r in w.tolist()}) == len(w) for w in written)
 
 
 def test_annotator_prefers_frequent_predicates(crowd):
@@ -129,10 +145,12 @@ def test_annotator_prefers_frequent_predicates(crowd):
 
 def test_annotator_is_seeded(crowd):
     dense, pairs = relations(*crowd)
-    first, second, other = (annotate(dense, pairs, crowd[1], np.random.default_rng(s)) for s in (1, 1, 2))
+    first, second, other = (annotate(dense, pairs, crowd[1], np.random.default_rng(s))
+                            for s in (1, 1, 2))
     assert np.array_equal(first, second) and not np.array_equal(first, other)
 
 
 def test_under_the_table_not_under_the_cup():
     cup, low = block(.1, 0, .7, .4, .4, .2), block(.1, 0, 0, .3, .3, .4)
-    assert names(low, TABLE, cup) == {'under'} and 'under' not in names(low, TABLE, cup, pair=(0, 2))
+    assert names(low, TABLE, cup) == {'under'} and 'under' not in names(low, TABLE, cup,
+        pair=(0, 2))

@@ -1,13 +1,15 @@
-"Rendering: depth is exact, the camera is the method's, shadows fall, and nothing depends on chance."
+"""Rendering: depth is exact, the camera is the method's, shadows fall, and nothing depends on
+chance."""
 import numpy as np
 import pytest
 
-from stdg.rooms.solids import Material, Part, ball, block, plain
-from stdg.rooms.render import Camera, Light, RayScene, amodal_pixels, render
 from stdg.rooms.catalogue import make
+from stdg.rooms.render import Camera, Light, RayScene, amodal_pixels, render
+from stdg.rooms.solids import Material, Part, ball, block, plain
 
 GREY, EYE = plain([.5, .5, .5]), np.eye(4)
-GROUND = Part(np.array([(-9, -9, 0), (9, -9, 0), (9, 9, 0), (-9, 9, 0)], float), np.array([[0, 1, 2], [0, 2, 3]]), GREY)
+GROUND = Part(np.array([(-9, -9, 0), (9, -9, 0), (9, 9, 0), (-9, 9, 0)], float),
+              np.array([[0, 1, 2], [0, 2, 3]]), GREY)
 SIZE = 96, 128
 
 
@@ -26,19 +28,23 @@ def cloud(depth, camera):
 def test_depth_of_planes(fov):
     "A tilted camera sees the floor and a wall where they are."
     camera = Camera([.3, -3, 1.4], [0, 0, .6], fov)
-    scene = RayScene().add([GROUND], EYE, 0).add([block((9, .1, 9), (0, 1.05, 0), GREY)], EYE, 1).build()
+    scene = RayScene().add([GROUND], EYE, 0).add([block((9, .1, 9), (0, 1.05, 0), GREY)], EYE,
+                                                 1).build()
     result = render(scene, camera, SIZE)
     points, floor = cloud(result['depth'], camera), result['instance'] == 0
     assert floor.any() and (~floor).any()
-    assert np.abs(points[floor][:, 2]).max() < 1e-3 and np.abs(points[~floor][:, 1] - 1).max() < 1e-3
+    assert np.abs(points[floor][:, 2]).max() < 1e-3 and np.abs(points[~floor][:,
+        1] - 1).max() < 1e-3
 
 
 def test_depth_of_a_sphere():
     camera = Camera([0, -3, 0], [0, 0, 0], 40)
-    result = render(RayScene().add([ball(.5, (0, 0, 0), GREY, 3)], EYE, 0).build(), camera, (101, 101))
+    result = render(RayScene().add([ball(.5, (0, 0, 0), GREY, 3)], EYE, 0).build(), camera,
+                    (101, 101))
     assert abs(result['depth'][50, 50] - 2.5) < 1e-3
     points = cloud(result['depth'], camera)[result['instance'] == 0]
-    assert np.abs(np.linalg.norm(points, axis=1) - .5).max() < 5e-3  # flat triangles stand up to 4 mm inside
+    # flat triangles stand up to 4 mm inside
+    assert np.abs(np.linalg.norm(points, axis=1) - .5).max() < 5e-3
 
 
 def test_intrinsics():
@@ -48,21 +54,27 @@ def test_intrinsics():
     assert k[0, 2] == SIZE[1] / 2 + .5 and k[1, 2] == SIZE[0] / 2 + .5 and k[0, 0] == k[1, 1]
     assert np.isclose(2 * np.degrees(np.arctan(SIZE[1] / 2 / k[0, 0])), 50)
     small = .02
-    result = render(RayScene().add([ball(small, (.4, .3, .7), GREY, 1)], EYE, 0).build(), camera, (480, 640))
+    result = render(RayScene().add([ball(small, (.4, .3, .7), GREY, 1)], EYE, 0).build(), camera,
+                    (480, 640))
     k = camera.matrix((480, 640))
     p = camera.rotation @ (np.array([.4, .3, .7]) - camera.position)
     v, u = (a.mean() + 1 for a in np.nonzero(result['instance'] == 0))
-    assert abs(u - (p[0] / p[2] * k[0, 0] + k[0, 2])) < .5 and abs(v - (p[1] / p[2] * k[1, 1] + k[1, 2])) < .5
-    assert camera.rotation[1] @ [0, 0, 1] < 0 < camera.rotation[2] @ [0, 1, 0]  # rows go down, depth goes ahead
+    assert abs(u - (p[0] / p[2] * k[0, 0] + k[0, 2])) < .5 and abs(v
+        - (p[1] / p[2] * k[1, 1] + k[1, 2])) < .5
+    # rows go down, depth goes ahead
+    assert camera.rotation[1] @ [0, 0, 1] < 0 < camera.rotation[2] @ [0, 1, 0]
 
 
 def test_instances_and_nothing():
-    scene = RayScene().add([block((1, 1, 1), (-1, 0, 0), GREY)], EYE, 3).add([block((1, 1, 1), (1, 0, 0), GREY)], EYE, 5).build()
+    scene = RayScene().add([block((1, 1, 1), (-1, 0, 0), GREY)], EYE,
+                           3).add([block((1, 1, 1), (1, 0, 0), GREY)], EYE, 5).build()
     result = render(scene, Camera([0, -5, .5], [0, 0, .5], 60), SIZE)
     assert set(np.unique(result['instance'])) == {-1, 3, 5}
-    assert (result['depth'] == 0)[result['instance'] == -1].all() and (result['depth'] > 0)[result['instance'] >= 0].all()
+    assert (result['depth'] == 0)[result['instance'] == -1].all() and (result['depth'] > 0)[
+        result['instance'] >= 0].all()
     assert result['instance'][48, 40] == 3 and result['instance'][48, 88] == 5
-    assert result['image'].dtype == np.uint8 and result['depth'].dtype == np.float32 and result['instance'].dtype == np.int32
+    assert result['image'].dtype == np.uint8 and result['depth'].dtype == np.float32 and result[
+        'instance'].dtype == np.int32
     assert result['image'].shape == (*SIZE, 3) == result['normal'].shape
 
 
@@ -80,30 +92,37 @@ def test_normals():
 
 def test_shadow_and_occlusion_darken():
     light = Light(sun=np.array([-1., 0, 1]))
-    bare = render(RayScene().add([GROUND], EYE, 0).build(), Camera([0, -4, 4], [0, 0, 0], 50), SIZE, light)
-    scene = RayScene().add([GROUND], EYE, 0).add([block((.6, .6, 1), (0, 0, 0), GREY)], EYE, 1).build()
+    bare = render(RayScene().add([GROUND], EYE, 0).build(), Camera([0, -4, 4], [0, 0, 0], 50), SIZE,
+                  light)
+    scene = RayScene().add([GROUND], EYE, 0).add([block((.6, .6, 1), (0, 0, 0), GREY)], EYE,
+                                                 1).build()
     camera = Camera([0, -4, 4], [0, 0, 0], 50)
     result = render(scene, camera, SIZE, light)
     points = cloud(result['depth'], camera)
     inside = (result['instance'] == 0) & (np.abs(points[..., 1]) < .15)
-    shadow, sunny = inside & (points[..., 0] > .45) & (points[..., 0] < 1.1), inside & (points[..., 0] < -1.2)
+    shadow, sunny = inside & (points[..., 0] > .45) & (points[..., 0] < 1.1), inside & (points[...,
+        0] < -1.2)
     assert shadow.sum() > 20 and sunny.sum() > 20
     assert result['image'][shadow].mean() < .75 * bare['image'][shadow].mean()
     assert abs(result['image'][sunny].mean() - bare['image'][sunny].mean()) < 4
     night = Light(sun_color=np.zeros(3))
-    bare, boxed = (render(s, camera, SIZE, night)['image'] for s in (RayScene().add([GROUND], EYE, 0).build(), scene))
-    foot = (result['instance'] == 0) & (np.abs(points[..., 0]) < .2) & (points[..., 1] < -.32) & (points[..., 1] > -.45)
+    bare, boxed = (render(s, camera, SIZE, night)['image']
+                   for s in (RayScene().add([GROUND], EYE, 0).build(), scene))
+    foot = (result['instance'] == 0) & (np.abs(points[..., 0]) < .2) & (points[...,
+        1] < -.32) & (points[..., 1] > -.45)
     assert foot.sum() > 10 and boxed[foot].mean() < bare[foot].mean() - 5
 
 
 def test_smoothing_touches_the_picture_only():
-    scene = RayScene().add([GROUND], EYE, 0).add(make('bear', np.random.default_rng(0)).parts, move(0, 0, 0), 1).build()
+    scene = RayScene().add([GROUND], EYE, 0).add(make('bear', np.random.default_rng(0)).parts,
+                                                 move(0, 0, 0), 1).build()
     camera = Camera([0, -1.2, .6], [0, 0, .2], 40)
     one, two = (render(scene, camera, SIZE, samples=s) for s in (1, 2))
     for name in ('depth', 'instance', 'normal'): assert np.array_equal(one[name], two[name])
     assert not np.array_equal(one['image'], two['image'])
     edges = np.diff(one['instance'], axis=1)[:, :, None] != 0
-    step = lambda r: np.abs(np.diff(r['image'].astype(int), axis=1))[np.broadcast_to(edges, (SIZE[0], SIZE[1] - 1, 3))].mean()
+    step = lambda r: np.abs(np.diff(r['image'].astype(int), axis=1))[np.broadcast_to(edges,
+        (SIZE[0], SIZE[1] - 1, 3))].mean()
     assert step(two) < step(one)
 
 
@@ -112,7 +131,8 @@ def test_textures_stay_on_a_moved_object():
     views = []
     for offset in (0, 7.3):
         scene = RayScene().add([block((1, 1, 1), (0, 0, 0), checks)], move(offset, 0, 0), 0).build()
-        views.append(render(scene, Camera([offset + .3, -3, 1], [offset, 0, .5], 35), SIZE)['image'].astype(int))
+        views.append(render(scene, Camera([offset + .3, -3, 1], [offset, 0, .5], 35),
+                            SIZE)['image'].astype(int))
     assert (np.abs(views[0] - views[1]).max(-1) > 40).mean() < .01 and views[0].std() > 20
 
 
@@ -120,21 +140,25 @@ def test_deterministic():
     def picture():
         rng = np.random.default_rng(3)
         scene = RayScene().add([GROUND], EYE, 0)
-        for i, name in enumerate(('chair', 'plant', 'laptop', 'vase')): scene.add(make(name, rng).parts, move(i * .6 - .9, 0, 0), i + 1)
+        for i, name in enumerate(('chair', 'plant', 'laptop', 'vase')):
+            scene.add(make(name, rng).parts, move(i * .6 - .9, 0, 0), i + 1)
         return render(scene.build(), Camera([0, -3, 1.2], [0, 0, .4], 50), SIZE, Light.random(rng))
     one, two = picture(), picture()
     assert all(np.array_equal(one[name], two[name]) for name in one)
 
 
 def test_amodal_counts():
-    "As many pixels as rays find when the thing is alone; also if it reaches out of the picture or behind the camera."
-    things = {1: block((.5, .5, 1), (0, .5, 0), GREY), 2: block((2, .1, .6), (0, 0, 0), GREY), 3: block((.4, 4, .4), (1.2, -2.5, .3), GREY)}
+    """As many pixels as rays find when the thing is alone; also if it reaches out of the picture or
+    behind the camera."""
+    things = {1: block((.5, .5, 1), (0, .5, 0), GREY), 2: block((2, .1, .6), (0, 0, 0), GREY),
+              3: block((.4, 4, .4), (1.2, -2.5, .3), GREY)}
     camera = Camera([0, -3, .8], [0, 0, .5], 50)
     scene = RayScene().add([GROUND], EYE, 0)
     for i, part in things.items(): scene.add([part], EYE, i)
     counted = amodal_pixels(scene.build(), camera, SIZE)
     for i, part in {0: GROUND, **things}.items():
-        alone = (render(RayScene().add([part], EYE, 0).build(), camera, SIZE, samples=1)['instance'] == 0).sum()
+        alone = (render(RayScene().add([part], EYE, 0).build(), camera, SIZE,
+                        samples=1)['instance'] == 0).sum()
         assert abs(counted[i] - alone) <= .01 * alone + 2, i
     seen = np.bincount(render(scene, camera, SIZE)['instance'].clip(0).ravel(), minlength=4)
     assert seen[1] < .8 * counted[1]

@@ -1,4 +1,5 @@
-"Rooms: nothing interpenetrates, what is annotated is visible, and a database survives interruptions."
+"""Rooms: nothing interpenetrates, what is annotated is visible, and a database survives
+interruptions."""
 import os
 import signal
 import subprocess
@@ -8,11 +9,11 @@ import time
 import numpy as np
 import pytest
 
+from stdg.datasets.visual_genome import Database
 from stdg.rooms import build as rooms
+from stdg.rooms.build import VOCABULARY, make_rooms, room
 from stdg.rooms.layout import arrange
 from stdg.rooms.relations import PREDICATES, separation
-from stdg.rooms.build import VOCABULARY, make_rooms, room
-from stdg.datasets.visual_genome import Database
 
 SMALL = dict(size=64, samples=1)
 
@@ -32,7 +33,8 @@ def test_nothing_interpenetrates():
         held = rooms.relations(bodies, np.zeros((len(bodies), 4)), np.zeros(len(bodies)))[0]
         held = {tuple(r[:2]) for r in held.tolist() if PREDICATES[r[2]] == 'in'}
         for a, b in np.argwhere((depth > .005) & (owner[:, None] != owner)):
-            assert (owner[a], owner[b]) in held or (owner[b], owner[a]) in held, (seed, layout.names[owner[a]], layout.names[owner[b]])
+            assert (owner[a], owner[b]) in held or (owner[b], owner[a]) in held, (seed,
+                layout.names[owner[a]], layout.names[owner[b]])
 
 
 def test_everything_is_inside_the_room():
@@ -46,9 +48,11 @@ def test_everything_is_inside_the_room():
 def test_a_room_is_sound(some):
     for r in some:
         h, w = r.depth.shape
-        assert r.image.shape == (h, w, 3) and r.image.dtype == np.uint8 and r.depth.dtype == np.float32 and r.camera.shape == (3, 3)
+        assert r.image.shape == (h, w,
+                                 3) and r.image.dtype == np.uint8 and r.depth.dtype == np.float32 and r.camera.shape == (3, 3)
         assert np.isfinite(r.depth).all() and (r.depth >= 0).all() and np.median(r.depth) > .5
-        assert 6 <= len(r.graph) <= 20 and tuple(r.graph.size) == (h, w) and len(r.bodies) == len(r.graph)
+        assert 6 <= len(r.graph) <= 20 and tuple(r.graph.size) == (h,
+            w) and len(r.bodies) == len(r.graph)
         assert r.dense.max(0)[2] < len(PREDICATES) and r.dense[:, :2].max() < len(r.graph)
 
 
@@ -58,7 +62,8 @@ def test_walls_do_not_shine():
     for seed in range(60):
         layout = arrange(np.random.default_rng(seed))
         lit += any(part.material.emission > 0 for shape in layout.shapes for part in shape.parts)
-        assert all(part.material.emission == part.material.gloss == 0 for part in rooms.shell(layout, np.random.default_rng(seed), 1.))
+        assert all(part.material.emission == part.material.gloss == 0
+                   for part in rooms.shell(layout, np.random.default_rng(seed), 1.))
     assert lit > 20
 
 
@@ -71,23 +76,29 @@ def test_boxes_are_tight_bounds_of_visible_pixels(some):
 
 
 def test_annotation_is_sparse_and_long_tailed(some):
-    sparse, dense = ([np.asarray(rows) for rows in column] for column in zip(*[(r.graph.relations, r.dense) for r in some]))
+    sparse, dense = ([np.asarray(rows) for rows in column]
+                     for column in zip(*[(r.graph.relations, r.dense) for r in some]))
     assert min(map(len, sparse)) >= 1 and 3.5 < np.mean([len(s) for s in sparse]) < 8
-    assert all({tuple(row) for row in s.tolist()} <= {tuple(row) for row in d.tolist()} for s, d in zip(sparse, dense))
+    assert all({tuple(row) for row in s.tolist()} <= {tuple(row) for row in d.tolist()}
+               for s, d in zip(sparse, dense))
     assert sum(map(len, sparse)) < .6 * sum(map(len, dense))
     counts = np.sort(np.bincount(np.concatenate(sparse)[:, 2], minlength=10))[::-1]
-    assert counts[:3].sum() > .5 * counts.sum() and (counts > 0).sum() >= 8  # a head, and a tail that is there
+    # a head, and a tail that is there
+    assert counts[:3].sum() > .5 * counts.sum() and (counts > 0).sum() >= 8
 
 
 def test_deterministic():
     one, two, other = room((1, 2), **SMALL), room((1, 2), **SMALL), room((1, 3), **SMALL)
-    assert np.array_equal(one.image, two.image) and np.array_equal(one.depth, two.depth) and np.array_equal(one.dense, two.dense)
-    assert np.array_equal(one.graph.relations, two.graph.relations) and not np.array_equal(one.image, other.image)
+    assert np.array_equal(one.image, two.image) and np.array_equal(one.depth,
+        two.depth) and np.array_equal(one.dense, two.dense)
+    assert np.array_equal(one.graph.relations,
+                          two.graph.relations) and not np.array_equal(one.image, other.image)
 
 
 def test_clutter_changes_the_picture_only():
     calm, wild = room(4, size=128, clutter=0), room(4, size=128, clutter=1)
-    assert np.array_equal(calm.graph.boxes, wild.graph.boxes) and np.array_equal(calm.dense, wild.dense)
+    assert np.array_equal(calm.graph.boxes, wild.graph.boxes) and np.array_equal(calm.dense,
+        wild.dense)
     assert np.quantile(np.abs(calm.depth - wild.depth), .95) < .01
     changed = (np.abs(calm.image.astype(int) - wild.image).sum(2) > 30)[calm.instance == 0]
     assert changed.mean() > .3
@@ -114,7 +125,8 @@ def few(monkeypatch):
 
 def _content(folder):
     base = Database(folder)
-    return [(base.image(i).tobytes(), np.asarray(base.depth(i)).tobytes(), base.graph(i).boxes.tolist(), base.graph(i).relations.tolist(),
+    return [(base.image(i).tobytes(), np.asarray(base.depth(i)).tobytes(),
+             base.graph(i).boxes.tolist(), base.graph(i).relations.tolist(),
              np.asarray(base.dense(i)).tolist()) for i in range(len(base))]
 
 
@@ -125,10 +137,14 @@ def test_database(tmp_path, few):
     assert [len(base.indices(s)) for s in ('train', 'val', 'test')] == [6, 1, 3]
     for i in (0, 7):
         r = room((0, i), **SMALL)
-        assert np.array_equal(base.image(i), r.image) and np.allclose(base.depth(i), r.depth, rtol=1e-3)
+        assert np.array_equal(base.image(i), r.image) and np.allclose(base.depth(i), r.depth,
+            rtol=1e-3)
         assert np.allclose(base.camera(i), r.camera)
-        assert np.array_equal(base.graph(i).boxes, r.graph.boxes) and np.array_equal(base.graph(i).labels, r.graph.labels)
-        assert np.array_equal(base.graph(i).relations, r.graph.relations) and np.array_equal(base.dense(i), r.dense)
+        assert np.array_equal(base.graph(i).boxes,
+                              r.graph.boxes) and np.array_equal(base.graph(i).labels,
+            r.graph.labels)
+        assert np.array_equal(base.graph(i).relations,
+                              r.graph.relations) and np.array_equal(base.dense(i), r.dense)
     assert not (folder / 'shards').exists()
     start = time.time()
     make_rooms(folder, **few)
@@ -155,7 +171,8 @@ def test_goes_on_after_an_interruption(tmp_path, few, monkeypatch):
 
 
 def test_a_foreign_shard_is_rendered_again(tmp_path, few, monkeypatch):
-    settings = dict(images=[6, 1, 3], size=64, clutter=.3, seed=0, mean_relations=6., samples=1, shard=3, version=rooms.VERSION)
+    settings = dict(images=[6, 1, 3], size=64, clutter=.3, seed=0, mean_relations=6., samples=1,
+                    shard=3, version=rooms.VERSION)
     rooms.writable_folder(tmp_path / 'shards')
     rooms._render_shard(tmp_path, {**settings, 'seed': 9}, 0)
     assert rooms._read_shard(tmp_path, settings, 0) is None
@@ -167,14 +184,18 @@ def test_a_foreign_shard_is_rendered_again(tmp_path, few, monkeypatch):
 
 
 def test_processes_give_the_same_rooms(tmp_path, few):
-    assert _content(make_rooms(tmp_path / 'one', **few)) == _content(make_rooms(tmp_path / 'two', **{**few, 'workers': 2}))
+    assert _content(make_rooms(tmp_path / 'one', **few)) == _content(make_rooms(tmp_path / 'two',
+        **{**few, 'workers': 2}))
 
 
 def test_killed_in_the_middle(tmp_path):
-    "The whole process group is killed after the first shard; a new call ends what it began and keeps what was there."
+    """The whole process group is killed after the first shard; a new call ends what it began and
+    keeps what was there."""
     call = f"from stdg.rooms import make_rooms; make_rooms({str(tmp_path)!r}, 50, 0, 1, size=64, samples=1, workers=2)"
-    process = subprocess.Popen([sys.executable, '-c', call], start_new_session=True, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list((tmp_path / 'shards').glob('[0-9]*.npz')): time.sleep(.02)
+    process = subprocess.Popen([sys.executable, '-c', call], start_new_session=True,
+                               stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / 'shards').glob('[0-9]*.npz')):
+        time.sleep(.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert list((tmp_path / 'shards').glob('[0-9]*.npz')) and not (tmp_path / 'VG-SGG.h5').exists()
@@ -183,15 +204,18 @@ def test_killed_in_the_middle(tmp_path):
 
 
 def test_a_failing_worker_is_reported(tmp_path):
-    settings = dict(images=[6, 0, 0], size=64, clutter=7., seed=0, mean_relations=6., samples=1, shard=3, version=1)
-    with pytest.raises(RuntimeError, match='(?s)a new call goes on.*clutter must be between 0 and 1'):
+    settings = dict(images=[6, 0, 0], size=64, clutter=7., seed=0, mean_relations=6., samples=1,
+                    shard=3, version=1)
+    with pytest.raises(RuntimeError,
+                       match='(?s)a new call goes on.*clutter must be between 0 and 1'):
         rooms._render_all(tmp_path, settings, [0], 2, lambda: None)
 
 
 def test_other_settings_are_refused(tmp_path, few):
     make_rooms(tmp_path, **few)
     before = _content(tmp_path)
-    with pytest.raises(ValueError, match=r'other settings: clutter 0.3 \(asked: 0.9\)'): make_rooms(tmp_path, **few, clutter=.9)
+    with pytest.raises(ValueError, match=r'other settings: clutter 0.3 \(asked: 0.9\)'):
+        make_rooms(tmp_path, **few, clutter=.9)
     assert _content(tmp_path) == before
 
 
@@ -202,7 +226,8 @@ def test_torn_settings_are_named(tmp_path, few):
 
 def test_unwritable_folder(tmp_path, few):
     (tmp_path / 'file').write_text('x')
-    with pytest.raises(OSError, match='nothing can be written in .*file'): make_rooms(tmp_path / 'file' / 'rooms', **few)
+    with pytest.raises(OSError, match='nothing can be written in .*file'):
+        make_rooms(tmp_path / 'file' / 'rooms', **few)
 
 
 def test_no_rooms_asked(tmp_path):

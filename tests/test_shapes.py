@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 
-from stdg.rooms.solids import Material
 from stdg.graph import Vocabulary
 from stdg.rooms.catalogue import CATEGORIES, make
+from stdg.rooms.solids import Material
 
 SEEDS = range(12)
 
@@ -24,7 +24,9 @@ def test_mesh_is_sound(name):
     for shape in shapes(name):
         assert shape.category == name and 10 <= shape.n_faces <= 1500
         for part in shape.parts:
-            assert np.isfinite(part.vertices).all() and part.faces.min() >= 0 and part.faces.max() < len(part.vertices)
+            assert np.isfinite(
+                part.vertices).all() and part.faces.min() >= 0 and part.faces.max() < len(
+                part.vertices)
             assert 0 <= part.material.colors.min() and part.material.colors.max() < 1.6
         mesh = shape.mesh()
         assert len(mesh.faces) == shape.n_faces and np.allclose(mesh.bounds, shape.bounds)
@@ -45,13 +47,15 @@ def test_size_and_place(name):
 def test_supports_and_containers_are_inside(name):
     for shape in shapes(name):
         (x, y, z), (x_far, y_far, z_far) = shape.bounds
-        for height, x0, y0, x1, y1 in [*shape.support, *([shape.container] if shape.container else [])]:
+        for height, x0, y0, x1, y1 in [*shape.support,
+                                       *([shape.container] if shape.container else [])]:
             assert z - 1e-6 <= height <= z_far + 1e-6 and x <= x0 < x1 <= x_far and y <= y0 < y1 <= y_far
 
 
 @pytest.mark.parametrize('name', CATEGORIES)
 def test_support_carries(name):
-    "What stands on a support rests on a face: the middle of the rectangle has the mesh just below it."
+    """What stands on a support rests on a face: the middle of the rectangle has the mesh just below
+    it."""
     for shape in shapes(name):
         mesh = shape.mesh()
         for height, x0, y0, x1, y1 in shape.support:
@@ -64,7 +68,9 @@ def test_support_carries(name):
 def test_seeds(name):
     once, again = shapes(name), shapes(name)
     for a, b in zip(once, again):
-        assert all(np.array_equal(p.vertices, q.vertices) and np.array_equal(p.material.colors, q.material.colors) for p, q in zip(a.parts, b.parts))
+        assert all(np.array_equal(p.vertices, q.vertices) and np.array_equal(p.material.colors,
+            q.material.colors) for p, q in zip(a.parts, b.parts))
     assert len({shape.bounds.tobytes() for shape in once}) > 6
-    assert len({shape.parts[0].material.colors.tobytes() + shape.parts[-1].material.colors.tobytes() for shape in once}) > 1
+    assert len({shape.parts[0].material.colors.tobytes() + shape.parts[-1].material.colors.tobytes()
+                for shape in once}) > 1
     assert len({shape.mount for shape in once}) == 1  # one specimen tells how all are mounted

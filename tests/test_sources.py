@@ -1,4 +1,5 @@
-"Sources: archives, folders and pictures made to harm; the quick check finds what the whole decoding finds."
+"""Sources: archives, folders and pictures made to harm; the quick check finds what the whole
+decoding finds."""
 import io
 import os
 import random
@@ -13,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageFile, ImageOps
-
 from sample_pictures import CAT, FORK, forks, saved, small, zipped
 
 from stdg.io import archives as sources
@@ -21,11 +21,13 @@ from stdg.io.archives import FolderSource, ZipSource, picture_size, read_picture
 
 
 def patched(path, what, value, entry=0):
-    "Change a 2- or 4-byte number of an entry of the archive's directory (and of the header before its data, where it has one)."
+    """Change a 2- or 4-byte number of an entry of the archive's directory (and of the header before
+    its data, where it has one)."""
     data = bytearray(path.read_bytes())
     at = [i for i in range(len(data)) if data[i:i + 4] == b'PK\1\2'][entry]
     head = struct.unpack_from('<I', data, at + 42)[0]
-    form, central, local = dict(flags=('<H', 8, 6), packed=('<I', 20, 18), size=('<I', 24, 22), method=('<H', 10, 8))[what]
+    form, central, local = dict(flags=('<H', 8, 6), packed=('<I', 20, 18), size=('<I', 24, 22),
+                                method=('<H', 10, 8))[what]
     struct.pack_into(form, data, at + central, value)
     struct.pack_into(form, data, head + local, value)
     path.write_bytes(data)
@@ -37,9 +39,14 @@ def patched(path, what, value, entry=0):
 def test_members_made_to_harm_are_refused_and_named(tmp_path):
     jpeg, link, pipe = saved(small(1)), zipfile.ZipInfo('link.jpg'), zipfile.ZipInfo('pipe.jpg')
     link.external_attr, pipe.external_attr = (stat.S_IFLNK | 0o777) << 16, stat.S_IFIFO << 16
-    bad = {'../a.jpg': 'leads out', 'x/../../a.jpg': 'leads out', '/etc/a.jpg': 'leads out', 'C:/a.jpg': 'leads out', 'C:a.jpg': 'leads out', r'a\..\b.jpg': 'leads out',
-           'link.jpg': 'a link', 'pipe.jpg': 'a device', 'long' * 300: '1200 bytes', 'twice.jpg': 'two members'}
-    path = zipped(tmp_path/'a.zip', [('VG_100K/', b'')] + [({'link.jpg': link, 'pipe.jpg': pipe}.get(name, name), jpeg) for name in bad] + [('twice.jpg', b'x'), ('VG_100K/1.jpg', jpeg), ('a..b.jpg', jpeg)])
+    bad = {'../a.jpg': 'leads out', 'x/../../a.jpg': 'leads out', '/etc/a.jpg': 'leads out',
+           'C:/a.jpg': 'leads out', 'C:a.jpg': 'leads out', r'a\..\b.jpg': 'leads out',
+           'link.jpg': 'a link', 'pipe.jpg': 'a device', 'long' * 300: '1200 bytes',
+           'twice.jpg': 'two members'}
+    path = zipped(tmp_path/'a.zip',
+                  [('VG_100K/', b'')] + [({'link.jpg': link, 'pipe.jpg': pipe}.get(name, name),
+                                          jpeg) for name in bad] + [('twice.jpg', b'x'),
+        ('VG_100K/1.jpg', jpeg), ('a..b.jpg', jpeg)])
     source = ZipSource(path)
     assert list(source.names()) == ['VG_100K/1.jpg', 'a..b.jpg'] and set(source.refused) == set(bad)
     assert source.read('VG_100K/1.jpg') == jpeg
@@ -49,15 +56,20 @@ def test_members_made_to_harm_are_refused_and_named(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.zip']
 
 
-@pytest.mark.parametrize('what, value, why', [('flags', 1, 'encrypted'), ('size', 2**28 + 1, 'unpacks to 268,435,457 bytes'), ('size', 2**24, 'times its size'), ('method', 99, 'method 99')])
+@pytest.mark.parametrize('what, value, why',
+                         [('flags', 1, 'encrypted'), ('size', 2**28 + 1, 'unpacks to 268,435,457 '
+                                                      'bytes'), ('size', 2**24, 'times its size'),
+                          ('method', 99, 'method 99')])
 def test_what_the_directory_declares_is_bounded(tmp_path, what, value, why):
-    source = ZipSource(patched(zipped(tmp_path/'a.zip', [('1.jpg', saved(CAT)), ('2.jpg', b'good')]), what, value))
+    source = ZipSource(patched(zipped(tmp_path/'a.zip',
+                                      [('1.jpg', saved(CAT)), ('2.jpg', b'good')]), what, value))
     assert list(source.names()) == ['2.jpg']
     with pytest.raises(ValueError, match=f"'1.jpg' is refused: .*{why}"): source.read('1.jpg')
 
 
 def test_bombs(tmp_path):
-    "An honest bomb is refused; one that lies about its size gives no more than it declared, and is found damaged."
+    """An honest bomb is refused; one that lies about its size gives no more than it declared, and
+    is found damaged."""
     bomb = bytes(50_000_000)
     path = zipped(tmp_path/'a.zip', [('1.jpg', bomb), ('2.jpg', b'good')], zipfile.ZIP_DEFLATED)
     assert 'times its size' in ZipSource(path).refused['1.jpg']
@@ -72,24 +84,31 @@ def test_bombs(tmp_path):
 
 def test_methods_without_a_bound_are_refused(tmp_path):
     for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
-        assert list(ZipSource(zipped(tmp_path/'a.zip', [('1.jpg', bytes(10**6))], method)).refused) == ['1.jpg']
+        assert list(ZipSource(zipped(tmp_path/'a.zip', [('1.jpg', bytes(10**6))],
+                                     method)).refused) == ['1.jpg']
 
 
 def test_broken_archives_give_one_clear_error(tmp_path):
-    whole = zipped(tmp_path/'whole.zip', [(f'{i}.jpg', saved(small(i))) for i in range(5)]).read_bytes()
+    whole = zipped(tmp_path/'whole.zip',
+                   [(f'{i}.jpg', saved(small(i))) for i in range(5)]).read_bytes()
     path = tmp_path/'cut.zip'
-    for data in [b'', b'<html>404</html>', saved(CAT)] + [whole[:n] for n in range(0, len(whole) - 1, 97)]:
+    for data in [b'', b'<html>404</html>', saved(CAT)] + [whole[:n]
+                                                          for n in range(0, len(whole) - 1, 97)]:
         path.write_bytes(data)
-        with pytest.raises(ValueError, match='cut.zip is not a whole zip archive.*Fetch it again'): ZipSource(path)
-    with pytest.raises(FileNotFoundError, match='none.zip is missing'): ZipSource(tmp_path/'none.zip')
+        with pytest.raises(ValueError, match='cut.zip is not a whole zip archive.*Fetch it again'):
+            ZipSource(path)
+    with pytest.raises(FileNotFoundError, match='none.zip is missing'):
+        ZipSource(tmp_path/'none.zip')
 
 
 def test_a_damaged_archive_raises_nothing_but_value_errors(tmp_path):
-    whole, random_ = zipped(tmp_path/'a.zip', [(f'{i}.jpg', saved(small(i))) for i in range(3)], zipfile.ZIP_DEFLATED).read_bytes(), random.Random(0)
+    whole, random_ = zipped(tmp_path/'a.zip', [(f'{i}.jpg', saved(small(i))) for i in range(3)],
+                            zipfile.ZIP_DEFLATED).read_bytes(), random.Random(0)
     opened = damaged = 0
     for _ in range(400):
         data = bytearray(whole)
-        for _ in range(random_.randint(1, 6)): data[random_.randrange(len(data))] = random_.randrange(256)
+        for _ in range(random_.randint(1, 6)):
+            data[random_.randrange(len(data))] = random_.randrange(256)
         (tmp_path/'b.zip').write_bytes(data)
         try: source = ZipSource(tmp_path/'b.zip')
         except ValueError: continue
@@ -104,7 +123,8 @@ def _read_all(source, names, out): out.put([zlib.crc32(source.read(name)) for na
 
 @forks
 def test_handles_do_not_cross_a_fork(tmp_path):
-    "Two children and the parent read at the same time; with a common handle they would move each other's place."
+    """Two children and the parent read at the same time; with a common handle they would move each
+    other's place."""
     data = {f'{i}.jpg': random.Random(i).randbytes(30_000) for i in range(60)}
     source = ZipSource(zipped(tmp_path/'a.zip', data.items()))
     wanted, out = [zlib.crc32(d) for d in data.values()], FORK.Queue()
@@ -118,52 +138,68 @@ def test_handles_do_not_cross_a_fork(tmp_path):
 def test_threads_share_an_archive(tmp_path):
     data = {f'{i}.jpg': random.Random(i).randbytes(5_000) for i in range(40)}
     source = ZipSource(zipped(tmp_path/'a.zip', data.items(), zipfile.ZIP_DEFLATED))
-    with ThreadPoolExecutor(8) as pool: assert list(pool.map(source.read, list(data) * 10)) == list(data.values()) * 10
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.read, list(data) * 10)) == list(data.values()) * 10
 
 
 def test_a_folder_gives_nothing_from_outside(tmp_path):
-    (tmp_path/'in'/'deep').mkdir(parents=True); (tmp_path/'out').mkdir()
-    (tmp_path/'out'/'s.jpg').write_bytes(b'secret'); (tmp_path/'in'/'deep'/'1.jpg').write_bytes(b'one')
-    (tmp_path/'in'/'file.jpg').symlink_to('../out/s.jpg'); (tmp_path/'in'/'folder').symlink_to('../out'); (tmp_path/'in'/'dead.jpg').symlink_to('nowhere')
-    (tmp_path/'in'/'same.jpg').symlink_to(tmp_path/'in'/'deep'/'1.jpg'); (tmp_path/'in'/'circle').symlink_to('.')
+    (tmp_path/'in'/'deep').mkdir(parents=True)
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out'/'s.jpg').write_bytes(b'secret')
+    (tmp_path/'in'/'deep'/'1.jpg').write_bytes(b'one')
+    (tmp_path/'in'/'file.jpg').symlink_to('../out/s.jpg')
+    (tmp_path/'in'/'folder').symlink_to('../out')
+    (tmp_path/'in'/'dead.jpg').symlink_to('nowhere')
+    (tmp_path/'in'/'same.jpg').symlink_to(tmp_path/'in'/'deep'/'1.jpg')
+    (tmp_path/'in'/'circle').symlink_to('.')
     os.mkfifo(tmp_path/'in'/'pipe.jpg')
     with open(os.fsencode(tmp_path/'in') + b'/\xff.jpg', 'wb') as file: file.write(b'x')
     (tmp_path/'link').symlink_to('in')
     for root in ('in', 'link'):  # the folder itself may be reached by a link
         source = FolderSource(tmp_path/root)
-        assert list(source.names()) == ['same.jpg', 'deep/1.jpg'] and source.read('same.jpg') == b'one'
-        assert set(source.refused) == {'file.jpg', 'folder', 'dead.jpg', 'circle', 'pipe.jpg', '\udcff.jpg'} and 'not UTF-8' in source.refused['\udcff.jpg']
-        for name in ('file.jpg', 'folder/s.jpg', '../out/s.jpg', str(tmp_path/'out'/'s.jpg'), 'pipe.jpg'):
+        assert list(source.names()) == ['same.jpg',
+                                        'deep/1.jpg'] and source.read('same.jpg') == b'one'
+        assert set(source.refused) == {'file.jpg', 'folder', 'dead.jpg', 'circle', 'pipe.jpg',
+                                       '\udcff.jpg'} and 'not UTF-8' in source.refused['\udcff.jpg']
+        for name in ('file.jpg', 'folder/s.jpg', '../out/s.jpg', str(tmp_path/'out'/'s.jpg'),
+                     'pipe.jpg'):
             with pytest.raises(ValueError, match='is refused'): source.read(name)
-    (tmp_path/'in'/'deep'/'1.jpg').unlink(); (tmp_path/'in'/'deep'/'1.jpg').symlink_to('../../out/s.jpg')  # changed after it was looked at
+    # changed after it was looked at
+    (tmp_path/'in'/'deep'/'1.jpg').unlink()
+    (tmp_path/'in'/'deep'/'1.jpg').symlink_to('../../out/s.jpg')
     with pytest.raises(ValueError, match='outside of the folder'): source.read('deep/1.jpg')
 
 
 def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
-    (tmp_path/'shut').mkdir(); (tmp_path/'1.jpg').write_bytes(b'x')
+    (tmp_path/'shut').mkdir()
+    (tmp_path/'1.jpg').write_bytes(b'x')
     scandir = os.scandir
     def denied(path):
         if str(path).endswith('shut'): raise PermissionError(13, 'Permission denied', str(path))
         return scandir(path)
     monkeypatch.setattr(os, 'scandir', denied)
     source = FolderSource(tmp_path)
-    assert list(source.names()) == ['1.jpg'] and source.refused == {'shut': 'it cannot be listed (Permission denied)'}
+    assert list(source.names()) == ['1.jpg'] and source.refused == {'shut': 'it cannot be listed '
+        '(Permission denied)'}
 
 
 # One picture
 
 def huge(kind):
-    "A file whose header tells of 20000 x 10000 pixels (WebP, which has a bound: 16000 x 12500) and that has none."
+    """A file whose header tells of 20000 x 10000 pixels (WebP, which has a bound: 16000 x 12500)
+    and that has none."""
     w, h = 20_000, 10_000
     if kind == 'PNG':
         head = b'IHDR' + struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0)
-        return b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + head + struct.pack('>I', zlib.crc32(head)) + struct.pack('>I', 9**6) + b'IDAT' + bytes(40)
+        return b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + head + struct.pack('>I',
+            zlib.crc32(head)) + struct.pack('>I', 9**6) + b'IDAT' + bytes(40)
     data = bytearray(saved(small(0), kind, **dict(lossless=True) if kind == 'WEBP' else {}))
     if kind == 'JPEG': struct.pack_into('>HH', data, data.index(b'\xff\xc0') + 5, h, w)
     if kind == 'BMP': struct.pack_into('<ii', data, 18, w, h)
     if kind == 'WEBP':
         w, h, at = 16_000, 12_500, data.index(b'VP8L') + 9
-        struct.pack_into('<I', data, at, (struct.unpack_from('<I', data, at)[0] & ~0xfffffff) | (w - 1) | (h - 1) << 14)
+        struct.pack_into('<I', data, at, (struct.unpack_from('<I', data, at)[0] & ~0xfffffff)
+                         | (w - 1) | (h - 1) << 14)
     return bytes(data)
 
 
@@ -174,7 +210,9 @@ def test_200_megapixels_are_refused_before_decoding(kind, read, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, 'load', never)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        with pytest.raises(ValueError, match=r'(its|20000 x 10000) pixels are more than 64 megapixels'): read(huge(kind))
+        with pytest.raises(ValueError, match=r'(its|20000 x 10000) pixels are more than 64 '
+                           r'megapixels'):
+            read(huge(kind))
 
 
 def test_the_bound_is_exact():
@@ -186,21 +224,25 @@ def test_the_bound_is_exact():
 
 def test_other_formats_are_not_even_tried():
     for kind in ('GIF', 'TIFF', 'PPM', 'ICO'):
-        with pytest.raises(ValueError, match='it is none of JPEG, PNG, WEBP, BMP'): read_picture(saved(small(0), kind))
+        with pytest.raises(ValueError, match='it is none of JPEG, PNG, WEBP, BMP'):
+            read_picture(saved(small(0), kind))
 
 
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_turned_as_exif_asks(kind, orientation):
-    exif = Image.Exif(); exif[ExifTags.Base.Orientation] = orientation
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
     data = saved(CAT, kind, exif=exif)
     wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    assert np.array_equal(read_picture(data), wanted.convert('RGB')) and picture_size(data) == wanted.size[::-1]
+    assert np.array_equal(read_picture(data),
+                          wanted.convert('RGB')) and picture_size(data) == wanted.size[::-1]
     assert (wanted.size == CAT.size) == (orientation < 5)
 
 
 def test_unreadable_exif_counts_as_none():
-    for block in (b'Exif\0\0garbage', b'Exif\0\0II*\0\xff\xff\xff\xff', b'Exif\0\0MM\0*\0\0\0\x08\xff\xff' + bytes(9)):
+    for block in (b'Exif\0\0garbage', b'Exif\0\0II*\0\xff\xff\xff\xff',
+                  b'Exif\0\0MM\0*\0\0\0\x08\xff\xff' + bytes(9)):
         data = saved(CAT, exif=block)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -209,22 +251,33 @@ def test_unreadable_exif_counts_as_none():
 
 def test_every_mode_becomes_rgb():
     grey, ramp = CAT.convert('L'), np.arange(256, dtype=np.uint16)
-    assert np.array_equal(read_picture(saved(grey, 'PNG')), np.repeat(np.asarray(grey)[..., None], 3, 2))
-    assert np.asarray(read_picture(saved(Image.fromarray(np.tile(ramp * 256 + 17, (4, 1))), 'PNG')))[0, :, 1].tolist() == list(range(256))
+    assert np.array_equal(read_picture(saved(grey, 'PNG')),
+                          np.repeat(np.asarray(grey)[..., None], 3, 2))
+    assert np.asarray(read_picture(saved(Image.fromarray(np.tile(ramp * 256 + 17, (4, 1))),
+                                         'PNG')))[0, :, 1].tolist() == list(range(256))
     assert read_picture(saved(Image.new('1', (2, 2), 1), 'PNG')).getpixel((0, 0)) == (255, 255, 255)
-    for mode, colour, seen in [('RGBA', (200, 0, 0, 0), (255, 255, 255)), ('RGBA', (200, 0, 0, 255), (200, 0, 0)), ('RGBA', (0, 0, 0, 51), (204, 204, 204)), ('LA', (9, 0), (255, 255, 255))]:
+    for mode, colour, seen in [('RGBA', (200, 0, 0, 0), (255, 255, 255)),
+                               ('RGBA', (200, 0, 0, 255), (200, 0, 0)),
+                               ('RGBA', (0, 0, 0, 51), (204, 204, 204)),
+                               ('LA', (9, 0), (255, 255, 255))]:
         assert read_picture(saved(Image.new(mode, (3, 2), colour), 'PNG')).getpixel((1, 1)) == seen
-    palette = Image.new('P', (3, 2)); palette.putpalette([10, 20, 30, 40, 50, 60]); palette.putpixel((0, 0), 1)
-    assert [read_picture(saved(palette, 'PNG', transparency=1)).getpixel(at) for at in ((0, 0), (1, 1))] == [(255, 255, 255), (10, 20, 30)]
+    palette = Image.new('P', (3, 2))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((0, 0), 1)
+    assert [read_picture(saved(palette, 'PNG', transparency=1)).getpixel(at)
+            for at in ((0, 0), (1, 1))] == [(255, 255, 255), (10, 20, 30)]
     cmyk = CAT.convert('CMYK')
-    assert abs(np.asarray(read_picture(saved(cmyk, quality=95))).astype(int) - np.asarray(cmyk.convert('RGB'))).mean() < 3
+    assert abs(np.asarray(read_picture(saved(cmyk, quality=95))).astype(int) - np.asarray(
+        cmyk.convert('RGB'))).mean() < 3
 
 
 def variants():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
     for picture in (CAT.resize((120, 80)), noise):
-        yield from (saved(picture), saved(picture, progressive=True), saved(picture, keep_rgb=True), saved(picture.convert('L')), saved(picture.convert('CMYK')),
-                    saved(picture, restart_marker_rows=1), saved(picture, 'PNG'), saved(picture, 'WEBP'), saved(picture, 'BMP'))
+        yield from (saved(picture), saved(picture, progressive=True), saved(picture, keep_rgb=True),
+                    saved(picture.convert('L')), saved(picture.convert('CMYK')),
+                    saved(picture, restart_marker_rows=1), saved(picture, 'PNG'),
+                    saved(picture, 'WEBP'), saved(picture, 'BMP'))
 
 
 def outcome(function, data):
@@ -236,10 +289,12 @@ def test_the_quick_check_finds_what_the_whole_decoding_finds():
     random_, verdicts = random.Random(0), {True: 0, False: 0}
     for data in variants():
         assert picture_size(data) == read_picture(data).size[::-1]
-        cuts = [data[:n] for n in [*range(0, len(data), len(data) // 12), *range(len(data) - 4, len(data))]]
+        cuts = [data[:n] for n in [*range(0, len(data), len(data) // 12),
+                                   *range(len(data) - 4, len(data))]]
         flips = []
         for _ in range(12):
-            flipped = bytearray(data); flipped[random_.randrange(len(data))] ^= 1 << random_.randrange(8)
+            flipped = bytearray(data)
+            flipped[random_.randrange(len(data))] ^= 1 << random_.randrange(8)
             flips.append(bytes(flipped))
         for broken in cuts + flips:
             with warnings.catch_warnings():

@@ -1,4 +1,5 @@
-"A run that is killed, stopped, starved of disk or shared among processes ends as it would have ended."
+"""A run that is killed, stopped, starved of disk or shared among processes ends as it would have
+ended."""
 import json
 import os
 import random
@@ -19,7 +20,9 @@ from stdg.data import loader
 from stdg.training.resume import load_state, saved_states
 
 here = Path(__file__).parent
-TOY = train.Settings(name='whole', size=64, n_train=16, n_val=3, n_test=2, backbone='resnet10t.c3_in1k', pretrained=False, stages=['teacher', 'student'], epochs=2, batch_size=4, warm_up=.5,
+TOY = train.Settings(name='whole', size=64, n_train=16, n_val=3, n_test=2,
+                     backbone='resnet10t.c3_in1k', pretrained=False, stages=['teacher', 'student'],
+                     epochs=2, batch_size=4, warm_up=.5,
                      save_minutes=0., validate_every=1, device='cpu')
 STEPS = 8  # of a stage
 
@@ -35,11 +38,18 @@ def home(tmp_path_factory):
 
 
 def run(home, name, kind='none', stage='-', step=0, processes=0, **settings):
-    "(exit code, what was printed) of a run, alone or in `processes` under torchrun, that is disturbed as told."
-    train.write_settings(home/f'{name}.yaml', train.Settings(**asdict(TOY) | dict(name=name) | settings))
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes else []
-    environment = dict(os.environ, OMP_NUM_THREADS='1', **(dict(NO_NORM='1') if settings.get('backbone') == PAIR['backbone'] else {}))
-    done = subprocess.run([sys.executable, *torchrun, str(here/'killed_run.py'), f'{name}.yaml', kind, stage, str(step)], cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+    """(exit code, what was printed) of a run, alone or in `processes` under torchrun, that is
+    disturbed as told."""
+    train.write_settings(home/f'{name}.yaml',
+                         train.Settings(**asdict(TOY) | dict(name=name) | settings))
+    torchrun = ['-m', 'torch.distributed.run', '--standalone',
+                f'--nproc_per_node={processes}'] if processes else []
+    environment = dict(os.environ, OMP_NUM_THREADS='1',
+                       **(dict(NO_NORM='1') if settings.get('backbone') == PAIR['backbone']
+                          else {}))
+    done = subprocess.run([sys.executable, *torchrun, str(here/'killed_run.py'), f'{name}.yaml',
+                           kind, stage, str(step)], cwd=home, env=environment, capture_output=True,
+                          text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -49,14 +59,17 @@ def last(home, name, stage): return saved_states(home/'runs'/name/'states', stag
 def assert_same(home, name):
     "Every file that the undisturbed run has left is there, byte for byte."
     whole, other = home/'runs'/'whole', home/'runs'/name
-    files = ['log.jsonl'] + [f'{stage}{best}.{ending}' for stage in TOY.stages for best in ('', '.best') for ending in ('safetensors', 'json')]
-    files += [str(last(home, 'whole', stage).with_suffix(ending).relative_to(whole)) for stage in TOY.stages for ending in ('.safetensors', '.json')]
+    files = ['log.jsonl'] + [f'{stage}{best}.{ending}' for stage in TOY.stages
+                             for best in ('', '.best') for ending in ('safetensors', 'json')]
+    files += [str(last(home, 'whole', stage).with_suffix(ending).relative_to(whole))
+              for stage in TOY.stages for ending in ('.safetensors', '.json')]
     for file in files: assert (whole/file).read_bytes() == (other/file).read_bytes(), file
     assert not [path for path in other.rglob('*') if 'partial' in path.name]
 
 
 def test_killed_anywhere(home):
-    "Five kills at random places of both stages, two of them while a state is being written; after each the same command."
+    """Five kills at random places of both stages, two of them while a state is being written; after
+    each the same command."""
     places = [[(stage, step) for step in random.sample(range(1, STEPS), 4)] for stage in range(2)]
     places = sorted([places[0].pop(), places[1].pop(), *random.sample(sum(places, []), 3)])
     kinds = random.sample(['step', 'step', 'step', 'tensors', 'json'], 5)
@@ -87,20 +100,27 @@ def test_full_disk(home):
 
 def test_what_a_resumed_run_must_agree_on(home, monkeypatch):
     monkeypatch.chdir(home)
-    for change, message in ((dict(batch_size=8), 'other settings: batch_size was 4, is 8'), (dict(backbone='resnet18.tv_in1k'), 'other settings: config.backbone was .resnet10t.c3_in1k., is .resnet18.tv_in1k.'),
+    for change, message in ((dict(batch_size=8), 'other settings: batch_size was 4, is 8'),
+                            (dict(backbone='resnet18.tv_in1k'), 'other settings: config.backbone '
+                             'was .resnet10t.c3_in1k., is .resnet18.tv_in1k.'),
                             (dict(hold_out=4), 'was written by a run on other data')):
         settings = train.Settings(**asdict(TOY) | change)
-        with pytest.raises(ValueError, match=f'teacher-00000008.json.*{message}.*-p resume False'): train.train_stage(settings, 'teacher', train.prepare_run(settings))
+        with pytest.raises(ValueError, match=f'teacher-00000008.json.*{message}.*-p resume False'):
+            train.train_stage(settings, 'teacher', train.prepare_run(settings))
     assert_same(home, 'whole')
 
 
 def test_more_processes_than_pictures():
     dataset = type('Few', (), dict(training=True, __len__=lambda self: 9))()
-    with pytest.raises(ValueError, match='4 processes cannot share a batch of 2 pictures: make the batch size a multiple of 4, or take fewer devices'): loader(dataset, 2, share=(0, 4))
+    with pytest.raises(ValueError, match='4 processes cannot share a batch of 2 pictures: make the '
+                       'batch size a multiple of 4, or take fewer devices'):
+        loader(dataset, 2, share=(0, 4))
 
 
 needs_two = pytest.mark.skipif(os.cpu_count() < 2, reason='one processor core')
-PAIR = dict(backbone='convnext_atto', epochs=5, validate_every=0, lr=1e-4, lr_backbone=1e-4, stages=['student'], teacher='random')  # 20 steps of stage 2
+# 20 steps of stage 2
+PAIR = dict(backbone='convnext_atto', epochs=5, validate_every=0, lr=1e-4, lr_backbone=1e-4,
+            stages=['student'], teacher='random')
 
 
 @pytest.fixture(scope='module')
@@ -113,10 +133,15 @@ def alone(home):
 
 def assert_close(home, name, alone):
     "Weights and log of a run differ from those of one process by rounding alone."
-    mine, theirs = (torch.cat([p.detach().flatten() for p in load(home/'runs'/n/'student.safetensors').network.parameters()]) for n in ('alone', name))
+    mine, theirs = (torch.cat([p.detach().flatten()
+                               for p in load(home/'runs'/n
+                                             /'student.safetensors').network.parameters()])
+                    for n in ('alone', name))
     assert len(alone) == 20 and float((mine - theirs).abs().max()) < 1e-6
     lines = [json.loads(line) for line in open(home/'runs'/name/'log.jsonl')]
-    for a, b in zip(alone, lines, strict=True): assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-3) for k in a if k != 'stage')
+    for a, b in zip(alone, lines, strict=True):
+        assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-3) for k in a
+                                            if k != 'stage')
     assert alone[-1]['loss'] < alone[0]['loss']
 
 
@@ -142,12 +167,18 @@ def test_a_dead_process_ends_the_others_and_one_goes_on(home, alone):
 
 @needs_two
 def test_torchrun_is_asked_to_stop(home):
-    "SIGTERM to torchrun, as a cluster or a notebook sends it: the processes save, and one process goes on from there."
-    train.write_settings(home/'asked.yaml', train.Settings(**asdict(TOY) | dict(name='asked', epochs=400)))
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'stdg.train', '--config', 'asked.yaml']
-    torchrun = subprocess.Popen(command, cwd=home, env=dict(os.environ, OMP_NUM_THREADS='1'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """SIGTERM to torchrun, as a cluster or a notebook sends it: the processes save, and one process
+    goes on from there."""
+    train.write_settings(home/'asked.yaml',
+                         train.Settings(**asdict(TOY) | dict(name='asked', epochs=400)))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               '-m', 'stdg.train', '--config', 'asked.yaml']
+    torchrun = subprocess.Popen(command, cwd=home, env=dict(os.environ, OMP_NUM_THREADS='1'),
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     end = time.monotonic() + 100
-    while not (home/'runs'/'asked'/'teacher.safetensors').exists(): assert time.monotonic() < end; time.sleep(.2)
+    while not (home/'runs'/'asked'/'teacher.safetensors').exists():
+        assert time.monotonic() < end
+        time.sleep(.2)
     torchrun.send_signal(signal.SIGTERM)
     said = torchrun.communicate(timeout=60)[0]
     step = load_state(last(home, 'asked', 'teacher'))[1]['step']
@@ -155,4 +186,5 @@ def test_torchrun_is_asked_to_stop(home):
     code, said = run(home, 'asked', epochs=step // 4 + 1, stages=['teacher'])
     assert code == 0, said
     lines = [json.loads(line) for line in open(home/'runs'/'asked'/'log.jsonl')]
-    assert [line['step'] for line in lines if 'loss' in line] == list(range(1, 4 * (step // 4 + 1) + 1))
+    assert [line['step'] for line in lines if 'loss' in line] == list(range(1,
+        4 * (step // 4 + 1) + 1))

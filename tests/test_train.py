@@ -14,16 +14,21 @@ import yaml
 from stdg.checkpoint import facts, load
 
 root = Path(__file__).parent.parent
-SMALL = dict(size=96, n_train=24, n_val=2, n_test=6, epochs=1, batch_size=8, pretrained=False, warm_up=.5)
+SMALL = dict(size=96, n_train=24, n_val=2, n_test=6, epochs=1, batch_size=8, pretrained=False,
+             warm_up=.5)
 
 
 def papermill(home, **values):
-    "Run the runbook in project folder `home`; returns exit code, what was printed, and the text outputs of the notebook."
+    """Run the runbook in project folder `home`; returns exit code, what was printed, and the text
+    outputs of the notebook."""
     (home/'values.yaml').write_text(yaml.safe_dump(SMALL | values))
-    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', str(root/'nbs'/'train.ipynb'), str(home/'out.ipynb'), '-k', 'python3', '-f', 'values.yaml']
+    command = [sys.executable, '-m', 'papermill', '--no-progress-bar',
+               str(root/'nbs'/'train.ipynb'), str(home/'out.ipynb'), '-k', 'python3', '-f',
+               'values.yaml']
     done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=500)
     cells = nbformat.read(home/'out.ipynb', as_version=4).cells
-    return done.returncode, done.stderr[-4000:], ''.join(output.get('text', '') for cell in cells for output in cell.get('outputs', []))
+    return done.returncode, done.stderr[-4000:], ''.join(output.get('text', '') for cell in cells
+                                                         for output in cell.get('outputs', []))
 
 
 @pytest.fixture(scope='module')
@@ -38,20 +43,24 @@ def run(tmp_path_factory):
 
 def test_every_file_is_there(run):
     found = {path.name for path in (run/'runs'/'toy').iterdir()}
-    assert found >= {'teacher.safetensors', 'teacher.json', 'student.safetensors', 'student.json', 'control.safetensors', 'control.json', 'log.jsonl', 'results.json'}
-    assert not [name for name in found if 'partial' in name or name.endswith(('.pkl', '.pt', '.pth'))]
+    assert found >= {'teacher.safetensors', 'teacher.json', 'student.safetensors', 'student.json',
+                     'control.safetensors', 'control.json', 'log.jsonl', 'results.json'}
+    assert not [name for name in found if 'partial' in name
+                or name.endswith(('.pkl', '.pt', '.pth'))]
 
 
 def test_thresholds_are_kept_with_each_network(run):
     for stage in ('teacher', 'control', 'student'):
         kept = facts(run/'runs'/'toy'/f'{stage}.safetensors')['thresholds']
-        assert 0 <= kept['triplets'] <= 1 and 0 <= kept['objects'] <= 1 and kept['images'] == 2 and set(kept['at']['objects']) == {'precision', 'recall', 'f1'}
+        assert 0 <= kept['triplets'] <= 1 and 0 <= kept['objects'] <= 1 and kept[
+            'images'] == 2 and set(kept['at']['objects']) == {'precision', 'recall', 'f1'}
 
 
 def test_results(run):
     results = json.loads((run/'runs'/'toy'/'results.json').read_text())
     rows = results['rows']
-    assert set(rows) == {'untrained', 'frequency prior', 'teacher (HHA)', 'control (RGB)', 'student (RGB, taught)'}
+    assert set(rows) == {'untrained', 'frequency prior', 'teacher (HHA)', 'control (RGB)',
+                         'student (RGB, taught)'}
     for name, row in rows.items():
         tasks = ['predcls'] if name == 'frequency prior' else ['sgdet', 'sgcls', 'predcls']
         for task in tasks:
@@ -60,7 +69,8 @@ def test_results(run):
         if len(tasks) == 3: assert 0 <= row['AP50'] <= 1
     assert results['machine'] and results['seconds'] > 0
     assert results['notes'] == [], 'a whole run does without nothing'
-    assert results['settings']['images'] == [24, 2, 6] and results['settings']['pretrained'] is False
+    assert results['settings']['images'] == [24, 2,
+                                             6] and results['settings']['pretrained'] is False
 
 
 def test_log_has_every_term(run):
@@ -68,19 +78,24 @@ def test_log_has_every_term(run):
     assert {r['stage'] for r in records} == {'teacher', 'control', 'student'}
     assert all(math.isfinite(r['loss']) for r in records)
     terms = {k for k in records[-1] if k.startswith(('detection', 'relation', 'teaching'))}
-    assert len(terms) == 9 and all(abs(sum(r[t] for t in terms if t in r) - r['loss']) < 1e-3 * r['loss'] for r in records)
+    assert len(terms) == 9 and all(abs(sum(r[t] for t in terms if t in r) - r['loss']) < 1e-3
+                                   * r['loss'] for r in records)
 
 
 def test_teacher_is_inside_the_student_unchanged(run):
-    teacher, student = load(run/'runs'/'toy'/'teacher.safetensors'), load(run/'runs'/'toy'/'student.safetensors')
-    assert all(torch.equal(a, b) for a, b in zip(teacher.network.state_dict().values(), student.teacher.state_dict().values()))
+    teacher, student = load(run/'runs'/'toy'/'teacher.safetensors'), load(run/'runs'/'toy'
+        /'student.safetensors')
+    assert all(torch.equal(a, b) for a, b in zip(teacher.network.state_dict().values(),
+                                                 student.teacher.state_dict().values()))
     assert facts(run/'runs'/'toy'/'student.json')['training']['stage'] == 'student'
-    assert all(facts(run/'runs'/'toy'/f'{stage}.json')['pretrained'] is False for stage in ('teacher', 'control', 'student'))
+    assert all(facts(run/'runs'/'toy'/f'{stage}.json')['pretrained'] is False
+               for stage in ('teacher', 'control', 'student'))
 
 
 def test_notebook_shows_pictures(run):
     notebook = nbformat.read(run/'out.ipynb', as_version=4)
-    pictures = sum('image/png' in output.get('data', {}) for cell in notebook.cells for output in cell.get('outputs', []))
+    pictures = sum('image/png' in output.get('data', {}) for cell in notebook.cells
+                   for output in cell.get('outputs', []))
     assert pictures >= 6
 
 
@@ -89,21 +104,29 @@ QUICK = dict(stages=['control'], untrained=False, pictures=False)
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason='one processor core')
 def test_devices_share_the_work(run):
-    "From the notebook, in processes beside it: the same files and the same lines as of one process. (Batch norms see half of a batch each, so the numbers differ.)"
-    code, said, text = papermill(run, name='pair', devices=2, more=dict(device='cpu'), validate_every=1, **QUICK)
+    """From the notebook, in processes beside it: the same files and the same lines as of one
+    process. (Batch norms see half of a batch each, so the numbers differ.)"""
+    code, said, text = papermill(run, name='pair', devices=2, more=dict(device='cpu'),
+                                 validate_every=1, **QUICK)
     assert code == 0 and 'pair/control.safetensors' in text, said
     code, said, _ = papermill(run, name='one', validate_every=1, more=dict(device='cpu'), **QUICK)
     assert code == 0, said
-    pair, one = ([json.loads(line) for line in open(run/'runs'/name/'log.jsonl')] for name in ('pair', 'one'))
-    assert [r.keys() for r in pair] == [r.keys() for r in one] and len(pair) == 4 and 'sgdet/R@50' in pair[-1]
-    assert (run/'runs'/'pair'/'control.best.safetensors').exists() and (run/'runs'/'pair'/'results.json').exists()
+    pair, one = ([json.loads(line) for line in open(run/'runs'/name/'log.jsonl')]
+                 for name in ('pair', 'one'))
+    assert [r.keys() for r in pair] == [r.keys()
+                                        for r in one] and len(pair) == 4 and 'sgdet/R@50' in pair[
+        -1]
+    assert (run/'runs'/'pair'/'control.best.safetensors').exists() and (run/'runs'/'pair'
+        /'results.json').exists()
 
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason='one processor core')
 def test_traceback_of_a_process_is_in_the_notebook(run):
-    code, said, text = papermill(run, name='broken', devices=2, more=dict(device='cpu'), **QUICK | dict(batch_size=3))
+    code, said, text = papermill(run, name='broken', devices=2, more=dict(device='cpu'),
+                                 **QUICK | dict(batch_size=3))
     assert code == 1 and '2 processes cannot share a batch of 3 pictures: make the batch size a multiple of 2' in text and 'Traceback' in text, text
-    assert '2 processes of stdg.train ended with exit code' in said and not list(run.glob('runs/broken/*.safetensors'))
+    assert '2 processes of stdg.train ended with exit code' in said and not list(
+        run.glob('runs/broken/*.safetensors'))
 
 
 def test_too_many_devices(run):
@@ -114,7 +137,8 @@ def test_too_many_devices(run):
 def test_dry_run_trains_and_writes_nothing(run):
     code, said, text = papermill(run, name='dry', dry_run=True)
     assert code == 0 and 'student: ' in text and 'GiB' in text and 'h in all on one device' in text, said
-    assert not list(run.glob('runs/dry/*.safetensors')) and not (run/'runs'/'dry'/'results.json').exists()
+    assert not list(run.glob('runs/dry/*.safetensors')) and not (run/'runs'/'dry'
+        /'results.json').exists()
 
 
 def test_overfit_is_judged_on_what_it_saw(run):

@@ -1,4 +1,5 @@
-"""The tutorial: it is kept with its pictures, small and free of anything that belongs to one machine, and the code in its folded answers runs."""
+"""The tutorial: it is kept with its pictures, small and free of anything that belongs to one
+machine, and the code in its folded answers runs."""
 import base64
 import io
 import json
@@ -19,31 +20,42 @@ FILE = Path(__file__).parent.parent/'nbs'/'tutorial.ipynb'
 CELLS = json.loads(FILE.read_text(encoding='utf-8'))['cells']
 CODE = {cell['id']: ''.join(cell['source']) for cell in CELLS if cell['cell_type'] == 'code'}
 OUTPUTS = [(cell['id'], output) for cell in CELLS for output in cell.get('outputs', [])]
-ANSWERS = re.findall(r'<details><summary>Answer</summary>\n\n(.*?)\n\n</details>', ''.join(CELLS[-1]['source']), re.S)
+ANSWERS = re.findall(r'<details><summary>Answer</summary>\n\n(.*?)\n\n</details>',
+                     ''.join(CELLS[-1]['source']), re.S)
 
 
-def pictures(): return {cell: Image.open(io.BytesIO(base64.b64decode(output['data']['image/jpeg']))) for cell, output in OUTPUTS if 'image/jpeg' in output.get('data', {})}
+def pictures():
+    return {cell: Image.open(io.BytesIO(base64.b64decode(output['data']['image/jpeg'])))
+            for cell, output in OUTPUTS if 'image/jpeg' in output.get('data', {})}
 
 
 def test_it_is_kept_with_its_pictures():
     assert FILE.stat().st_size < 1_500_000
-    assert not [cell for cell, output in OUTPUTS if output['output_type'] == 'error' or output.get('name') == 'stderr']
+    assert not [cell for cell, output in OUTPUTS if output['output_type'] == 'error'
+                or output.get('name') == 'stderr']
     kept = pictures()
-    assert len(kept) >= 10 and all(np.asarray(picture).std() > 5 for picture in kept.values()), 'no picture is empty'
-    silent = {cell for cell, text in CODE.items() if 'print(' in text or 'draw.' in text.splitlines()[-1]} - {cell for cell, _ in OUTPUTS}
+    assert len(kept) >= 10 and all(np.asarray(picture).std() > 5
+                                   for picture in kept.values()), 'no picture is empty'
+    silent = {cell for cell, text in CODE.items() if 'print(' in text
+              or 'draw.' in text.splitlines()[-1]} - {cell for cell, _ in OUTPUTS}
     assert not silent, 'a cell that shows something has its output: run the notebook, nbdev_clean, commit'
 
 
 def test_nothing_in_it_belongs_to_one_machine():
-    shown = json.dumps([output.get('text', '') or output['data'].get('text/plain', '') for _, output in OUTPUTS])
-    assert not re.search(r'(?<![\w.])/\w{2}|[A-Za-z]:\\\\|0x[0-9a-f]{6}|\b\d+(\.\d+)? ?(s|ms|seconds)\b|\b20\d\d-\d\d', shown), 'an absolute path, an address, a time or a date'
-    assert not [place for place in (tempfile.gettempdir(), Path.home(), FILE.parent.parent) if str(place) in shown]
+    shown = json.dumps([output.get('text', '') or output['data'].get('text/plain', '')
+                        for _, output in OUTPUTS])
+    assert not re.search(r'(?<![\w.])/\w{2}|[A-Za-z]:\\\\|0x[0-9a-f]{6}|\b\d+(\.\d+)? '
+                         r'?(s|ms|seconds)\b|\b20\d\d-\d\d',
+                         shown), 'an absolute path, an address, a time or a date'
+    assert not [place for place in (tempfile.gettempdir(), Path.home(), FILE.parent.parent)
+                if str(place) in shown]
 
 
 def test_every_exercise_has_a_folded_answer():
     text = ''.join(CELLS[-1]['source'])
     exercises = re.findall(r'^\*\*\d\.\*\*', text, re.M)
-    assert len(exercises) == len(ANSWERS) == text.count('<details>') == text.count('</details>') >= 6
+    assert len(exercises) == len(ANSWERS) == text.count('<details>') == text.count(
+        '</details>') >= 6
 
 
 def test_the_code_of_the_answers_runs(capsys):
@@ -61,7 +73,8 @@ def test_the_code_of_the_answers_runs(capsys):
     assert "['shelf behind door']" in lost and '19.00' in lost and '20.00' in lost
     ours, theirs = map(float, unconstrained.split())
     assert ours == pytest.approx(theirs)
-    assert all(.5 < share < 1 for share in json.loads(mask)), 'most offsets, not all, are below one cell'
+    assert all(.5 < share < 1
+               for share in json.loads(mask)), 'most offsets, not all, are below one cell'
     assert float(unseen) < .2
     before, after = map(float, misled.split(' to '))
     assert after < .7 * before

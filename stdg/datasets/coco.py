@@ -15,15 +15,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..io.files import read_json
-from ..graph import Prediction, SceneGraph, Vocabulary, check_vocabulary, triplets
 from .images import scaled_size
 from .visual_genome import SPLITS, Database, annotation_file, to_centres
+from ..graph import Prediction, SceneGraph, Vocabulary, check_vocabulary, triplets
+from ..io.files import read_json
 
 # %% ../../nbs/datasets/05_coco.ipynb #report
 class ReadReport:
-    "Problems of one file by kind: how many, and the first records. With `strict` the first drop raises `ValueError`."
-    def __init__(self, path, strict=False, keep=5): self.path, self.strict, self.keep, self.found = path, strict, keep, {}
+    """Problems of one file by kind: how many, and the first records.
+
+    With `strict` the first drop raises `ValueError`."""
+    def __init__(self, path, strict=False, keep=5):
+        self.path, self.strict, self.keep, self.found = path, strict, keep, {}
 
     def note(self, kind, record, count=1):
         "`count` more of `kind`, the first of them `record`."
@@ -32,17 +35,24 @@ class ReadReport:
         if len(entry['first']) < self.keep: entry['first'].append(record)
 
     def drop(self, kind, record):
-        if self.strict: raise ValueError(f"{self.path}: {kind}: {record}. Mend it, or read with strict=False to leave such records out")
+        if self.strict:
+            raise ValueError(f"{self.path}: {kind}: {record}. Mend it, or read with strict=False "
+                             "to leave such records out")
         self.note(kind, record)
 
     def count(self, kind): return self.found.get(kind, dict(count=0))['count']
     def to_json(self): return {kind: dict(entry) for kind, entry in self.found.items()}
-    def __repr__(self): return '\n'.join(f"{e['count']} x {kind}: {'; '.join(e['first'])}" for kind, e in self.found.items()) or 'nothing was wrong'
+    def __repr__(self):
+        return '\n'.join(f"{e['count']} x {kind}: {'; '.join(e['first'])}"
+                         for kind, e in self.found.items()) or 'nothing was wrong'
 
 # %% ../../nbs/datasets/05_coco.ipynb #names
 class NameIndex:
-    "Numbers for names, in order of first mention. A call returns the number of a name; raises `ValueError` for one that is not printable text."
-    def __init__(self, report, what): self.report, self.what, self.spelt, self._known, self._folded = report, what, [], {}, {}
+    """Numbers for names, in order of first mention.
+
+    A call returns the number of a name; raises `ValueError` for one that is not printable text."""
+    def __init__(self, report, what):
+        self.report, self.what, self.spelt, self._known, self._folded = report, what, [], {}, {}
 
     def __call__(self, name):
         if type(name) is str and name in self._known: return self._known[name]
@@ -50,7 +60,9 @@ class NameIndex:
         if not plain or not plain.isprintable(): raise ValueError('a name is not printable text')
         number = self._folded.setdefault(plain.casefold(), len(self.spelt))
         if number == len(self.spelt): self.spelt.append(plain)
-        elif plain != self.spelt[number]: self.report.note(f'{self.what} names that differ only in case are one', f"{plain!r} is {self.spelt[number]!r}")
+        elif plain != self.spelt[number]:
+            self.report.note(f'{self.what} names that differ only in case are one',
+                             f"{plain!r} is {self.spelt[number]!r}")
         self._known[name] = number
         return number
 
@@ -59,19 +71,27 @@ _HALF = 2 ** 30
 
 def image_key(key):
     "The id of a picture as text. Raises `ValueError` unless it is text or a whole number."
-    if type(key) not in (int, str) or key == '': raise ValueError('an id is neither a whole number nor text')
+    if type(key) not in (int, str) or key == '':
+        raise ValueError('an id is neither a whole number nor text')
     return str(key)
 
 def image_number(key):
-    "The number of a picture's id: itself if that is a whole number (or the text of one) from 0 to 2^30, else a hash from 2^30 to 2^31."
+    """The number of a picture's id: itself if that is a whole number (or the text of one) from 0 to
+    2^30, else a hash from 2^30 to 2^31."""
     key = image_key(key)
-    if key.isascii() and key.isdigit() and len(key) < 11 and str(int(key)) == key and int(key) < _HALF: return int(key)
-    return _HALF + int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), 'big') % _HALF
+    if key.isascii() and key.isdigit() and len(key) < 11 and str(int(key)) == key and int(
+        key) < _HALF:
+        return int(key)
+    return _HALF + int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(),
+                                  'big') % _HALF
 
 # %% ../../nbs/datasets/05_coco.ipynb #annotations
 @dataclass
 class Annotations:
-    "Annotated pictures. Iterating gives (image_id, file name, `SceneGraph` in the picture's pixels); where a graph has no size, its boxes are shares of the picture."
+    """Annotated pictures.
+
+    Iterating gives (image_id, file name, `SceneGraph` in the picture's pixels); where a graph has
+    no size, its boxes are shares of the picture."""
     vocabulary: Vocabulary
     images: dict  # image_id to (file name, SceneGraph), in the order of the file
     splits: dict  # image_id to 'train', 'val' or 'test'
@@ -83,8 +103,10 @@ class Annotations:
     def __len__(self): return len(self.images)
 
     def entries(self):
-        "Yields (image_id, file name, width, height), as `stdg.datasets.images.check_pictures` wants them; None for what the file doesn't tell."
-        for image_id, (file, graph) in self.images.items(): yield (image_id, file, *(graph.size[::-1] if graph.size else (None, None)))
+        """Yields (image_id, file name, width, height), as `stdg.datasets.images.check_pictures`
+        wants them; None for what the file doesn't tell."""
+        for image_id, (file, graph) in self.images.items():
+            yield (image_id, file, *(graph.size[::-1] if graph.size else (None, None)))
 
     def __repr__(self): return f"Annotations({len(self)} images, {self.vocabulary})"
 
@@ -92,29 +114,40 @@ class Annotations:
 SHARES = (.7, .1, .2)
 
 def draw_splits(image_ids, shares=SHARES, seed=0):
-    "'train', 'val' or 'test' for each of `image_ids`, as a dictionary; `shares` of each, rounded. Raises `ValueError` for shares that do not add up to 1."
-    if min(shares) < 0 or not np.isclose(sum(shares), 1): raise ValueError(f"shares {shares} of train, val and test must be positive and add up to 1")
+    """'train', 'val' or 'test' for each of `image_ids`, as a dictionary; `shares` of each, rounded.
+
+    Raises `ValueError` for shares that do not add up to 1."""
+    if min(shares) < 0 or not np.isclose(sum(shares), 1):
+        raise ValueError(f"shares {shares} of train, val and test must be positive and add up to 1")
     ids = np.random.default_rng(seed).permutation(sorted(image_ids)).tolist()
     ends = np.rint(np.cumsum(shares) * len(ids)).astype(int)
-    return {image_id: name for name, start, end in zip(SPLITS, [0, *ends], ends) for image_id in ids[start:end]}
+    return {image_id: name for name, start, end in zip(SPLITS, [0, *ends], ends)
+            for image_id in ids[start:end]}
 
 # %% ../../nbs/datasets/05_coco.ipynb #collector
 class Collector:
-    "Flat lists of pictures, objects and relations that a reader fills; `finish` makes `Annotations` of them. Methods raise `ValueError` for a record that must be left out."
+    """Flat lists of pictures, objects and relations that a reader fills; `finish` makes
+    `Annotations` of them.
+
+    Methods raise `ValueError` for a record that must be left out."""
     def __init__(self, path, strict=False):
         self.report = ReadReport(path, strict)
-        self.classes, self.predicates = NameIndex(self.report, 'class'), NameIndex(self.report, 'predicate')
-        self.images, self.objects, self._numbers = {}, {}, set()  # key to row, twice; numbers that are taken
+        self.classes, self.predicates = NameIndex(self.report, 'class'), NameIndex(self.report,
+            'predicate')
+        # key to row, twice; numbers that are taken
+        self.images, self.objects, self._numbers = {}, {}, set()
         self._pictures, self._boxes = [], array('d')
         self._owner, self._labels, self._relations = array('q'), array('q'), array('q')
 
     def each(self, name, records, take, of=''):
-        "Call `take` with each of `records`; what it cannot take is dropped, as entry of the list `name`, `of` a picture say."
+        """Call `take` with each of `records`; what it cannot take is dropped, as entry of the list
+        `name`, `of` a picture say."""
         for i, record in enumerate(records):
             try: take(record)
             except KeyError as error: kind = f"{name}: no {error}"
             except ValueError as error: kind = f"{name}: {error}"
-            except (TypeError, AttributeError, OverflowError): kind = f"{name}: a record of another kind"
+            except (TypeError, AttributeError, OverflowError):
+                kind = f"{name}: a record of another kind"
             else: continue
             self.report.drop(kind, f"{of}{name}[{i}] {str(record)[:90]}")
 
@@ -124,7 +157,8 @@ def _image(self, key, file, size, split=None):
     key, number = image_key(key), image_number(key)
     if key in self.images: raise ValueError('an id twice')
     if not isinstance(file, str) or not file: raise ValueError('the file name is not text')
-    if split is not None and split not in SPLITS: raise ValueError(f"a split other than {', '.join(SPLITS)}")
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"a split other than {', '.join(SPLITS)}")
     while number in self._numbers: number = _HALF + (number + 1) % _HALF
     self._numbers.add(number)
     self.images[key] = len(self._pictures)
@@ -132,18 +166,24 @@ def _image(self, key, file, size, split=None):
     return key
 
 def _object(self, image, key, label, box):
-    "An object of class number `label` in the picture of key `image`; `box` x1, y1, x2, y2 in its pixels."
+    """An object of class number `label` in the picture of key `image`; `box` x1, y1, x2, y2 in its
+    pixels."""
     if image not in self.images: raise ValueError('no such picture, or it was left out')
     if key in self.objects: raise ValueError('an id twice')
     self.objects[key] = len(self._owner)
-    self._owner.append(self.images[image]); self._labels.append(label); self._boxes.extend(box)
+    self._owner.append(self.images[image])
+    self._labels.append(label)
+    self._boxes.extend(box)
 
 def _relation(self, subject, object, predicate, image=None):
-    if subject not in self.objects or object not in self.objects: raise ValueError('no such object, or it was left out')
+    if subject not in self.objects or object not in self.objects:
+        raise ValueError('no such object, or it was left out')
     rows = self.objects[subject], self.objects[object]
     if rows[0] == rows[1]: raise ValueError('from an object to itself')
-    if self._owner[rows[0]] != self._owner[rows[1]]: raise ValueError('between objects of two pictures')
-    if image is not None and self._owner[rows[0]] != self.images.get(image): raise ValueError('of another picture than it says')
+    if self._owner[rows[0]] != self._owner[rows[1]]:
+        raise ValueError('between objects of two pictures')
+    if image is not None and self._owner[rows[0]] != self.images.get(image):
+        raise ValueError('of another picture than it says')
     self._relations.extend((*rows, predicate))
 
 Collector.image, Collector.object, Collector.relation = _image, _object, _relation
@@ -152,15 +192,19 @@ Collector.image, Collector.object, Collector.relation = _image, _object, _relati
 def _clean(self):
     "Which objects are kept (M,), and all boxes (M, 4), cut at the borders of their pictures."
     boxes = np.array(self._boxes, np.float64).reshape(-1, 4)
-    sizes = np.array([size or (1, 1) for _, _, size, _ in self._pictures], np.float64).reshape(-1, 2)[np.array(self._owner, np.int64)]
+    sizes = np.array([size or (1, 1) for _, _, size, _ in self._pictures], np.float64).reshape(-1,
+        2)[np.array(self._owner, np.int64)]
     bounds = np.concatenate([sizes[:, ::-1]] * 2, 1)
     finite = np.isfinite(boxes).all(1)
     boxes = np.where(finite[:, None], boxes, 0)
     cut = boxes.clip(0, bounds)
     area, inside = ((b[:, 2:] > b[:, :2]).all(1) for b in (boxes, cut))
-    for kind, rows, tell in (('boxes that are not finite', ~finite, self.report.drop), ('boxes without area', finite & ~area, self.report.drop),
+    for kind, rows, tell in (('boxes that are not finite', ~finite, self.report.drop),
+                             ('boxes without area', finite & ~area, self.report.drop),
                              ('boxes outside of their picture', area & ~inside, self.report.drop),
-                             ('boxes cut at the border', inside & (abs(cut - boxes) > 1e-3 * bounds).any(1), self.report.note)):
+                             ('boxes cut at the border',
+                              inside & (abs(cut - boxes) > 1e-3 * bounds).any(1),
+                              self.report.note)):
         for row in np.flatnonzero(rows).tolist(): tell(kind, self._describe(row))
     return inside, cut
 
@@ -182,29 +226,39 @@ def _choose(names, counts, most, sort):
 
 # %% ../../nbs/datasets/05_coco.ipynb #finish
 def _finish(self, sort=False, most=(None, None)):
-    "The cleaned `Annotations`. Raises `ValueError` naming the file if no class or no predicate is left."
+    """The cleaned `Annotations`.
+
+    Raises `ValueError` naming the file if no class or no predicate is left."""
     keep, boxes = self._clean()
     labels, owner = np.array(self._labels, np.int64), np.array(self._owner, np.int64)
     rows = np.array(self._relations, np.int64).reshape(-1, 3)
-    names, new = _choose(self.classes.spelt, np.bincount(labels[keep], minlength=len(self.classes.spelt)), most[0], sort)
+    names, new = _choose(self.classes.spelt,
+                         np.bincount(labels[keep], minlength=len(self.classes.spelt)), most[0],
+                         sort)
     labels, rare = new[labels], keep & (new[labels] < 0)
     keep &= ~rare
     joined = keep[rows[:, :2]].all(1)
-    predicates, new = _choose(self.predicates.spelt, np.bincount(rows[joined, 2], minlength=len(self.predicates.spelt)), most[1], sort)
+    predicates, new = _choose(self.predicates.spelt,
+                              np.bincount(rows[joined, 2], minlength=len(self.predicates.spelt)),
+                              most[1], sort)
     rows[:, 2] = new[rows[:, 2]]
-    for kind, lost in (('objects of rarer classes', rare), ('relations of an object that was left out', ~joined), ('relations of rarer predicates', joined & (rows[:, 2] < 0))):
+    for kind, lost in (('objects of rarer classes', rare),
+                       ('relations of an object that was left out', ~joined),
+                       ('relations of rarer predicates', joined & (rows[:, 2] < 0))):
         if lost.any(): self.report.note(kind, f'row {np.flatnonzero(lost)[0]}', int(lost.sum()))
     try: vocabulary = Vocabulary(names, predicates)
     except ValueError as error: raise ValueError(f"{self.report.path}: {error}") from None
     graphs = self._graphs(keep, boxes, labels, owner, rows[joined & (rows[:, 2] >= 0)])
     images = {number: (file, graph) for (number, file, *_), graph in zip(self._pictures, graphs)}
-    return Annotations(vocabulary, images, {number: split for number, _, _, split in self._pictures}, self.report)
+    return Annotations(vocabulary, images,
+                       {number: split for number, _, _, split in self._pictures}, self.report)
 
 def _graphs(self, keep, boxes, labels, owner, rows):
     "The `SceneGraph` of each picture."
     order = np.flatnonzero(keep)[np.argsort(owner[keep], kind='stable')]
     starts = np.searchsorted(owner[order], np.arange(len(self._pictures) + 1))
-    place = np.zeros(len(keep), np.int64); place[order] = np.arange(len(order)) - starts[owner[order]]
+    place = np.zeros(len(keep), np.int64)
+    place[order] = np.arange(len(order)) - starts[owner[order]]
     of = owner[rows[:, 0]]
     rows = np.concatenate([place[rows[:, :2]], rows[:, 2:]], 1)[np.argsort(of, kind='stable')]
     ends = np.searchsorted(np.sort(of), np.arange(len(self._pictures) + 1))
@@ -226,9 +280,12 @@ def numbers(values, what, n=4):
     return found
 
 def size_of(record):
-    "(height, width) of an image record. Raises `ValueError` unless both are positive whole numbers."
+    """(height, width) of an image record.
+
+    Raises `ValueError` unless both are positive whole numbers."""
     size = record['height'], record['width']
-    if not all(type(v) in (int, float) and 1 <= v < 2 ** 31 and v % 1 == 0 for v in size): raise ValueError('width and height are not whole numbers of pixels')
+    if not all(type(v) in (int, float) and 1 <= v < 2 ** 31 and v % 1 == 0 for v in size):
+        raise ValueError('width and height are not whole numbers of pixels')
     return tuple(int(v) for v in size)
 
 def _key(value):
@@ -238,10 +295,12 @@ def _key(value):
 def _extras(record):
     "Depth file and camera of an image record, by name, where there are any."
     found = {name: record[name] for name in ('depth', 'camera') if record.get(name) is not None}
-    if not isinstance(found.get('depth', ''), str): raise ValueError('the name of the depth map is not text')
+    if not isinstance(found.get('depth', ''), str):
+        raise ValueError('the name of the depth map is not text')
     if 'camera' in found:
         found['camera'] = numbers(found['camera'], 'the camera (fx, fy, cx, cy)')
-        if not np.isfinite(found['camera']).all() or min(found['camera'][:2]) <= 0: raise ValueError('the camera needs finite numbers and positive focal lengths')
+        if not np.isfinite(found['camera']).all() or min(found['camera'][:2]) <= 0:
+            raise ValueError('the camera needs finite numbers and positive focal lengths')
     return found
 
 # %% ../../nbs/datasets/05_coco.ipynb #own
@@ -264,30 +323,40 @@ class _Own(Collector):
     def take_predicates(self, r): self._name(r, 'predicates', self.predicates)
 
     def _find(self, key, kind):
-        if _key(key) not in self.known[kind]: raise ValueError(f'an id that is not among the {kind}')
+        if _key(key) not in self.known[kind]:
+            raise ValueError(f'an id that is not among the {kind}')
         return self.known[kind][key]
 
     def take_annotations(self, r):
         x, y, w, h = numbers(r['bbox'], 'the box')
-        self.object(image_key(r['image_id']), _key(r['id']), self._find(r['category_id'], 'categories'), (x, y, x + w, y + h))
+        self.object(image_key(r['image_id']), _key(r['id']),
+                    self._find(r['category_id'], 'categories'), (x, y, x + w, y + h))
 
     def take_relations(self, r):
         image = r.get('image_id')
-        self.relation(_key(r['subject_id']), _key(r['object_id']), self._find(r['predicate_id'], 'predicates'), None if image is None else image_key(image))
+        self.relation(_key(r['subject_id']), _key(r['object_id']),
+                      self._find(r['predicate_id'], 'predicates'),
+                      None if image is None else image_key(image))
 
 # %% ../../nbs/datasets/05_coco.ipynb #read-own
 def _splits(found, report, shares, seed):
     "A split for every image: as the file says, else drawn."
     if not any(found.values()):
-        report.note('splits drawn by a seed, since no image has one', f'shares {shares}, seed {seed}', len(found))
+        report.note('splits drawn by a seed, since no image has one', f'shares {shares}, seed '
+                    f'{seed}', len(found))
         return draw_splits(found, shares, seed)
-    for image_id in (i for i, split in found.items() if not split): report.note("images without a split, while others have one: taken to 'train'", f'image {image_id}')
+    for image_id in (i for i, split in found.items() if not split):
+        report.note("images without a split, while others have one: taken to 'train'",
+                    f'image {image_id}')
     return {image_id: split or 'train' for image_id, split in found.items()}
 
 def read_own(path, strict=False, shares=SHARES, seed=0):
-    """`Annotations` of a JSON file of COCO kind with predicates and relations. If no image has a split, `shares` are drawn by `seed`.
+    """`Annotations` of a JSON file of COCO kind with predicates and relations.
 
-    Raises `FileNotFoundError` or `ValueError` naming the file that is missing, cut off or of another kind; with `strict` also for the first wrong record."""
+    If no image has a split, `shares` are drawn by `seed`.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file that is missing, cut off or of
+    another kind; with `strict` also for the first wrong record."""
     record, own = read_json(path, _HINT), _Own(path, strict)
     for name in _SECTIONS:
         records = record.pop(name, None) if isinstance(record, dict) else None
@@ -295,17 +364,23 @@ def read_own(path, strict=False, shares=SHARES, seed=0):
         own.each(name, records, getattr(own, f'take_{name}'))
     annotations = own.finish()
     annotations.splits = _splits(annotations.splits, own.report, shares, seed)
-    annotations.depth, annotations.cameras = ({i: extras[name] for i, extras in own.extras.items() if name in extras} for name in ('depth', 'camera'))
+    annotations.depth, annotations.cameras = ({i: extras[name] for i, extras in own.extras.items()
+                                               if name in extras} for name in ('depth', 'camera'))
     return annotations
 
 # %% ../../nbs/datasets/05_coco.ipynb #in-pixels
 def in_pixels(graph, size):
-    "`graph` in the pixels of a picture of `size` (height, width); boxes of a graph without a size are shares of the picture."
+    """`graph` in the pixels of a picture of `size` (height, width); boxes of a graph without a size
+    are shares of the picture."""
     if graph.size: return graph
-    return SceneGraph(graph.boxes * torch.tensor([*size[::-1]] * 2), graph.labels, graph.relations, size, graph.ignore)
+    return SceneGraph(graph.boxes * torch.tensor([*size[::-1]] * 2), graph.labels, graph.relations,
+                      size, graph.ignore)
 
 def scaled_boxes(graph, size):
-    "Whole-pixel corners (N, 4) of `graph` on a picture scaled so that its long side is `size`; inside of it, at least one pixel. Source: method spec 1.2."
+    """Whole-pixel corners (N, 4) of `graph` on a picture scaled so that its long side is `size`;
+    inside of it, at least one pixel.
+
+    Source: method spec 1.2."""
     k = size / max(graph.size)
     bounds = np.array(scaled_size(*graph.size, size)[::-1])
     corners = np.rint(graph.boxes.numpy().astype(np.float64) * k)
@@ -319,36 +394,52 @@ def write_database(folder,
                    vocabulary:Vocabulary,
                    splits:dict,  # image_id to 'train', 'val' or 'test'
                    sizes=(512, 1024)):  # long side of the scaled pictures
-    """Write `VG-SGG.h5` and `VG-SGG-dicts.json` in `folder`, row by row of `listing`; returns a summary, counts of what was and was not used.
+    """Write `VG-SGG.h5` and `VG-SGG-dicts.json` in `folder`, row by row of `listing`; returns a
+    summary, counts of what was and was not used.
 
-    Raises `ValueError` for a graph outside the vocabulary, and if no picture has an object. Source: method spec 1.3."""
-    known, report, counts = {i: graph for i, _, graph in graphs}, ReadReport(folder), dict.fromkeys(('images', 'objects', 'relations', *SPLITS), 0)
+    Raises `ValueError` for a graph outside the vocabulary, and if no picture has an object. Source:
+    method spec 1.3."""
+    known, report, counts = {i: graph
+                             for i, _, graph in graphs}, ReadReport(folder), dict.fromkeys(
+        ('images', 'objects', 'relations', *SPLITS), 0)
     with annotation_file(folder, vocabulary, sizes) as writer:
-        for image_id, *size in zip(*(np.asarray(v).tolist() for v in (listing.image_ids, listing.heights, listing.widths))):
+        for image_id, *size in zip(*(np.asarray(v).tolist() for v in (listing.image_ids,
+            listing.heights, listing.widths))):
             graph = _row(known, image_id, tuple(size), report)
             check_vocabulary(graph, vocabulary)
             split = splits.get(image_id, 'train')
-            writer.add({s: to_centres(scaled_boxes(graph, s)) for s in sizes}, graph.labels, graph.relations, SPLITS[split])
-            for name, n in (('images', 1), ('objects', len(graph)), ('relations', len(graph.relations)), (split, 1)): counts[name] += n
-        for image_id in known: report.note('annotated images whose pictures are not there', f'image {image_id}')
-        if not counts['objects']: raise ValueError(f"{folder}: none of the {counts['images']} pictures has an annotated object. Are these the annotations of these pictures?\n{report}")
+            writer.add({s: to_centres(scaled_boxes(graph, s)) for s in sizes}, graph.labels,
+                       graph.relations, SPLITS[split])
+            for name, n in (('images', 1), ('objects', len(graph)),
+                            ('relations', len(graph.relations)), (split, 1)):
+                counts[name] += n
+        for image_id in known:
+            report.note('annotated images whose pictures are not there', f'image {image_id}')
+        if not counts['objects']:
+            raise ValueError(f"{folder}: none of the {counts['images']} pictures has an annotated "
+                             f"object. Are these the annotations of these pictures?\n{report}")
     return dict(counts, problems=report.to_json())
 
 def _row(known, image_id, size, report):
     "Take the graph of a picture of `size` out of `known`; an empty one if there is none that fits."
     graph = known.pop(image_id, None)
     if graph is None: report.note('pictures without annotations', f'image {image_id}')
-    elif graph.size not in (None, size): report.note('pictures of another size than their annotations say: objects left out', f'image {image_id}: {size[1]} x {size[0]}, annotated as {graph.size[1]} x {graph.size[0]}')
+    elif graph.size not in (None, size):
+        report.note('pictures of another size than their annotations say: objects left out',
+                    f'image {image_id}: {size[1]} x {size[0]}, annotated as {graph.size[1]} x '
+                    f'{graph.size[0]}')
     else: return in_pixels(graph, size)
     return SceneGraph([], [], [], size)
 
 # %% ../../nbs/datasets/05_coco.ipynb #to-coco
 def _pictures(source, files):
-    "(image_id, file name, graph, split or None) of each picture of a `Database`, or of such tuples."
+    """(image_id, file name, graph, split or None) of each picture of a `Database`, or of such
+    tuples."""
     if not isinstance(source, Database): return ((*row, None)[:4] for row in source)
     split = {row: name for name in SPLITS for row in source.indices(name).tolist()}
     files = files if files is not None else [f'{i}.jpg' for i in source.image_ids]
-    return ((int(i), files[row], source.graph(row), split[row]) for row, i in enumerate(source.image_ids))
+    return ((int(i), files[row], source.graph(row), split[row])
+            for row, i in enumerate(source.image_ids))
 
 def _edges(graph, top):
     "Relations (R, 3) of a graph, and a score for each, or None."
@@ -361,17 +452,29 @@ def to_coco(source,  # `Database`, or iterable of (image_id, file name, SceneGra
             vocabulary:Vocabulary=None,  # a database has its own
             files=None,  # file names of a database's pictures; by default <image_id>.jpg
             top=100):  # relations kept of a prediction, best first
-    "The JSON of `read_own` as a dictionary, for `stdg.io.files.write_json`. Raises `ValueError` for a graph without size or outside the vocabulary."
+    """The JSON of `read_own` as a dictionary, for `stdg.io.files.write_json`.
+
+    Raises `ValueError` for a graph without size or outside the vocabulary."""
     vocabulary = vocabulary or source.vocabulary
-    made = dict(images=[], annotations=[], categories=[dict(id=i, name=name) for i, name in enumerate(vocabulary.objects, 1)],
-                predicates=[dict(id=i, name=name) for i, name in enumerate(vocabulary.predicates, 1)], relations=[])
+    made = dict(images=[], annotations=[],
+                categories=[dict(id=i, name=name) for i, name in enumerate(vocabulary.objects, 1)],
+                predicates=[dict(id=i, name=name) for i, name in enumerate(vocabulary.predicates,
+        1)], relations=[])
     for image_id, file, graph, split in _pictures(source, files):
-        if not check_vocabulary(graph, vocabulary).size: raise ValueError(f"image {image_id}: the graph has no size")
+        if not check_vocabulary(graph, vocabulary).size:
+            raise ValueError(f"image {image_id}: the graph has no size")
         start, boxes = len(made['annotations']) + 1, graph.boxes.double()
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).numpy().round(3).tolist()
-        scores = [dict(score=s) for s in graph.scores.tolist()] if isinstance(graph, Prediction) else [{}] * len(graph)
-        made['images'].append(dict(id=image_id, file_name=file, height=graph.size[0], width=graph.size[1], **(dict(split=split) if split else {})))
-        made['annotations'] += [dict(id=start + i, image_id=image_id, category_id=label + 1, bbox=box, **score) for i, (label, box, score) in enumerate(zip(graph.labels.tolist(), boxes, scores))]
+        scores = [dict(score=s) for s in graph.scores.tolist()] if isinstance(graph,
+            Prediction) else [{}] * len(graph)
+        made['images'].append(dict(id=image_id, file_name=file, height=graph.size[0],
+                                   width=graph.size[1], **(dict(split=split) if split else {})))
+        made['annotations'] += [dict(id=start + i, image_id=image_id, category_id=label + 1,
+                                     bbox=box, **score)
+                                for i, (label, box, score) in enumerate(zip(graph.labels.tolist(),
+            boxes, scores))]
         edges, scores = _edges(graph, top)
-        made['relations'] += [dict(image_id=image_id, subject_id=start + s, object_id=start + o, predicate_id=p + 1, **(dict(score=scores[i]) if scores else {})) for i, (s, o, p) in enumerate(edges)]
+        made['relations'] += [dict(image_id=image_id, subject_id=start + s, object_id=start + o,
+                                   predicate_id=p + 1, **(dict(score=scores[i]) if scores else {}))
+                              for i, (s, o, p) in enumerate(edges)]
     return made

@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from .visual_genome import canvas, create_images
+from ..io.archives import MAX_PIXELS, name_problem, open_sources, picture_size, read_picture
 from ..io.files import atomic_path, open_h5, read_json, writable_folder, write_json
 from ..io.packed import Packed, Parts, ahead
-from ..io.archives import MAX_PIXELS, name_problem, open_sources, picture_size, read_picture
-from .visual_genome import canvas, create_images
 
 # %% ../../nbs/datasets/02_images.ipynb #listing
 @dataclass
@@ -40,29 +40,45 @@ class Listing:
     def file(self, row): return self.files[row].decode('utf-8')
 
 # %% ../../nbs/datasets/02_images.ipynb #listing-file
-_LISTING = dict(image_ids=np.int64, valid_idx=np.int32, heights=np.int32, widths=np.int32, files=None, source=np.int32)
+_LISTING = dict(image_ids=np.int64, valid_idx=np.int32, heights=np.int32, widths=np.int32,
+                files=None, source=np.int32)
 
 def write_listing(folder, listing):
     "Write `pictures.h5`, atomically."
     with atomic_path(Path(folder)/'pictures.h5') as partial, h5py.File(partial, 'w') as file:
-        for name, kind in _LISTING.items(): file.create_dataset(name, data=getattr(listing, name), dtype=kind)
+        for name, kind in _LISTING.items():
+            file.create_dataset(name, data=getattr(listing, name), dtype=kind)
 
 def read_listing(folder):
-    "The `Listing` of `folder`. Raises `FileNotFoundError` or `ValueError` when it is missing or broken."
+    """The `Listing` of `folder`.
+
+    Raises `FileNotFoundError` or `ValueError` when it is missing or broken."""
     path, hint = Path(folder)/'pictures.h5', 'Make it with stdg.datasets.images.check_pictures.'
-    with open_h5(path, dict.fromkeys(_LISTING, 1), hint) as file: listing = Listing(*(file[name][:] for name in _LISTING))
-    if len({len(column) for column in vars(listing).values()}) != 1 or listing.files.dtype.kind != 'S': raise ValueError(f"{path}: its columns do not fit together. {hint}")
+    with open_h5(path, dict.fromkeys(_LISTING, 1), hint) as file:
+        listing = Listing(*(file[name][:] for name in _LISTING))
+    if len({len(column)
+            for column in vars(listing).values()}) != 1 or listing.files.dtype.kind != 'S':
+        raise ValueError(f"{path}: its columns do not fit together. {hint}")
     return listing
 
 # %% ../../nbs/datasets/02_images.ipynb #listed-picture
 def _picture(self, sources, row):
-    "Picture `row` from the `sources` that were checked, as `read_picture` gives it. Raises `ValueError` when it is no longer what it was."
+    """Picture `row` from the `sources` that were checked, as `read_picture` gives it.
+
+    Raises `ValueError` when it is no longer what it was."""
     hint = 'Give the sources that check_pictures was given, in the same order; if a picture has changed, check again'
-    if not 0 <= self.source[row] < len(sources): raise ValueError(f"image {self.image_ids[row]} is in source {self.source[row]}, {len(sources)} are given. {hint}")
+    if not 0 <= self.source[row] < len(sources):
+        raise ValueError(f"image {self.image_ids[row]} is in source {self.source[row]}, "
+                         f"{len(sources)} are given. {hint}")
     h, w = int(self.heights[row]), int(self.widths[row])
     try: picture = read_picture(sources[self.source[row]].read(self.file(row)), h * w)
-    except ValueError as error: raise ValueError(f"image {self.image_ids[row]} ({self.file(row)}): {error}. {hint}") from None
-    if picture.size != (w, h): raise ValueError(f"image {self.image_ids[row]} ({self.file(row)}): it has {picture.size[0]} x {picture.size[1]} pixels, {w} x {h} are listed. {hint}")
+    except ValueError as error:
+        raise ValueError(
+            f"image {self.image_ids[row]} ({self.file(row)}): {error}. {hint}") from None
+    if picture.size != (w, h):
+        raise ValueError(f"image {self.image_ids[row]} ({self.file(row)}): it has "
+                         f"{picture.size[0]} x {picture.size[1]} pixels, {w} x {h} are listed. "
+                         f"{hint}")
     return picture
 
 Listing.picture = _picture
@@ -91,28 +107,43 @@ def _find(index, file):
     return members[scores.index(max(scores))], scores.count(max(scores)) - 1
 
 # %% ../../nbs/datasets/02_images.ipynb #entry-problem
-_ENTRY = np.dtype([('id', np.int64), ('idx', np.int32), ('w', np.int32), ('h', np.int32), ('source', np.int32)])
-PROBLEMS = ('bad_entry', 'duplicate_id', 'missing', 'unreadable', 'wrong_size', 'duplicate_file', 'refused_member')
+_ENTRY = np.dtype([('id', np.int64), ('idx', np.int32), ('w', np.int32), ('h', np.int32),
+                   ('source', np.int32)])
+PROBLEMS = ('bad_entry', 'duplicate_id', 'missing', 'unreadable', 'wrong_size', 'duplicate_file',
+            'refused_member')
 
 def _clean_entry(entry):
     "The entry as (int, str, int or 0, int or 0). Raises `ValueError` saying what is wrong."
     try: image_id, file, w, h = entry
-    except (TypeError, ValueError): raise ValueError('four values are needed: image id, file name, width, height') from None
-    try: image_id, w, h = operator.index(image_id), operator.index(0 if w is None else w), operator.index(0 if h is None else h)
-    except TypeError: raise ValueError('the id, and width and height if known, must be whole numbers') from None
-    if not -2**31 <= image_id < 2**31: raise ValueError('the id does not fit 32 bits, which the format has for it')
-    if not isinstance(file, str) or not file or name_problem(file): raise ValueError('the file name must be a text of at most 1024 bytes')
-    if None not in entry[2:] and not 0 < min(w, h) <= max(w, h) < 2**31: raise ValueError(f'{w} x {h} pixels')
+    except (TypeError, ValueError):
+        raise ValueError('four values are needed: image id, file name, width, height') from None
+    try:
+        image_id, w, h = operator.index(image_id), operator.index(0 if w is None
+            else w), operator.index(0 if h is None else h)
+    except TypeError:
+        raise ValueError('the id, and width and height if known, must be whole numbers') from None
+    if not -2**31 <= image_id < 2**31:
+        raise ValueError('the id does not fit 32 bits, which the format has for it')
+    if not isinstance(file, str) or not file or name_problem(file):
+        raise ValueError('the file name must be a text of at most 1024 bytes')
+    if None not in entry[2:] and not 0 < min(w, h) <= max(w, h) < 2**31:
+        raise ValueError(f'{w} x {h} pixels')
     return image_id, file, w, h
 
 # %% ../../nbs/datasets/02_images.ipynb #plan
 class _Plan:
-    "What is to be checked: `rows` (an array of `_ENTRY`), the members' `names`, and what is already known to be wrong."
+    """What is to be checked: `rows` (an array of `_ENTRY`), the members' `names`, and what is
+    already known to be wrong."""
     def __init__(self, entries, sources, skip):
-        self.names, self.problems, self.skipped, self.count, self._hash = [], {kind: [] for kind in PROBLEMS}, [], 0, hashlib.blake2b(digest_size=16)
+        self.names, self.problems, self.skipped, self.count, self._hash = [], {kind: []
+            for kind in PROBLEMS}, [], 0, hashlib.blake2b(digest_size=16)
         self.rows = np.fromiter(self._sound(entries, sources, set(skip)), _ENTRY)
-        for source in sources: self.problems['refused_member'] += [f"{source.path}: {name!r}: {why}" for name, why in source.refused.items()]
-        self._hash.update(repr((sorted(self.skipped), [self.problems[kind] for kind in PROBLEMS if kind not in ('duplicate_file', 'refused_member')])).encode())
+        for source in sources:
+            self.problems['refused_member'] += [f"{source.path}: {name!r}: {why}"
+                                                for name, why in source.refused.items()]
+        self._hash.update(repr((sorted(self.skipped),
+                                [self.problems[kind] for kind in PROBLEMS
+                                 if kind not in ('duplicate_file', 'refused_member')])).encode())
         self.fingerprint = self._hash.hexdigest()
 
 # %% ../../nbs/datasets/02_images.ipynb #sound-entries
@@ -127,12 +158,18 @@ def _sound_entries(self, entries, sources, skip):
             continue
         found, others = _find(index, file)
         if image_id in skip: self.skipped.append(image_id)
-        elif image_id in seen: self.problems['duplicate_id'].append(f"image {image_id} (entry {i}, {file}) occurs before")
+        elif image_id in seen:
+            self.problems['duplicate_id'].append(f"image {image_id} (entry {i}, {file}) occurs "
+                                                 "before")
         elif found is None: self.problems['missing'].append(f"image {image_id}: {file}")
         else:
-            if others: self.problems['duplicate_file'].append(f"image {image_id}: {file} is there {others + 1} times; taken: {found[1]} of {sources[found[0]].path}")
+            if others:
+                self.problems['duplicate_file'].append(f"image {image_id}: {file} is there "
+                                                       f"{others + 1} times; taken: {found[1]} of "
+                                                       f"{sources[found[0]].path}")
             self.names.append(found[1])
-            self._hash.update(repr((image_id, i, w, h, found, sources[found[0]].stamp(found[1]))).encode())
+            self._hash.update(repr((image_id, i, w, h, found,
+                                    sources[found[0]].stamp(found[1]))).encode())
             yield image_id, i, w, h, found[0]
         seen.add(image_id)
 
@@ -148,21 +185,26 @@ def disk_needed(n,  # pictures
                 sizes=(512, 1024), layout='jpeg', depth=True,
                 hha=(512,),  # sizes of HHA pictures
                 pixels=500 * 375):  # of an original, on average
-    "Bytes that each file of a database will need, an upper estimate: dict with a key a file, `total`, and `peak` while the greatest is joined."
+    """Bytes that each file of a database will need, an upper estimate: dict with a key a file,
+    `total`, and `peak` while the greatest is joined."""
     _check_layout(layout)
-    one = {f'imdb_{s}.h5': .375 * s**2 * (512 / s)**.5 if layout == 'jpeg' else .86 * 3 * s**2 for s in sizes}
+    one = {f'imdb_{s}.h5': .375 * s**2 * (512 / s)**.5 if layout == 'jpeg' else .86 * 3 * s**2
+           for s in sizes}
     if depth: one['depth'] = 1. * pixels
     one |= {f'hha_{s}': 1.1 * .75 * s**2 for s in hha}
     one['VG-SGG.h5'] = 1000.  # a dozen boxes and half as many relations
     needed = {name: int(n * size) for name, size in one.items()}
-    return needed | dict(total=sum(needed.values()), peak=sum(needed.values()) + max(needed.values()))
+    return needed | dict(total=sum(needed.values()),
+                         peak=sum(needed.values()) + max(needed.values()))
 
 # %% ../../nbs/datasets/02_images.ipynb #probe-all
 _CHECKED = 1024  # pictures in a part of the check
 
 def _probe(sources, plan, max_pixels, row):
     "Problem as text ('' if sound), height and width of row `row` of the plan."
-    try: return '', *picture_size(sources[plan.rows['source'][row]].read(plan.names[row]), max_pixels)
+    try:
+        return '', *picture_size(sources[plan.rows['source'][row]].read(plan.names[row]),
+                                 max_pixels)
     except ValueError as error: return str(error), 0, 0
 
 def _probe_all(folder, plan, sources, max_pixels, workers, progress):
@@ -171,37 +213,51 @@ def _probe_all(folder, plan, sources, max_pixels, workers, progress):
     parts = Parts(path, 'problem', plan.rows['id'], size=_CHECKED, max_pixels=max_pixels)
     todo = parts.todo()
     rows = chain.from_iterable(parts.rows(k) for k in todo)
-    with tqdm(total=len(plan.rows), initial=len(plan.rows) - sum(len(parts.rows(k)) for k in todo), desc='check', unit='picture', disable=not progress) as bar:
+    with tqdm(total=len(plan.rows), initial=len(plan.rows) - sum(len(parts.rows(k)) for k in todo),
+              desc='check', unit='picture', disable=not progress) as bar:
         results = ahead(lambda row: _probe(sources, plan, max_pixels, row), rows, workers)
         for k in todo:
             texts, heights, widths = zip(*islice(results, len(parts.rows(k))))
-            parts.write(k, (text.encode('utf-8', 'replace') for text in texts), heights=np.array(heights, np.int32), widths=np.array(widths, np.int32))
+            parts.write(k, (text.encode('utf-8', 'replace') for text in texts),
+                        heights=np.array(heights, np.int32), widths=np.array(widths, np.int32))
             bar.update(len(texts))
     packed = Packed(parts.merge(), 'problem')
-    return [packed[i].tobytes().decode('utf-8') if packed.ends[i] < packed.ends[i + 1] else '' for i in range(len(packed))], packed.column('heights'), packed.column('widths')
+    return [packed[i].tobytes().decode('utf-8') if packed.ends[i] < packed.ends[i + 1] else ''
+            for i in range(len(packed))], packed.column('heights'), packed.column('widths')
 
 # %% ../../nbs/datasets/02_images.ipynb #judge
 def _judge(plan, texts, heights, widths):
-    "Add unreadable pictures and wrong sizes to the plan's problems; which rows are sound, (N,) bool."
+    """Add unreadable pictures and wrong sizes to the plan's problems; which rows are sound, (N,)
+    bool."""
     broken = np.array([bool(text) for text in texts])
     known = (plan.rows['w'] > 0) & (plan.rows['h'] > 0)
     wrong = ~broken & known & ((plan.rows['w'] != widths) | (plan.rows['h'] != heights))
-    for i in np.flatnonzero(broken): plan.problems['unreadable'].append(f"image {plan.rows['id'][i]}: {plan.names[i]}: {texts[i]}")
+    for i in np.flatnonzero(broken):
+        plan.problems['unreadable'].append(f"image {plan.rows['id'][i]}: {plan.names[i]}: "
+                                           f"{texts[i]}")
     for i in np.flatnonzero(wrong):
         w, h = plan.rows['w'][i], plan.rows['h'][i]
         turned = ' (is it to be turned by its EXIF tag, and were the boxes drawn before? Then remove that tag)' if (w, h) == (heights[i], widths[i]) else ''
-        plan.problems['wrong_size'].append(f"image {plan.rows['id'][i]}: {plan.names[i]} has {widths[i]} x {heights[i]} pixels, {w} x {h} are announced{turned}")
+        plan.problems['wrong_size'].append(f"image {plan.rows['id'][i]}: {plan.names[i]} has "
+                                           f"{widths[i]} x {heights[i]} pixels, {w} x {h} are "
+                                           f"announced{turned}")
     return ~broken & ~wrong
 
 # %% ../../nbs/datasets/02_images.ipynb #report
 def _today(report, folder, expected, sizes, layout):
-    "The report with what depends on the day and on what is wanted next: disk space, and the warnings."
-    needed, free = disk_needed(report['pictures'], sizes, layout, hha=sizes, pixels=report['mean_pixels']), shutil.disk_usage(folder).free
+    """The report with what depends on the day and on what is wanted next: disk space, and the
+    warnings."""
+    needed, free = disk_needed(report['pictures'], sizes, layout, hha=sizes,
+                               pixels=report['mean_pixels']), shutil.disk_usage(folder).free
     warnings = []
-    for what, count, wanted in zip(('entries', 'sound pictures'), (report['entries'], report['pictures']), expected or ()):
+    for what, count, wanted in zip(('entries', 'sound pictures'),
+                                   (report['entries'], report['pictures']), expected or ()):
         if count != wanted: warnings.append(f"{count:,} {what}, {wanted:,} are expected")
-    if needed['peak'] > free: warnings.append(f"{folder}: {needed['peak'] / 1e9:.1f} GB are needed at the peak, {free / 1e9:.1f} GB are free")
-    warnings += [f"{count:,} {kind.replace('_', ' ')}: {report['problems'][kind][0]}" for kind, count in report['counts'].items() if count]
+    if needed['peak'] > free:
+        warnings.append(f"{folder}: {needed['peak'] / 1e9:.1f} GB are needed at the peak, "
+                        f"{free / 1e9:.1f} GB are free")
+    warnings += [f"{count:,} {kind.replace('_', ' ')}: {report['problems'][kind][0]}"
+                 for kind, count in report['counts'].items() if count]
     return report | dict(disk=dict(free=free, needed=needed), warnings=warnings)
 
 # %% ../../nbs/datasets/02_images.ipynb #check-report
@@ -209,21 +265,29 @@ def _check_any(plan, n, sources):
     if n: return
     counts = {kind: len(found) for kind, found in plan.problems.items() if found}
     first = next((found[0] for found in plan.problems.values() if found), 'there are no entries')
-    raise ValueError(f"of {plan.count} pictures none is there and whole in {[str(source.path) for source in sources]} ({counts}): {first}. Are these the right sources?")
+    raise ValueError(f"of {plan.count} pictures none is there and whole in "
+                     f"{[str(source.path) for source in sources]} ({counts}): {first}. Are these "
+                     "the right sources?")
 
 def _results(plan, sources, texts, heights, widths):
     "`Listing` and report of a check. Raises `ValueError` when no picture is sound."
     sound = _judge(plan, texts, heights, widths)
     _check_any(plan, sound.sum(), sources)
     rows, names = plan.rows[sound], [plan.names[i].encode() for i in np.flatnonzero(sound)]
-    listing = Listing(rows['id'], rows['idx'], heights[sound], widths[sound], np.array(names, 'S'), rows['source'])
+    listing = Listing(rows['id'], rows['idx'], heights[sound], widths[sound], np.array(names, 'S'),
+                      rows['source'])
     used = np.bincount(plan.rows['source'], minlength=len(sources))
-    return listing, dict(entries=plan.count, pictures=len(listing), skipped=plan.skipped, mean_pixels=int((listing.heights.astype(np.int64) * listing.widths).mean()),
-                         sources=[dict(path=str(s.path), members=sum(1 for _ in s.names()), used=int(n)) for s, n in zip(sources, used)],
-                         counts={kind: len(found) for kind, found in plan.problems.items()}, problems=plan.problems)
+    return listing, dict(entries=plan.count, pictures=len(listing), skipped=plan.skipped,
+                         mean_pixels=int(
+        (listing.heights.astype(np.int64) * listing.widths).mean()),
+                         sources=[dict(path=str(s.path), members=sum(1 for _ in s.names()),
+                                       used=int(n)) for s, n in zip(sources, used)],
+                         counts={kind: len(found) for kind, found in plan.problems.items()},
+                         problems=plan.problems)
 
 # %% ../../nbs/datasets/02_images.ipynb #check-pictures
-VG_CORRUPTED, VG_EXPECTED = (1592, 1722, 4616, 4617), (108_077, 108_073)  # ids of files that are known to be broken; entries and sound pictures
+# ids of files that are known to be broken; entries and sound pictures
+VG_CORRUPTED, VG_EXPECTED = (1592, 1722, 4616, 4617), (108_077, 108_073)
 
 def check_pictures(folder,  # made if absent; the database will be here
                    entries,  # iterable of (image id, file name, width or None, height or None)
@@ -232,17 +296,22 @@ def check_pictures(folder,  # made if absent; the database will be here
                    expected=None,  # numbers of entries and of sound pictures, only to warn: VG_EXPECTED
                    sizes=(512, 1024), layout='jpeg',  # of the picture files to come, for the disk space
                    max_pixels=MAX_PIXELS, workers=None, progress=True):
-    """Decode every picture; write the listing `pictures.h5` and the report `check.json`, and return the report.
+    """Decode every picture; write the listing `pictures.h5` and the report `check.json`, and return
+    the report.
 
-    It has `entries`, `pictures`, `skipped`, `counts` and `problems` (each record named, by the kinds in `PROBLEMS`), `disk` and `warnings`.
-    Raises `ValueError` when no picture at all is sound. Source: method spec 1.2."""
+    It has `entries`, `pictures`, `skipped`, `counts` and `problems` (each record named, by the
+    kinds in `PROBLEMS`), `disk` and `warnings`. Raises `ValueError` when no picture at all is
+    sound. Source: method spec 1.2."""
     _check_layout(layout)
     folder, plan = writable_folder(folder), _Plan(entries, sources, skip)
     inputs = dict(fingerprint=plan.fingerprint, max_pixels=max_pixels)
-    report = read_json(folder/'check.json', 'Remove it and check again.') if (folder/'check.json').exists() and (folder/'pictures.h5').exists() else {}
+    report = read_json(folder/'check.json',
+                       'Remove it and check again.') if (folder/'check.json').exists() and (folder
+        /'pictures.h5').exists() else {}
     if report.get('inputs') == inputs: return _today(report, folder, expected, sizes, layout)
     _check_any(plan, len(plan.rows), sources)
-    listing, report = _results(plan, sources, *_probe_all(folder, plan, sources, max_pixels, workers, progress))
+    listing, report = _results(plan, sources, *_probe_all(folder, plan, sources, max_pixels,
+                                                          workers, progress))
     report = _today(dict(report, inputs=inputs), folder, expected, sizes, layout)
     _write_check(folder, listing, report)
     return report
@@ -256,13 +325,17 @@ def _write_check(folder, listing, report):
 
 # %% ../../nbs/datasets/02_images.ipynb #scaled-size
 def scaled_size(heights, widths, size):
-    "Heights and widths (int32) of pictures whose long side is scaled to `size`. Source: method spec 1.2."
+    """Heights and widths (int32) of pictures whose long side is scaled to `size`.
+
+    Source: method spec 1.2."""
     f = size / np.maximum(heights, widths)
-    return tuple(np.maximum(np.trunc(side * f), 1).astype(np.int32) for side in (np.asarray(heights), np.asarray(widths)))
+    return tuple(np.maximum(np.trunc(side * f), 1).astype(np.int32)
+                 for side in (np.asarray(heights), np.asarray(widths)))
 
 def _scaled(listing, sources, sides, row):
     "Picture `row`, scaled, as PIL picture."
-    return listing.picture(sources, row).resize((int(sides[1][row]), int(sides[0][row])), Image.Resampling.BILINEAR)
+    return listing.picture(sources, row).resize((int(sides[1][row]), int(sides[0][row])),
+                                                Image.Resampling.BILINEAR)
 
 # %% ../../nbs/datasets/02_images.ipynb #write-parts
 def _jpeg(picture, quality):
@@ -278,13 +351,17 @@ def _write_canvases(path, image_ids, canvases, size):
 
 # %% ../../nbs/datasets/02_images.ipynb #merge-canvases
 def _merge_canvases(parts, size, columns):
-    "Join the canvases of all parts to `parts.path`, chunk by chunk as they lie there, and remove the parts."
+    """Join the canvases of all parts to `parts.path`, chunk by chunk as they lie there, and remove
+    the parts."""
     with atomic_path(parts.path) as partial, h5py.File(partial, 'w') as file:
         create_images(file, len(parts.keys), size, False)
         for name, values in columns.items(): file[name][:] = values
         for k in range(len(parts)):
-            with open_h5(parts.part(k), dict(images=4, image_ids=1), 'Remove it and run the step again.') as part:
-                if not np.array_equal(part['image_ids'], parts.keys[parts.rows(k)]): raise ValueError(f"{parts.part(k)} holds other pictures than it should. Remove it and run the step again")
+            with open_h5(parts.part(k), dict(images=4, image_ids=1), 'Remove it and run the step '
+                         'again.') as part:
+                if not np.array_equal(part['image_ids'], parts.keys[parts.rows(k)]):
+                    raise ValueError(f"{parts.part(k)} holds other pictures than it should. Remove "
+                                     "it and run the step again")
                 for i, row in enumerate(parts.rows(k)):
                     mask, chunk = part['images'].id.read_direct_chunk((i, 0, 0, 0))
                     file['images'].id.write_direct_chunk((row, 0, 0, 0), chunk, mask)
@@ -294,16 +371,25 @@ def _merge_canvases(parts, size, columns):
 def _columns(listing, size):
     "The columns of spec 1.2, all (N,) int32."
     heights, widths = scaled_size(listing.heights, listing.widths, size)
-    columns = dict(image_ids=listing.image_ids, valid_idx=listing.valid_idx, original_heights=listing.heights, original_widths=listing.widths, image_heights=heights, image_widths=widths)
+    columns = dict(image_ids=listing.image_ids, valid_idx=listing.valid_idx,
+                   original_heights=listing.heights, original_widths=listing.widths,
+                   image_heights=heights, image_widths=widths)
     return {name: values.astype(np.int32) for name, values in columns.items()}
 
 def _finished(path, columns, layout, quality):
-    "Raises `ValueError` naming what differs when `path` does not hold what `make_images` would put there."
-    with open_h5(path, dict(image_ids=1, image_heights=1, image_widths=1), 'Remove it and make it again.') as file:
-        there = dict(layout='jpeg' if 'jpeg' in file else 'canvas', quality=int(file['quality'][0]) if 'quality' in file else None)
-        differ = [f"{name} {there[name]} (asked: {asked})" for name, asked in dict(layout=layout, quality=quality).items() if there[name] != asked]
-        differ += [f"other {name} than pictures.h5" for name in ('image_ids', 'image_heights', 'image_widths') if not np.array_equal(file[name], columns[name])]
-    if differ: raise ValueError(f"{path} was made otherwise: {', '.join(differ)}. Remove it to make it anew, or ask for what it is")
+    """Raises `ValueError` naming what differs when `path` does not hold what `make_images` would
+    put there."""
+    with open_h5(path, dict(image_ids=1, image_heights=1, image_widths=1),
+                 'Remove it and make it again.') as file:
+        there = dict(layout='jpeg' if 'jpeg' in file else 'canvas', quality=int(file['quality'][0])
+                     if 'quality' in file else None)
+        differ = [f"{name} {there[name]} (asked: {asked})" for name, asked in dict(layout=layout,
+            quality=quality).items() if there[name] != asked]
+        differ += [f"other {name} than pictures.h5" for name in ('image_ids', 'image_heights',
+            'image_widths') if not np.array_equal(file[name], columns[name])]
+    if differ:
+        raise ValueError(f"{path} was made otherwise: {', '.join(differ)}. Remove it to make it "
+                         "anew, or ask for what it is")
 
 # %% ../../nbs/datasets/02_images.ipynb #make-images
 _PART = dict(jpeg=256, canvas=64)  # pictures in a part
@@ -314,20 +400,25 @@ def make_images(folder,  # with the listing
                 layout='jpeg',  # or 'canvas'
                 shard=(0, 1),  # this worker, of how many
                 quality=95, workers=None, progress=True):
-    """Write `imdb_<size>.h5` and return its path, or None while parts of other shards are missing. Killed, it goes on where it was.
+    """Write `imdb_<size>.h5` and return its path, or None while parts of other shards are missing.
 
-    Raises `ValueError` when the file is there with other settings, or a picture has changed since the check. Source: method spec 1.2."""
+    Killed, it goes on where it was.
+
+    Raises `ValueError` when the file is there with other settings, or a picture has changed since
+    the check. Source: method spec 1.2."""
     _check_layout(layout)
     if not 1 <= quality <= 100: raise ValueError(f"quality {quality}: JPEG has 1 to 100")
     listing, path = read_listing(folder), Path(folder)/f'imdb_{size}.h5'
     columns, quality = _columns(listing, size), quality if layout == 'jpeg' else None
     if not path.exists():
-        parts = Parts(path, 'jpeg', listing.image_ids, size=_PART[layout], layout=layout, quality=quality)
+        parts = Parts(path, 'jpeg', listing.image_ids, size=_PART[layout], layout=layout,
+                      quality=quality)
         _make_parts(parts, listing, sources, size, quality, shard, workers, progress)
         if parts.todo() and not path.exists(): return None
         _merge(parts, size, columns, quality)
     _finished(path, columns, layout, quality)
-    shutil.rmtree(path.with_name(f'{path.stem}-parts'), ignore_errors=True)  # left by a kill after the joining
+    # left by a kill after the joining
+    shutil.rmtree(path.with_name(f'{path.stem}-parts'), ignore_errors=True)
     return path
 
 # %% ../../nbs/datasets/02_images.ipynb #make-parts
@@ -338,7 +429,8 @@ def _make_parts(parts, listing, sources, size, quality, shard, workers, progress
         picture = _scaled(listing, sources, sides, row)
         return _jpeg(picture, quality) if quality else canvas(np.asarray(picture), size)
     pieces = ahead(piece, chain.from_iterable(parts.rows(k) for k in todo), workers)
-    with tqdm(total=sum(len(parts.rows(k)) for k in todo), desc=parts.path.name, unit='picture', disable=not progress) as bar:
+    with tqdm(total=sum(len(parts.rows(k)) for k in todo), desc=parts.path.name, unit='picture',
+              disable=not progress) as bar:
         for k in todo:
             some = islice(pieces, len(parts.rows(k)))
             if quality: parts.write(k, some)
@@ -346,7 +438,9 @@ def _make_parts(parts, listing, sources, size, quality, shard, workers, progress
             bar.update(len(parts.rows(k)))
 
 def _merge(parts, size, columns, quality):
-    "Join the parts. When two shards end at the same moment both do; the second one finds the file made."
+    """Join the parts.
+
+    When two shards end at the same moment both do; the second one finds the file made."""
     try:
         if quality: parts.merge(**columns, quality=np.array([quality], np.int32))
         else: _merge_canvases(parts, size, columns)

@@ -10,18 +10,21 @@ import csv
 
 import ijson
 
-from ..io.files import stream_json
 from .coco import Collector, image_key, numbers, size_of
+from ..io.files import stream_json
 
 # %% ../../nbs/datasets/06_public.ipynb #stream
 _HINT = 'Is it the file of that data set, whole? Fetch it again.'
 
 def _stream(path, read, *prefix):
-    "What `read`, a function of `ijson`, yields of the file. Raises `FileNotFoundError` or `ValueError` naming the file."
+    """What `read`, a function of `ijson`, yields of the file.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file."""
     try:
         with open(path, 'rb') as file: yield from stream_json(file, read, *prefix)
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {_HINT}") from None
-    except ijson.JSONError as error: raise ValueError(f"{path} is not whole JSON ({error}). {_HINT}") from None
+    except ijson.JSONError as error:
+        raise ValueError(f"{path} is not whole JSON ({error}). {_HINT}") from None
 
 def _at(values, i, what):
     "Entry `i` of a list; `ValueError` unless it is a number from 0 to the last."
@@ -35,24 +38,32 @@ def _psg_lists(path):
     "The four short lists of the file, in one pass over it."
     found = {name: [] for name in _PSG}
     for prefix, event, value in _stream(path, ijson.parse):
-        if event in ('string', 'number') and prefix[:-5] in found and prefix.endswith('.item'): found[prefix[:-5]].append(value)
+        if event in ('string', 'number') and prefix[:-5] in found and prefix.endswith('.item'):
+            found[prefix[:-5]].append(value)
     for name in _PSG[:3]:
         if not found[name]: raise ValueError(f"{path} has no list '{name}'. {_HINT}")
     return found
 
 # %% ../../nbs/datasets/06_public.ipynb #read-psg-itself
 def read_psg(path, strict=False):
-    "`Annotations` of a PSG file. Raises `FileNotFoundError` or `ValueError` naming the file that is missing, cut off or of another kind."
+    """`Annotations` of a PSG file.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file that is missing, cut off or of
+    another kind."""
     lists, c = _psg_lists(path), Collector(path, strict)
     classes = [c.classes(name) for name in lists['thing_classes'] + lists['stuff_classes']]
-    predicates, test = [c.predicates(name) for name in lists['predicate_classes']], {str(i) for i in lists['test_image_ids']}
+    predicates, test = [c.predicates(name) for name in lists['predicate_classes']], {str(i)
+        for i in lists['test_image_ids']}
     def picture(r):
-        image = c.image(r['image_id'], r['file_name'], size_of(r), 'test' if str(r['image_id']) in test else 'train')
+        image = c.image(r['image_id'], r['file_name'], size_of(r),
+                        'test' if str(r['image_id']) in test else 'train')
         def annotation(item):
             i, a = item
             x, y, u, v = numbers(a['bbox'], 'the box')
-            if a.get('bbox_mode', 0) not in (0, 1): raise ValueError('a bbox_mode other than 0 and 1')
-            c.object(image, (image, i), _at(classes, a['category_id'], 'category'), (x, y, x + u, y + v) if a.get('bbox_mode') == 1 else (x, y, u, v))
+            if a.get('bbox_mode', 0) not in (0, 1):
+                raise ValueError('a bbox_mode other than 0 and 1')
+            c.object(image, (image, i), _at(classes, a['category_id'], 'category'),
+                     (x, y, x + u, y + v) if a.get('bbox_mode') == 1 else (x, y, u, v))
         def relation(row):
             s, o, p = row
             c.relation((image, s), (image, o), _at(predicates, p, 'predicate'))
@@ -65,7 +76,10 @@ def read_psg(path, strict=False):
 def read_gqa(files:dict,  # split ('train', 'val' or 'test') to the path of its file
              strict=False,
              most=(None, None)):  # keep so many classes and predicates, the commonest
-    "`Annotations` of GQA's scene graphs. Raises `FileNotFoundError` or `ValueError` naming the file that is missing, cut off or of another kind."
+    """`Annotations` of GQA's scene graphs.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file that is missing, cut off or of
+    another kind."""
     c = Collector(', '.join(map(str, files.values())), strict)
     for split, path in files.items():
         def scene(item):
@@ -74,40 +88,59 @@ def read_gqa(files:dict,  # split ('train', 'val' or 'test') to the path of its 
             def thing(item):
                 x, y, w, h = numbers([item[1][k] for k in 'xywh'], 'the box')
                 c.object(image, (image, item[0]), c.classes(item[1]['name']), (x, y, x + w, y + h))
-            def relation(item): c.relation((image, item[0]), (image, item[1]['object']), c.predicates(item[1]['name']))
+            def relation(item):
+                c.relation((image, item[0]), (image, item[1]['object']),
+                           c.predicates(item[1]['name']))
             c.each('objects', r['objects'].items(), thing, of=f'image {key}, ')
-            c.each('relations', ((k, edge) for k, o in r['objects'].items() for edge in o.get('relations', ())), relation, of=f'image {key}, ')
+            c.each('relations',
+                   ((k, edge) for k, o in r['objects'].items() for edge in o.get('relations', ())),
+                   relation, of=f'image {key}, ')
         c.each(split, _stream(path, ijson.kvitems, ''), scene)
     return c.finish(sort=True, most=most)
 
 # %% ../../nbs/datasets/06_public.ipynb #read-open-images
-_COLUMNS = ('ImageID', 'LabelName1', 'LabelName2', 'XMin1', 'XMax1', 'YMin1', 'YMax1', 'XMin2', 'XMax2', 'YMin2', 'YMax2', 'RelationshipLabel')
+_COLUMNS = ('ImageID', 'LabelName1', 'LabelName2', 'XMin1', 'XMax1', 'YMin1', 'YMax1', 'XMin2',
+            'XMax2', 'YMin2', 'YMax2', 'RelationshipLabel')
 
 def _rows(path, columns=None):
-    "Rows of a CSV file: dictionaries if it must have `columns`, else lists. Raises `FileNotFoundError` or `ValueError` naming the file."
+    """Rows of a CSV file: dictionaries if it must have `columns`, else lists.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file."""
     try:
         with open(path, newline='', encoding='utf-8') as file:
             rows = csv.DictReader(file) if columns else csv.reader(file)
-            if missing := set(columns or ()) - set(columns and rows.fieldnames or ()): raise ValueError(f"{path} has no column {sorted(missing)[0]}. {_HINT}")
+            if missing := set(columns or ()) - set(columns and rows.fieldnames or ()):
+                raise ValueError(f"{path} has no column {sorted(missing)[0]}. {_HINT}")
             yield from rows
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {_HINT}") from None
-    except (csv.Error, UnicodeDecodeError) as error: raise ValueError(f"{path} is not a CSV file ({error}). {_HINT}") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV file ({error}). {_HINT}") from None
 
 # %% ../../nbs/datasets/06_public.ipynb #read-open-images-itself
 def read_open_images(files:dict,  # split ('train', 'val' or 'test') to the path of its CSV of relations
                      classes,  # path of the CSV of class descriptions: code, name
                      strict=False):
-    "`Annotations` of Open Images' relations, boxes as shares of the picture. Raises `FileNotFoundError` or `ValueError` naming the file that is missing or of another kind."
-    c, called = Collector(', '.join(map(str, files.values())), strict), {row[0]: row[1] for row in _rows(classes) if len(row) > 1}
+    """`Annotations` of Open Images' relations, boxes as shares of the picture.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file that is missing or of another
+    kind."""
+    c, called = Collector(', '.join(map(str, files.values())), strict), {row[0]: row[1]
+        for row in _rows(classes) if len(row) > 1}
     for split, path in files.items():
         def relation(r):
-            if r['RelationshipLabel'] == 'is': return c.report.note('attribute rows', f"{r['ImageID']}, {called.get(r['LabelName1'])}")
-            ends = [(r[f'LabelName{k}'], *numbers([r[f'{name}{k}'] for name in ('XMin', 'YMin', 'XMax', 'YMax')], 'the box')) for k in '12']
-            if any(code not in called for code, *_ in ends): raise ValueError('a label without a name')
+            if r['RelationshipLabel'] == 'is':
+                return c.report.note('attribute rows', f"{r['ImageID']}, "
+                                     f"{called.get(r['LabelName1'])}")
+            ends = [(r[f'LabelName{k}'],
+                     *numbers([r[f'{name}{k}'] for name in ('XMin', 'YMin', 'XMax', 'YMax')],
+                              'the box')) for k in '12']
+            if any(code not in called for code, *_ in ends):
+                raise ValueError('a label without a name')
             predicate, image = c.predicates(r['RelationshipLabel']), image_key(r['ImageID'])
             if image not in c.images: c.image(image, f'{image}.jpg', None, split)
             for code, *box in ends:
-                if (image, code, *box) not in c.objects: c.object(image, (image, code, *box), c.classes(called[code]), box)
+                if (image, code, *box) not in c.objects:
+                    c.object(image, (image, code, *box), c.classes(called[code]), box)
             c.relation(*[(image, *end) for end in ends], predicate)
         c.each(path, _rows(path, _COLUMNS), relation)
     return c.finish(sort=True)

@@ -21,10 +21,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 from scipy.sparse import csr_array
 
-from ..io.files import atomic_path, write_json
-from ..graph import Vocabulary
-from ..io.text import one_line
 from .visual_genome import SPLITS, Database
+from ..graph import Vocabulary
+from ..io.files import atomic_path, write_json
+from ..io.text import one_line
 
 # %% ../../nbs/datasets/07_statistics.ipynb #annotations
 def annotations(database:Database,
@@ -36,7 +36,10 @@ def annotations(database:Database,
 
 # %% ../../nbs/datasets/07_statistics.ipynb #filters
 def select_relations(annotations, overlap:bool=False, unique:bool=True):
-    "`annotations` with only overlapping relations and without repeated rows, in order of first appearance. Images stay, even without a relation."
+    """`annotations` with only overlapping relations and without repeated rows, in order of first
+    appearance.
+
+    Images stay, even without a relation."""
     relations = annotations.relations[annotations.overlapping] if overlap else annotations.relations
     if unique: relations = relations[np.sort(np.unique(relations, axis=0, return_index=True)[1])]
     return replace(annotations, relations=relations)
@@ -48,7 +51,8 @@ def object_counts(annotations):
 
 def predicate_counts(annotations):
     "How often each predicate is annotated, (P,)."
-    return np.bincount(annotations.relations[:, 2], minlength=len(annotations.vocabulary.predicates))
+    return np.bincount(annotations.relations[:, 2],
+                       minlength=len(annotations.vocabulary.predicates))
 
 def _triplet_keys(annotations):
     "One number for the triplet of each relation, (R,)."
@@ -58,7 +62,8 @@ def _triplet_keys(annotations):
 def _triplets_of(keys, shape): return np.column_stack(np.unravel_index(keys, shape))
 
 def triplet_counts(annotations):
-    "The triplets that occur, (T, 3) subject class, object class, predicate, the most frequent first, and how often each does, (T,)."
+    """The triplets that occur, (T, 3) subject class, object class, predicate, the most frequent
+    first, and how often each does, (T,)."""
     keys, counts = np.unique(_triplet_keys(annotations), return_counts=True)
     order = np.argsort(-counts, kind='stable')
     return _triplets_of(keys[order], annotations.shape), counts[order]
@@ -66,10 +71,15 @@ def triplet_counts(annotations):
 # %% ../../nbs/datasets/07_statistics.ipynb #predicate-groups
 GROUPS = ('head', 'body', 'tail')
 
-def predicate_groups(counts):  # (P,) annotations of each predicate in the training set -> (P,) array of 'head', 'body', 'tail'
-    "The group of each predicate by its share of annotations. Raises `ValueError` if there are none. Of equal counts the earlier predicate is taken as more frequent."
+# (P,) annotations of each predicate in the training set -> (P,) array of 'head', 'body', 'tail'
+def predicate_groups(counts):
+    """The group of each predicate by its share of annotations.
+
+    Raises `ValueError` if there are none. Of equal counts the earlier predicate is taken as more
+    frequent."""
     counts = np.asarray(counts, np.float64)
-    if not counts.sum() > 0: raise ValueError('no predicate occurs in training: there is nothing to group by')
+    if not counts.sum() > 0:
+        raise ValueError('no predicate occurs in training: there is nothing to group by')
     order = np.argsort(-counts, kind='stable')
     held = counts[order]
     groups = np.full(len(counts), 'body')
@@ -79,17 +89,23 @@ def predicate_groups(counts):  # (P,) annotations of each predicate in the train
 
 # %% ../../nbs/datasets/07_statistics.ipynb #prior-tables
 def prior_tables(annotations):
-    "Relations by subject class, object class and predicate, (C, C, P), and ordered pairs of objects of an image by their classes, (C, C), as `FrequencyPrior` has them."
+    """Relations by subject class, object class and predicate, (C, C, P), and ordered pairs of
+    objects of an image by their classes, (C, C), as `FrequencyPrior` has them."""
     table, (rows, counts) = np.zeros(annotations.shape), triplet_counts(annotations)
     table[tuple(rows.T)] = counts
     related = (annotations.per_image()[1] > 0)[annotations.image]
     image, labels = annotations.image[related], annotations.labels[related]
-    present = csr_array((np.ones(len(labels)), (image, labels)), shape=(len(annotations.sizes), annotations.shape[0]))
-    return table, (present.T @ present).toarray() - np.diag(np.bincount(labels, minlength=annotations.shape[0]))
+    present = csr_array((np.ones(len(labels)), (image, labels)),
+                        shape=(len(annotations.sizes), annotations.shape[0]))
+    return table, (present.T @ present).toarray() - np.diag(np.bincount(labels,
+        minlength=annotations.shape[0]))
 
 # %% ../../nbs/datasets/07_statistics.ipynb #zero-shot
 def zero_shot_triplets(database:Database, split:str='test', n_val:int=0):
-    "Triplets (Z, 3) subject class, object class, predicate, from 0, that occur in `split` and never in training, sorted; for `zero_shot` of `stdg.metrics`. Source: method spec 9."
+    """Triplets (Z, 3) subject class, object class, predicate, from 0, that occur in `split` and
+    never in training, sorted; for `zero_shot` of `stdg.metrics`.
+
+    Source: method spec 9."""
     asked, seen = annotations(database, split, n_val), annotations(database, 'train', n_val)
     return _triplets_of(np.setdiff1d(_triplet_keys(asked), _triplet_keys(seen)), asked.shape)
 
@@ -97,36 +113,50 @@ def zero_shot_triplets(database:Database, split:str='test', n_val:int=0):
 _LARGEST = 2 ** 27  # bytes; all triplets of Visual Genome's vocabulary take 27 MB
 
 def _load_tensor(path, hint):
-    "What a torch file holds, without running code from it. Raises `FileNotFoundError` or `ValueError` naming the file."
+    """What a torch file holds, without running code from it.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file."""
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing. {hint}")
     try:
         size = path.stat().st_size
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive: size = max(size, sum(entry.file_size for entry in archive.infolist()))
+            with zipfile.ZipFile(path) as archive:
+                size = max(size, sum(entry.file_size for entry in archive.infolist()))
         if size > _LARGEST: raise OverflowError(f"{size} bytes")
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # whatever a foreign file can make a reader raise
-        raise ValueError(f"{path} is not a torch file of one small tensor ({type(error).__name__}). {hint}") from None
+        raise ValueError(f"{path} is not a torch file of one small tensor "
+                         f"({type(error).__name__}). {hint}") from None
 
 # %% ../../nbs/datasets/07_statistics.ipynb #read-zero-shot
 def read_zero_shot(path, vocabulary:Vocabulary):
-    """The triplets (Z, 3) subject class, object class, predicate, from 0, of a file of the field (one int64 tensor, from 1).
+    """The triplets (Z, 3) subject class, object class, predicate, from 0, of a file of the field
+    (one int64 tensor, from 1).
 
-    Raises `FileNotFoundError`, or `ValueError` naming the file, for anything else than such a tensor and for a row outside `vocabulary`. Source: method spec 9."""
-    path, hint = Path(path), 'Fetch zeroshot_triplet.pytorch again, or compute the list with zero_shot_triplets.'
-    rows, limits = _load_tensor(path, hint), (len(vocabulary.objects), len(vocabulary.objects), len(vocabulary.predicates))
-    plain = type(rows) is torch.Tensor and rows.layout == torch.strided and rows.device.type == 'cpu' and rows.dtype == torch.int64
+    Raises `FileNotFoundError`, or `ValueError` naming the file, for anything else than such a
+    tensor and for a row outside `vocabulary`. Source: method spec 9."""
+    path, hint = Path(
+        path), 'Fetch zeroshot_triplet.pytorch again, or compute the list with zero_shot_triplets.'
+    rows, limits = _load_tensor(path, hint), (len(vocabulary.objects), len(vocabulary.objects),
+                                              len(vocabulary.predicates))
+    plain = type(
+        rows) is torch.Tensor and rows.layout == torch.strided and rows.device.type == 'cpu' and rows.dtype == torch.int64
     if not (plain and rows.ndim == 2 and rows.shape[1] == 3 and 0 < len(rows) <= math.prod(limits)):
-        what = f"a tensor {tuple(rows.shape)} of {rows.dtype}" if isinstance(rows, torch.Tensor) else type(rows).__name__
-        raise ValueError(f"{path} holds {what}; one int64 tensor (Z, 3) is needed, at most one row a triplet. {hint}")
+        what = f"a tensor {tuple(rows.shape)} of {rows.dtype}" if isinstance(rows,
+            torch.Tensor) else type(rows).__name__
+        raise ValueError(f"{path} holds {what}; one int64 tensor (Z, 3) is needed, at most one row "
+                         f"a triplet. {hint}")
     rows = rows.numpy()
     if len(wrong := np.flatnonzero(((rows < 1) | (rows > limits)).any(1))):
-        raise ValueError(f"{path}: row {wrong[0]} is {rows[wrong[0]].tolist()}; subject class, object class and predicate go from 1 to {list(limits)}. Is it of another vocabulary?")
+        raise ValueError(f"{path}: row {wrong[0]} is {rows[wrong[0]].tolist()}; subject class, "
+                         f"object class and predicate go from 1 to {list(limits)}. Is it of "
+                         "another vocabulary?")
     return rows - 1
 
 # %% ../../nbs/datasets/07_statistics.ipynb #geometry
 def box_geometry(annotations):
-    "Size (N,) of each object as a share of the picture's side, and its centre (N, 2), x and y, as shares of width and height."
+    """Size (N,) of each object as a share of the picture's side, and its centre (N, 2), x and y, as
+    shares of width and height."""
     extent = annotations.boxes[:, 2:] - annotations.boxes[:, :2]
     picture = annotations.sizes[annotations.image][:, ::-1]
     return np.sqrt((extent / picture).prod(1)), (annotations.boxes[:, :2] + extent / 2) / picture
@@ -135,7 +165,8 @@ def relation_distance(annotations):
     "Distance (R,) of the centres of subject and object as a share of the picture's diagonal."
     centres = (annotations.boxes[:, :2] + annotations.boxes[:, 2:]) / 2
     subject, object = annotations.relations[:, :2].T
-    return np.hypot(*(centres[subject] - centres[object]).T) / np.hypot(*annotations.sizes[annotations.image[subject]].T)
+    return np.hypot(*(centres[subject] - centres[object]).T) / np.hypot(
+        *annotations.sizes[annotations.image[subject]].T)
 
 # %% ../../nbs/datasets/07_statistics.ipynb #plot-helpers
 GROUP_COLOURS = dict(zip(GROUPS, ('#0072b2', '#e69f00', '#009e73')))
@@ -143,7 +174,8 @@ _BLUE, _ORANGE = GROUP_COLOURS['head'], GROUP_COLOURS['body']
 
 def _figure(width, height, columns=1, **options):
     "A figure and its axes (columns,), closed for pyplot, so that Jupyter shows it once."
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout='constrained', **options)
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False,
+                                layout='constrained', **options)
     plt.close(figure)
     for ax in axes[0]: ax.spines[['top', 'right']].set_visible(False)
     return figure, axes[0]
@@ -151,7 +183,8 @@ def _figure(width, height, columns=1, **options):
 def _named(ax, names, which, **options):
     "`names` along axis 'x' or 'y' of `ax`."
     set_labels = ax.set_xticks if which == 'x' else ax.set_yticks
-    set_labels(range(len(names)), [one_line(name, 18) for name in names], fontsize=9, parse_math=False, **options)
+    set_labels(range(len(names)), [one_line(name, 18) for name in names], fontsize=9,
+               parse_math=False, **options)
 
 def _bars(ax, names, counts, colours):
     "Bars on a logarithmic scale with names below."
@@ -163,26 +196,32 @@ def _bars(ax, names, counts, colours):
 
 # %% ../../nbs/datasets/07_statistics.ipynb #plot-predicates
 def plot_predicates(annotations, top:int=60):
-    "A figure of how often each predicate is annotated, the most frequent first, coloured by group. Not more than `top` are shown."
+    """A figure of how often each predicate is annotated, the most frequent first, coloured by
+    group.
+
+    Not more than `top` are shown."""
     counts, names = predicate_counts(annotations), annotations.vocabulary.predicates
     groups, order = predicate_groups(counts), np.argsort(-counts, kind='stable')[:top]
     figure, (ax,) = _figure(10, 3.4)
     _bars(ax, [names[p] for p in order], counts[order], [GROUP_COLOURS[groups[p]] for p in order])
     for group, colour in GROUP_COLOURS.items():
         held = counts[groups == group]
-        ax.bar(0, 0, color=colour, label=f"{group}: {len(held)} predicates, {100 * held.sum() / counts.sum():.0f} % of the annotations")
+        ax.bar(0, 0, color=colour, label=f"{group}: {len(held)} predicates, "
+               f"{100 * held.sum() / counts.sum():.0f} % of the annotations")
     ax.legend(frameon=False)
     return figure
 
 # %% ../../nbs/datasets/07_statistics.ipynb #plot-objects
 def plot_objects(annotations, top:int=40):
-    "A figure of how often each object class occurs: the `top` most frequent by name, and all by rank."
+    """A figure of how often each object class occurs: the `top` most frequent by name, and all by
+    rank."""
     counts, names = object_counts(annotations), annotations.vocabulary.objects
     order = np.argsort(-counts, kind='stable')
     figure, (left, right) = _figure(10, 3.4, 2, width_ratios=(3, 1))
     _bars(left, [names[c] for c in order[:top]], counts[order[:top]], _BLUE)
     right.plot(np.arange(1, len(order) + 1), np.maximum(counts[order], .5), color=_BLUE, lw=2)
-    right.set(xscale='log', yscale='log', ylim=left.get_ylim(), yticklabels=[], xlabel='rank of the class')
+    right.set(xscale='log', yscale='log', ylim=left.get_ylim(), yticklabels=[],
+              xlabel='rank of the class')
     right.xaxis.set_major_formatter('{x:.0f}')
     return figure
 
@@ -190,16 +229,23 @@ def plot_objects(annotations, top:int=40):
 def _short(n): return f'{n / 1000:.0f}k' if n >= 10_000 else str(n)
 
 def plot_triplets(annotations, predicate:str, top:int=12):
-    "A figure of how often `predicate` joins the `top` most frequent subject classes (rows) and object classes (columns). Raises `ValueError` for a name that is no predicate."
+    """A figure of how often `predicate` joins the `top` most frequent subject classes (rows) and
+    object classes (columns).
+
+    Raises `ValueError` for a name that is no predicate."""
     chosen = annotations.relations[:, 2] == annotations.vocabulary.predicate_index(predicate)
     n, names = annotations.shape[0], annotations.vocabulary.objects
-    table = np.bincount(annotations.labels[annotations.relations[chosen, :2]] @ (n, 1), minlength=n * n).reshape(n, n)
-    subjects, objects = (np.argsort(-sums, kind='stable')[:min(top, max(np.count_nonzero(sums), 1))] for sums in (table.sum(1), table.sum(0)))
+    table = np.bincount(annotations.labels[annotations.relations[chosen, :2]] @ (n, 1),
+                        minlength=n * n).reshape(n, n)
+    subjects, objects = (np.argsort(-sums, kind='stable')[:min(top, max(np.count_nonzero(sums), 1))]
+                         for sums in (table.sum(1), table.sum(0)))
     shown, most = table[np.ix_(subjects, objects)], max(table.max(), 2)
     figure, (ax,) = _figure(2.4 + .5 * len(objects), 1.8 + .36 * len(subjects))
-    ax.imshow(np.ma.masked_equal(shown, 0), norm=LogNorm(1, most), cmap=plt.colormaps['cividis'].with_extremes(bad='.93'), aspect='auto')
+    ax.imshow(np.ma.masked_equal(shown, 0), norm=LogNorm(1, most),
+              cmap=plt.colormaps['cividis'].with_extremes(bad='.93'), aspect='auto')
     for i, j in zip(*np.nonzero(shown)):
-        ax.text(j, i, _short(shown[i, j]), ha='center', va='center', fontsize=8, color='white' if shown[i, j] < most ** .5 else 'black')
+        ax.text(j, i, _short(shown[i, j]), ha='center', va='center', fontsize=8,
+                color='white' if shown[i, j] < most ** .5 else 'black')
     _named(ax, [names[c] for c in objects], 'x', rotation=45, ha='right', rotation_mode='anchor')
     _named(ax, [names[c] for c in subjects], 'y')
     ax.set(xlabel='object', ylabel='subject')
@@ -213,27 +259,35 @@ def plot_images(splits:dict):  # name of a split to its `FlatGraphs`
     for ax, which, title in zip(axes, (0, 1), ('objects', 'relations')):
         numbers = {name: part.per_image()[which] for name, part in splits.items()}
         last = int(np.quantile(np.concatenate(list(numbers.values())), .995))
-        for (name, values), colour, dash in zip(numbers.items(), GROUP_COLOURS.values(), ('-', '--', ':')):
+        for (name, values), colour, dash in zip(numbers.items(), GROUP_COLOURS.values(),
+                                                ('-', '--', ':')):
             share = np.bincount(np.minimum(values, last), minlength=last + 1) / max(len(values), 1)
-            ax.stairs(100 * share, np.arange(last + 2) - .5, color=colour, ls=dash, lw=2, label=f'{name}: {len(values):,} images, {values.mean():.1f} {title}')
-        ax.set(xlabel=f'{title} in an image', ylabel='images (%)', ylim=(0, 1.35 * ax.get_ylim()[1]))
+            ax.stairs(100 * share, np.arange(last + 2) - .5, color=colour, ls=dash, lw=2,
+                      label=f'{name}: {len(values):,} images, {values.mean():.1f} {title}')
+        ax.set(xlabel=f'{title} in an image', ylabel='images (%)',
+               ylim=(0, 1.35 * ax.get_ylim()[1]))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(frameon=False, fontsize=9, loc='upper right')
     return figure
 
 # %% ../../nbs/datasets/07_statistics.ipynb #plot-boxes
 def plot_boxes(annotations):
-    "A figure of the sizes of objects, where their centres lie, and the distances of related objects, overlapping or not."
-    (size, place), distance, together = box_geometry(annotations), relation_distance(annotations), annotations.overlapping
+    """A figure of the sizes of objects, where their centres lie, and the distances of related
+    objects, overlapping or not."""
+    (size, place), distance, together = box_geometry(annotations), relation_distance(
+        annotations), annotations.overlapping
     figure, (sizes, places, distances) = _figure(10, 3, 3)
     sizes.hist(size, np.linspace(0, 1, 41), color=_BLUE)
     sizes.set(xlabel='size (share of the side)', ylabel='objects')
     counts, *_ = np.histogram2d(place[:, 1], place[:, 0], 24, [(0, 1)] * 2)
     places.imshow(counts, extent=(0, 1, 1, 0), cmap='cividis')
     places.set(xlabel='centres: x (share of the width)', ylabel='y (share of the height)')
-    distances.hist([distance[together], distance[~together]], np.linspace(0, 1, 41), stacked=True, color=[_BLUE, _ORANGE],
-                   label=[f'overlapping: {100 * together.mean():.0f} %' if len(together) else 'overlapping', 'apart'])
-    distances.set(xlabel='distance (share of the diagonal)', ylabel='relations', ylim=(0, 1.3 * distances.get_ylim()[1]))
+    distances.hist([distance[together], distance[~together]], np.linspace(0, 1, 41), stacked=True,
+                   color=[_BLUE, _ORANGE],
+                   label=[f'overlapping: {100 * together.mean():.0f} %' if len(together)
+                          else 'overlapping', 'apart'])
+    distances.set(xlabel='distance (share of the diagonal)', ylabel='relations',
+                  ylim=(0, 1.3 * distances.get_ylim()[1]))
     distances.legend(frameon=False, fontsize=9)
     return figure
 
@@ -241,18 +295,25 @@ def plot_boxes(annotations):
 def _spread(values):
     "Mean, median, 90th percentile and largest of `values`; None of none."
     if not len(values): return None
-    return dict(mean=round(float(values.mean()), 4), median=round(float(np.median(values)), 4), p90=round(float(np.quantile(values, .9)), 4), max=round(float(values.max()), 4))
+    return dict(mean=round(float(values.mean()), 4), median=round(float(np.median(values)), 4),
+                p90=round(float(np.quantile(values, .9)), 4), max=round(float(values.max()), 4))
 
 def _split_report(annotations):
     "The numbers of one split."
     objects, relations = annotations.per_image()
     trained = select_relations(annotations, overlap=True)
-    return dict(images=len(objects), images_with_objects=int((objects > 0).sum()), images_with_relations=int((relations > 0).sum()),
-                objects=len(annotations.labels), relations=len(annotations.relations), distinct_relations=len(select_relations(annotations).relations),
-                overlapping_relations=int(annotations.overlapping.sum()), distinct_triplets=len(triplet_counts(annotations)[1]),
-                trained=dict(images=int((trained.per_image()[1] > 0).sum()), relations=len(trained.relations)),
-                objects_per_image=_spread(objects[relations > 0]), relations_per_image=_spread(relations[relations > 0]),
-                box_size=_spread(box_geometry(annotations)[0]), relation_distance=_spread(relation_distance(annotations)))
+    return dict(images=len(objects), images_with_objects=int((objects > 0).sum()),
+                images_with_relations=int((relations > 0).sum()),
+                objects=len(annotations.labels), relations=len(annotations.relations),
+                distinct_relations=len(select_relations(annotations).relations),
+                overlapping_relations=int(annotations.overlapping.sum()),
+                distinct_triplets=len(triplet_counts(annotations)[1]),
+                trained=dict(images=int((trained.per_image()[1] > 0).sum()),
+                             relations=len(trained.relations)),
+                objects_per_image=_spread(objects[relations > 0]),
+                relations_per_image=_spread(relations[relations > 0]),
+                box_size=_spread(box_geometry(annotations)[0]),
+                relation_distance=_spread(relation_distance(annotations)))
 
 # %% ../../nbs/datasets/07_statistics.ipynb #report-function
 def _table(names, order, **columns):
@@ -260,31 +321,48 @@ def _table(names, order, **columns):
     return {names[i]: {key: values[i].item() for key, values in columns.items()} for i in order}
 
 def report(database:Database):
-    """Statistics of `database` as a dictionary of plain values: splits, objects and predicates by name (most frequent in training first), triplets.
+    """Statistics of `database` as a dictionary of plain values: splits, objects and predicates by
+    name (most frequent in training first), triplets.
 
-    Raises `ValueError` naming the folder if no relation is annotated in training. Source: method spec 1.4, 9."""
+    Raises `ValueError` naming the folder if no relation is annotated in training. Source: method
+    spec 1.4, 9."""
     parts = {split: part for split in SPLITS if len((part := annotations(database, split)).sizes)}
-    if 'train' not in parts or not len(parts['train'].relations): raise ValueError(f"{database.folder}: no relation is annotated in the training split; there is nothing to count")
+    if 'train' not in parts or not len(parts['train'].relations):
+        raise ValueError(f"{database.folder}: no relation is annotated in the training split; "
+                         "there is nothing to count")
     vocabulary, (common, counts) = database.vocabulary, triplet_counts(parts['train'])
-    objects, predicates = ({split: count(part) for split, part in parts.items()} for count in (object_counts, predicate_counts))
-    record = dict(size=database.size, splits={split: _split_report(part) for split, part in parts.items()},
-                  objects=_table(vocabulary.objects, np.argsort(-objects['train'], kind='stable'), **objects),
-                  predicates=_table(vocabulary.predicates, np.argsort(-predicates['train'], kind='stable'), group=predicate_groups(predicates['train']), **predicates),
+    objects, predicates = ({split: count(part) for split, part in parts.items()}
+                           for count in (object_counts, predicate_counts))
+    record = dict(size=database.size,
+                  splits={split: _split_report(part) for split, part in parts.items()},
+                  objects=_table(vocabulary.objects, np.argsort(-objects['train'], kind='stable'),
+                                 **objects),
+                  predicates=_table(vocabulary.predicates,
+                                    np.argsort(-predicates['train'], kind='stable'),
+                                    group=predicate_groups(predicates['train']), **predicates),
                   triplets=dict(seen_once=int((counts == 1).sum()), most_frequent=[
-                      [vocabulary.objects[s], vocabulary.predicates[p], vocabulary.objects[o], int(n)] for (s, o, p), n in zip(common[:20], counts)]))
+                      [vocabulary.objects[s], vocabulary.predicates[p], vocabulary.objects[o],
+                       int(n)] for (s, o, p), n in zip(common[:20], counts)]))
     if 'test' in parts:
         unseen = np.setdiff1d(_triplet_keys(parts['test']), _triplet_keys(parts['train']))
-        record['zero_shot'] = dict(triplets=len(unseen), relations=int(np.isin(_triplet_keys(parts['test']), unseen).sum()))
+        record['zero_shot'] = dict(triplets=len(unseen),
+                                   relations=int(np.isin(_triplet_keys(parts['test']),
+                                                         unseen).sum()))
     return record
 
 # %% ../../nbs/datasets/07_statistics.ipynb #write-statistics
 def write_statistics(folder, size:int=None):
-    "Write `statistics.json` and `statistics/*.png` of the database in `folder`, atomically. Returns the path of the JSON. Raises what `Database` and `report` raise."
+    """Write `statistics.json` and `statistics/*.png` of the database in `folder`, atomically.
+
+    Returns the path of the JSON. Raises what `Database` and `report` raise."""
     database = Database(folder, size)
     record, train = report(database), annotations(database, 'train')
-    figures = dict(predicates=plot_predicates(train), objects=plot_objects(train), triplets=plot_triplets(train, next(iter(record['predicates']))),
-                   images=plot_images({split: annotations(database, split) for split in record['splits']}), boxes=plot_boxes(train))
+    figures = dict(predicates=plot_predicates(train), objects=plot_objects(train),
+                   triplets=plot_triplets(train, next(iter(record['predicates']))),
+                   images=plot_images({split: annotations(database, split)
+                                       for split in record['splits']}), boxes=plot_boxes(train))
     for name, figure in figures.items():
-        with atomic_path(database.folder/'statistics'/f'{name}.png') as partial: figure.savefig(partial, dpi=110)
+        with atomic_path(database.folder/'statistics'/f'{name}.png') as partial:
+            figure.savefig(partial, dpi=110)
     write_json(database.folder/'statistics.json', record)
     return database.folder/'statistics.json'

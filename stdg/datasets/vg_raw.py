@@ -19,49 +19,63 @@ import ijson
 import numpy as np
 from tqdm import tqdm
 
-from ..io.files import read_json, stream_json, writable_folder, write_json
-from ..graph import Vocabulary
 from .images import read_listing
-from ..io.archives import DAMAGED, ZipSource
 from .visual_genome import SPLITS, annotation_file
+from ..graph import Vocabulary
+from ..io.archives import DAMAGED, ZipSource
+from ..io.files import read_json, stream_json, writable_folder, write_json
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #find-raw
 RAW = ('image_data', 'objects', 'relationships')
-MAX_LIST_BYTES, MAX_LIST_RATIO = 2 ** 36, 100  # of a list in an archive: unpacked, and to its packed bytes
+# of a list in an archive: unpacked, and to its packed bytes
+MAX_LIST_BYTES, MAX_LIST_RATIO = 2 ** 36, 100
 _HINT = "Fetch it again from Visual Genome's page."
 
 def find_raw(raw, name):
-    """Where list `name` of `RAW` lies in folder `raw`: its path and None, or a `ZipSource` and the name of the member.
+    """Where list `name` of `RAW` lies in folder `raw`: its path and None, or a `ZipSource` and the
+    name of the member.
 
-    Raises `FileNotFoundError` if it is nowhere, `ValueError` for an archive that is not to be opened."""
+    Raises `FileNotFoundError` if it is nowhere, `ValueError` for an archive that is not to be
+    opened."""
     raw, wanted, broken = Path(raw), f'{name}.json', []
     if (raw/wanted).is_file(): return raw/wanted, None
-    for path in sorted(raw.glob('*.zip'), key=lambda path: (path.name != f'{wanted}.zip', path.name)):
+    for path in sorted(raw.glob('*.zip'), key=lambda path: (path.name != f'{wanted}.zip',
+        path.name)):
         try: archive = ZipSource(path, MAX_LIST_BYTES, MAX_LIST_RATIO)
         except ValueError: broken.append(path.name)
         else:
-            found = [member for member in (*archive.names(), *archive.refused) if PurePosixPath(member).name == wanted]
-            if len(found) > 1: raise ValueError(f"{path} has {len(found)} files of the name {wanted}: {found[:3]}. {_HINT}")
-            for member in set(found) & set(archive.refused): raise ValueError(f"{path}: {member!r} is refused: {archive.refused[member]}. Unpack it and put {wanted} into the folder, or fetch it again")
+            found = [member for member in (*archive.names(), *archive.refused)
+                     if PurePosixPath(member).name == wanted]
+            if len(found) > 1:
+                raise ValueError(f"{path} has {len(found)} files of the name {wanted}: "
+                                 f"{found[:3]}. {_HINT}")
+            for member in set(found) & set(archive.refused):
+                raise ValueError(f"{path}: {member!r} is refused: {archive.refused[member]}. "
+                                 f"Unpack it and put {wanted} into the folder, or fetch it again")
             if found: return archive, found[0]
     also = f" These archives are not whole: {', '.join(broken)}." if broken else ''
-    raise FileNotFoundError(f"{raw} has no {wanted}, neither plain nor in a zip archive.{also} {_HINT}")
+    raise FileNotFoundError(f"{raw} has no {wanted}, neither plain nor in a zip archive.{also} "
+                            f"{_HINT}")
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #read-records
 def read_records(raw, name):
     """The records of list `name` of `RAW` in folder `raw`, dictionaries, one at a time.
 
-    Raises what `find_raw` raises, and `ValueError` naming the file and the number of whole records before the damage."""
+    Raises what `find_raw` raises, and `ValueError` naming the file and the number of whole records
+    before the damage."""
     place, member = find_raw(raw, name)
     where, count = f'{place.path}: {member}' if member else f'{place}', 0
     try:
         with place.open(member) if member else open(place, 'rb') as file:
             for record in stream_json(file, ijson.items, 'item'):
-                if not isinstance(record, dict): raise ValueError(f"{where}: record {count} is not an object but {record!r:.60}. {_HINT}")
+                if not isinstance(record, dict):
+                    raise ValueError(f"{where}: record {count} is not an object but "
+                                     f"{record!r:.60}. {_HINT}")
                 yield record
                 count += 1
     except (ijson.JSONError, *DAMAGED) as error:
-        raise ValueError(f"{where} is damaged after {count} whole records ({error}). {_HINT}") from None
+        raise ValueError(
+            f"{where} is damaged after {count} whole records ({error}). {_HINT}") from None
     if not count: raise ValueError(f"{where} holds no list of records. {_HINT}")
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #whole
@@ -71,7 +85,8 @@ def _whole(value):
     if not isinstance(value, (str, float)): return None
     try:
         number = Decimal(value)
-        return int(number) if abs(number) < 2 ** 62 and number == number.to_integral_value() else None
+        return int(number) if abs(
+            number) < 2 ** 62 and number == number.to_integral_value() else None
     except ArithmeticError: return None  # not a number, or beyond all bounds
 
 def _id(record, kind):
@@ -80,33 +95,46 @@ def _id(record, kind):
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #aligned
 def read_aligned(raw):
-    "Yields (image id, objects, relationships) by position in the three lists of folder `raw`. Raises what `read_records` raises, and `ValueError` naming the first position where they disagree."
+    """Yields (image id, objects, relationships) by position in the three lists of folder `raw`.
+
+    Raises what `read_records` raises, and `ValueError` naming the first position where they
+    disagree."""
     for position, records in enumerate(zip_longest(*[read_records(raw, name) for name in RAW])):
         missing = [f'{name}.json' for name, record in zip(RAW, records) if record is None]
-        if missing: raise ValueError(f"{raw}: {', '.join(missing)} ends after {position} records, another list goes on. Take all three from one release of Visual Genome")
+        if missing:
+            raise ValueError(f"{raw}: {', '.join(missing)} ends after {position} records, another "
+                             "list goes on. Take all three from one release of Visual Genome")
         ids = [_id(record, 'image_id') for record in records]
         if ids.count(ids[0]) < 3 or ids[0] is None:
             told = ', '.join(f'{name}.json has image {i}' for name, i in zip(RAW, ids))
-            raise ValueError(f"{raw}: the lists disagree at position {position}: {told}. Take all three from one release of Visual Genome")
+            raise ValueError(f"{raw}: the lists disagree at position {position}: {told}. Take all "
+                             "three from one release of Visual Genome")
         parts = [record.get(name) for name, record in zip(RAW[1:], records[1:])]
         for name, part in zip(RAW[1:], parts):
-            if not isinstance(part, list): raise ValueError(f"{raw}: {name}.json, image {ids[0]} (position {position}) has no list '{name}' but {part!r:.40}. {_HINT}")
+            if not isinstance(part, list):
+                raise ValueError(f"{raw}: {name}.json, image {ids[0]} (position {position}) has no "
+                                 f"list '{name}' but {part!r:.40}. {_HINT}")
         yield ids[0], *parts
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #normalise
-_CHARACTERS = {'½': 'half', '—': '-', '™': '', '¢': 'cent', 'ç': 'c', 'û': 'u', 'é': 'e', '°': ' degree', 'è': 'e', '…': ''}
+_CHARACTERS = {'½': 'half', '—': '-', '™': '', '¢': 'cent', 'ç': 'c', 'û': 'u', 'é': 'e',
+               '°': ' degree', 'è': 'e', '…': ''}
 _PUNCTUATION = rb"""!"#$%&'()*+,-./:;<=>?@[\]^_`{|}~"""
 
 def normalise_name(text):
     "An object's name or a predicate as the field writes it. Source: method spec 1.3 step 2."
     data = text.encode('utf-8', 'ignore').strip()
-    for character, plain in _CHARACTERS.items(): data = data.replace(character.encode(), plain.encode())
+    for character, plain in _CHARACTERS.items():
+        data = data.replace(character.encode(), plain.encode())
     return data.lower().translate(None, _PUNCTUATION).decode('utf-8', 'ignore')
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #read-lists
 def _lines(path):
-    "The lines of a text file, stripped, without empty ones. Bytes that are not UTF-8 are dropped, as in names."
-    with open(path, encoding='utf-8-sig', errors='ignore') as file: return [line.strip() for line in file if line.strip()]
+    """The lines of a text file, stripped, without empty ones.
+
+    Bytes that are not UTF-8 are dropped, as in names."""
+    with open(path, encoding='utf-8-sig', errors='ignore') as file:
+        return [line.strip() for line in file if line.strip()]
 
 def read_aliases(path):
     "Alias file as a dictionary, term to target. Source: method spec 1.3 step 3."
@@ -119,13 +147,17 @@ def read_aliases(path):
 _LISTS = {'object': 'objects', 'predicate': 'predicates'}
 
 def _read_names(folder, kind):
-    "Aliases and names of `kind` ('object' or 'predicate') by the files of `folder`, and what was found there, in words."
+    """Aliases and names of `kind` ('object' or 'predicate') by the files of `folder`, and what was
+    found there, in words."""
     alias, names = folder/f'{kind}_alias.txt', folder/f'{kind}_list.txt'
     aliases = read_aliases(alias) if alias.is_file() else {}
     listed = _lines(names) if names.is_file() else getattr(Vocabulary.visual_genome(), _LISTS[kind])
-    if not listed or len(set(listed)) < len(listed): raise ValueError(f"{names} is empty or holds a name twice. One name a line is needed")
-    return aliases, tuple(listed), {alias.name: f'{len(aliases)} terms' if alias.is_file() else 'absent: every name stands for itself',
-                                    names.name: f'{len(listed)} names' if names.is_file() else f"absent: the field's {len(listed)} names"}
+    if not listed or len(set(listed)) < len(listed):
+        raise ValueError(f"{names} is empty or holds a name twice. One name a line is needed")
+    return aliases, tuple(listed), {alias.name: f'{len(aliases)} terms' if alias.is_file()
+                                    else 'absent: every name stands for itself',
+                                    names.name: f'{len(listed)} names' if names.is_file()
+                                    else f"absent: the field's {len(listed)} names"}
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #reader
 class _Names:
@@ -140,7 +172,8 @@ class _Names:
             return name, self._position.get(name, -1)
         self.read = read  # text to name and its position, -1 if it is not in the list
 
-    def count(self, positions): self.counts += np.bincount(positions[positions >= 0], minlength=len(self.counts))
+    def count(self, positions):
+        self.counts += np.bincount(positions[positions >= 0], minlength=len(self.counts))
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #tally
 class _Tally(Counter):
@@ -151,7 +184,8 @@ class _Tally(Counter):
 
     def odd(self, kind, image_id, record):
         self[kind] += 1
-        if len(known := self.first.setdefault(kind, [])) < 3: known.append(f'image {image_id}: {record!r:.100}')
+        if len(known := self.first.setdefault(kind, [])) < 3:
+            known.append(f'image {image_id}: {record!r:.100}')
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #object-rows
 _REACH = 2 ** 24  # pixels; no picture is larger, and squares of this still fit into 64 bits
@@ -169,12 +203,14 @@ def _table(records):
     "Rows id, x, y, w, h, (n, 5) int64, of object records without fault, None if any has one."
     try: table = np.array([(r['object_id'], r['x'], r['y'], r['w'], r['h']) for r in records])
     except (KeyError, TypeError, ValueError, OverflowError): return None
-    good = table.dtype == np.int64 and table.ndim == 2 and (table[:, 3:] >= 0).all() and (abs(table[:, 1:]) < _REACH).all()
+    good = table.dtype == np.int64 and table.ndim == 2 and (table[:,
+        3:] >= 0).all() and (abs(table[:, 1:]) < _REACH).all()
     return table if good else None
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #objects
 def _objects(records, tally, image_id):
-    "The usable ones of the object `records`, their rows id, x, y, w, h (n, 5) int64, and id to position."
+    """The usable ones of the object `records`, their rows id, x, y, w, h (n, 5) int64, and id to
+    position."""
     table = _table(records)
     if table is None:
         rows = [_row(record) for record in records]
@@ -186,24 +222,29 @@ def _objects(records, tally, image_id):
     for i, key in enumerate(table[:, 0].tolist()): place.setdefault(key, i)
     if len(place) < len(records):
         first = list(place.values())
-        for i in sorted({*range(len(records))} - {*first}): tally.odd('objects whose id occurs before', image_id, records[i])
-        records, table, place = [records[i] for i in first], table[first], {key: i for i, key in enumerate(place)}
+        for i in sorted({*range(len(records))} - {*first}):
+            tally.odd('objects whose id occurs before', image_id, records[i])
+        records, table, place = [records[i] for i in first], table[first], {key: i
+            for i, key in enumerate(place)}
     return records, table, place
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #sync
 def _end(record, objects, rows, place):
-    "Position of the end `record` of a relation in `objects`, to which it is added if it is new; -1 if it points to nothing."
+    """Position of the end `record` of a relation in `objects`, to which it is added if it is new;
+    -1 if it points to nothing."""
     if not isinstance(record, dict): return -1
     key = _id(record, 'object_id')
     if key in place: return place[key]
     row = _row(record)
     if isinstance(row, str): return -1
     place[key] = len(objects)
-    objects.append(record); rows.append(row)
+    objects.append(record)
+    rows.append(row)
     return place[key]
 
 def _sync(relationships, objects, place, tally, image_id):
-    "Ends (r, 2) of each relation as positions in the list `objects`, which grows, -1 for none; the texts of their predicates; rows id, x, y, w, h of the objects that were added."
+    """Ends (r, 2) of each relation as positions in the list `objects`, which grows, -1 for none;
+    the texts of their predicates; rows id, x, y, w, h of the objects that were added."""
     ends, predicates, rows = [], [], []
     for relation in relationships:
         if not isinstance(relation, dict) or not isinstance(relation.get('predicate'), str):
@@ -211,12 +252,17 @@ def _sync(relationships, objects, place, tally, image_id):
             continue
         pair = [_end(relation.get(side), objects, rows, place) for side in ('subject', 'object')]
         if -1 in pair: tally.odd('relations to unknown ids', image_id, relation)
-        ends.append(pair); predicates.append(relation['predicate'])
-    return np.array(ends, np.int64).reshape(-1, 2), predicates, np.array(rows, np.int64).reshape(-1, 5)
+        ends.append(pair)
+        predicates.append(relation['predicate'])
+    return np.array(ends, np.int64).reshape(-1, 2), predicates, np.array(rows, np.int64).reshape(-1,
+        5)
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #merge-types
 def merge_types(corners, first):
-    "Type 1, 2, 3 of each pair of boxes, 0 for none, (n, n) int8, by corners (n, 4) int64 of positive area and first names (n,), a number each. Source: method spec 1.3 step 5."
+    """Type 1, 2, 3 of each pair of boxes, 0 for none, (n, n) int8, by corners (n, 4) int64 of
+    positive area and first names (n,), a number each.
+
+    Source: method spec 1.3 step 5."""
     x1, y1, x2, y2 = corners.T[..., None]
     a, b, c, d = corners.T[:, None]
     width, height = np.minimum(x2, c) - np.maximum(x1, a), np.minimum(y2, d) - np.maximum(y1, b)
@@ -224,13 +270,17 @@ def merge_types(corners, first):
     ratio = np.maximum(width, 0) * np.maximum(height, 0) / enclosing
     inside = (width == x2 - x1) & (height == y2 - y1)
     same = first[:, None] == first
-    return np.select([ratio > .9, same & (inside | inside.T), same & (ratio > .6)], np.arange(1, 4, dtype=np.int8), np.int8(0))
+    return np.select([ratio > .9, same & (inside | inside.T), same & (ratio > .6)],
+                     np.arange(1, 4, dtype=np.int8), np.int8(0))
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #merge-boxes
 def merge_boxes(corners,  # (n, 4) int64, x1, y1, x2, y2, of positive area
                 first):  # (n,) int64, a number for each first name
-    """Owner of each box (its own position if it survives) (n,), the type of its absorption (0 if it survives) (n,), and the corners of the merged boxes
-    in the survivors' rows (n, 4); other rows mean nothing. Source: method spec 1.3 step 5."""
+    """Owner of each box (its own position if it survives) (n,), the type of its absorption (0 if it
+    survives) (n,), and the corners of the merged boxes in the survivors' rows (n, 4); other rows
+    mean nothing.
+
+    Source: method spec 1.3 step 5."""
     n = len(corners)
     owner, how, merged = np.arange(n), np.zeros(n, np.int8), corners.copy()
     types = np.triu(merge_types(corners, first), 1)
@@ -240,7 +290,8 @@ def merge_boxes(corners,  # (n, 4) int64, x1, y1, x2, y2, of positive area
         if not len(later): continue
         owner[later], how[later] = i, types[i, later]
         group = corners[[i, *later]]
-        merged[i] = np.trunc(group.mean(0)) if (how[later] == 1).all() else [*group[:, :2].min(0), *group[:, 2:].max(0)]
+        merged[i] = np.trunc(group.mean(0)) if (how[later] == 1).all() else [*group[:, :2].min(0),
+            *group[:, 2:].max(0)]
     return owner, how, merged
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #names-of
@@ -249,13 +300,16 @@ _UNKNOWN, _SMALL, _UNNAMED = -1, -2, -3  # ends of relations that lead to no obj
 def _texts(record):
     "The names of an object record, as they were typed."
     names = record.get('names', record.get('name'))
-    return [names] if isinstance(names, str) else [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return [names] if isinstance(names, str) else [name for name in names
+                                                   if isinstance(name, str)] if isinstance(names,
+        list) else []
 
 def _read(texts, reader, kind, tally, image_id):
     "For each of `texts` its name and position in the list, -1 for none."
     found = [reader.read(text) for text in texts]
     for text, (name, _) in zip(texts, found):
-        if text != name: tally.odd(f'{kind} rewritten by normalisation or alias', image_id, f'{text} -> {name}')
+        if text != name:
+            tally.odd(f'{kind} rewritten by normalisation or alias', image_id, f'{text} -> {name}')
     return found
 
 def _names_of(records, names, tally, image_id):
@@ -267,33 +321,43 @@ def _names_of(records, names, tally, image_id):
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #one-image
 def _large(table, size, tally, records, image_id):
-    "Mask (n,) of the objects that are large enough for a picture of `size` (height, width) pixels; the others are counted."
+    """Mask (n,) of the objects that are large enough for a picture of `size` (height, width)
+    pixels; the others are counted."""
     area = table[:, 3] * table[:, 4]
     large = 500 * area > size[0] * size[1]
-    for i in np.flatnonzero(area == 0): tally.odd('objects with a box of no area (too small)', image_id, records[i])
-    for i in np.flatnonzero(large & (table[:, 1:3] < 0).any(1)): tally.odd('boxes that begin outside of the picture (kept)', image_id, records[i])
+    for i in np.flatnonzero(area == 0):
+        tally.odd('objects with a box of no area (too small)', image_id, records[i])
+    for i in np.flatnonzero(large & (table[:, 1:3] < 0).any(1)):
+        tally.odd('boxes that begin outside of the picture (kept)', image_id, records[i])
     tally['objects too small'] += int((~large).sum())
     return large
 
 def _merged(table, named, tally):
-    "Boxes x, y, w, h (m, 4) of merged objects, the survivor of each object (n,), and names as rows (survivor, position in the list), each once."
+    """Boxes x, y, w, h (m, 4) of merged objects, the survivor of each object (n,), and names as
+    rows (survivor, position in the list), each once."""
     codes = {}
-    first = np.array([codes.setdefault(n[0][0], len(codes)) if n else -1 - i for i, n in enumerate(named)], np.int64)
-    owner, how, corners = merge_boxes(np.concatenate([table[:, 1:3], table[:, 1:3] + table[:, 3:]], 1), first)
+    first = np.array([codes.setdefault(n[0][0], len(codes)) if n else -1 - i
+                      for i, n in enumerate(named)], np.int64)
+    owner, how, corners = merge_boxes(np.concatenate([table[:, 1:3], table[:, 1:3] + table[:, 3:]],
+                                                     1), first)
     for kind in (1, 2, 3): tally[f'objects merged, type {kind}'] += int((how == kind).sum())
     survivor = (np.cumsum(how == 0) - 1)[owner]
-    pairs = dict.fromkeys((s, position) for s, found in zip(survivor.tolist(), named) for _, position in found if position >= 0)
+    pairs = dict.fromkeys((s, position) for s, found in zip(survivor.tolist(), named)
+                          for _, position in found if position >= 0)
     pairs = np.array(list(pairs), np.int64).reshape(-1, 2)
     corners = corners[how == 0]
-    return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1), survivor, pairs[np.argsort(pairs[:, 0], kind='stable')]
+    return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]],
+                          1), survivor, pairs[np.argsort(pairs[:, 0], kind='stable')]
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #first-pass-image
 MAX_RECORDS = 2048  # in one image; Visual Genome's fullest has some hundred
 
 def _first_pass(image_id, objects, relationships, size, names, predicates, tally):
-    "Steps 1 to 5 of one image: boxes (m, 4), names (k, 2) as survivor and position in the list, relations (r, 3) as two survivors and position in the list."
+    """Steps 1 to 5 of one image: boxes (m, 4), names (k, 2) as survivor and position in the list,
+    relations (r, 3) as two survivors and position in the list."""
     if max(len(objects), len(relationships)) > MAX_RECORDS:
-        raise ValueError(f"image {image_id} has {len(objects)} objects and {len(relationships)} relations, more than {MAX_RECORDS}: these are not Visual Genome's lists")
+        raise ValueError(f"image {image_id} has {len(objects)} objects and {len(relationships)} "
+                         f"relations, more than {MAX_RECORDS}: these are not Visual Genome's lists")
     records, table, place = _objects(objects, tally, image_id)
     tally['objects listed'] += len(records)
     records = list(records)
@@ -302,19 +366,26 @@ def _first_pass(image_id, objects, relationships, size, names, predicates, tally
     tally['relations listed'] += len(texts)
     table = np.concatenate([table, added])
     large = _large(table, size, tally, records, image_id)
-    named = _names_of([record for record, keep in zip(records, large) if keep], names, tally, image_id)
+    named = _names_of([record for record, keep in zip(records, large) if keep], names, tally,
+                      image_id)
     boxes, survivor, pairs = _merged(table[large], named, tally)
     goal = np.full(len(table) + 1, _SMALL)
     goal[-1] = _UNKNOWN  # the goal of end -1
     goal[:-1][large] = survivor
-    position = np.array([position for _, position in _read(texts, predicates, 'predicates', tally, image_id)], np.int64)
-    names.count(pairs[:, 1]); predicates.count(position)
+    position = np.array([position for _, position in _read(texts, predicates, 'predicates', tally,
+        image_id)], np.int64)
+    names.count(pairs[:, 1])
+    predicates.count(position)
     return boxes, pairs, np.concatenate([goal[ends], position[:, None]], 1)
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #spool
 class _Spool:
-    "Blocks of images on `file` in `folder`: how many rows each array of each image has, and the arrays of all images end to end. `add` raises `OSError` naming the folder when the disk is full."
-    def __init__(self, file, folder, block=1024): self._file, self._folder, self._block, self._waiting, self._blocks = file, folder, block, [], 0
+    """Blocks of images on `file` in `folder`: how many rows each array of each image has, and the
+    arrays of all images end to end.
+
+    `add` raises `OSError` naming the folder when the disk is full."""
+    def __init__(self, file, folder, block=1024):
+        self._file, self._folder, self._block, self._waiting, self._blocks = file, folder, block, [], 0
 
     def add(self, *arrays):
         self._waiting.append(arrays)
@@ -324,9 +395,12 @@ class _Spool:
         if not self._waiting: return
         try:
             np.save(self._file, np.array([[len(a) for a in arrays] for arrays in self._waiting]))
-            for column in zip(*self._waiting): np.save(self._file, np.concatenate(column).astype(np.int32))
+            for column in zip(*self._waiting):
+                np.save(self._file, np.concatenate(column).astype(np.int32))
             self._file.flush()
-        except OSError as error: raise OSError(error.errno, f"{self._folder}: the temporary file could not be written ({error}). Is the disk full?") from None
+        except OSError as error:
+            raise OSError(error.errno, f"{self._folder}: the temporary file could not be written "
+                          f"({error}). Is the disk full?") from None
         self._waiting, self._blocks = [], self._blocks + 1
 
     def __iter__(self):
@@ -340,7 +414,8 @@ class _Spool:
 _KEEP = dict(object=150, predicate=50)
 
 def _choose(names, kind):
-    "The vocabulary's names, their counts, and for each name of the list its class number from 0, -1 for none."
+    """The vocabulary's names, their counts, and for each name of the list its class number from 0,
+    -1 for none."""
     common = np.argsort(-names.counts, kind='stable')[:_KEEP[kind]]
     common = sorted(common, key=lambda i: names.listed[i])
     number = np.full(len(names.listed), -1)
@@ -349,7 +424,8 @@ def _choose(names, kind):
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #labels
 def _labels(n, pairs, names_number, counts):
-    "Class number of each of `n` objects, -1 for none, by rows (object, position in the list) sorted by object."
+    """Class number of each of `n` objects, -1 for none, by rows (object, position in the list)
+    sorted by object."""
     known = names_number[pairs[:, 1]] >= 0
     owner, position = pairs[known].T
     order = np.lexsort((np.arange(len(owner)), -counts[position], owner))
@@ -363,7 +439,9 @@ def _labels(n, pairs, names_number, counts):
 def encode_boxes(boxes,  # (n, 4) x, y, w, h in raw coordinates, from 1
                  longest,  # (n,) or a number, pixels of the long side of the picture
                  size:int):  # side of the square
-    "Centre boxes (n, 4) int32 of a database for pictures scaled to `size`. Source: method spec 1.3 step 8."
+    """Centre boxes (n, 4) int32 of a database for pictures scaled to `size`.
+
+    Source: method spec 1.3 step 8."""
     k = (size / np.asarray(longest)).reshape(-1, 1)
     corner = np.clip(np.floor(k * (boxes[:, :2] - 1)), 0, size - 2)
     extent = np.ceil(k * boxes[:, 2:])
@@ -371,15 +449,18 @@ def encode_boxes(boxes,  # (n, 4) x, y, w, h in raw coordinates, from 1
     return np.concatenate([corner + extent // 2, extent], 1).astype(np.int32)
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #keep-relations
-_REASONS = {_UNKNOWN: 'relations to unknown ids', _SMALL: 'relations to an object too small', _UNNAMED: 'relations to an object without a class'}
+_REASONS = {_UNKNOWN: 'relations to unknown ids', _SMALL: 'relations to an object too small',
+            _UNNAMED: 'relations to an object without a class'}
 
 def _keep_relations(triples, labels, number, tally):
-    "Mask (r,) of the relations that stay, and their predicates' class numbers; `triples` are two ends and a position in the list."
+    """Mask (r,) of the relations that stay, and their predicates' class numbers; `triples` are two
+    ends and a position in the list."""
     ends = triples[:, :2]
     ends = np.where((ends >= 0) & (np.append(labels, 0)[np.maximum(ends, 0)] < 0), _UNNAMED, ends)
     predicate = np.append(number, -1)[triples[:, 2]]
     cases = {reason: (ends == code).any(1) for code, reason in _REASONS.items()}
-    cases |= {'relations whose predicate is not in the vocabulary': predicate < 0, 'relations of a box to itself': ends[:, 0] == ends[:, 1]}
+    cases |= {'relations whose predicate is not in the vocabulary': predicate < 0,
+              'relations of a box to itself': ends[:, 0] == ends[:, 1]}
     keep = np.ones(len(triples), bool)
     for reason, holds in cases.items():
         tally[f'dropped {reason}'] += int((holds & keep).sum())
@@ -388,11 +469,14 @@ def _keep_relations(triples, labels, number, tally):
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #second-pass
 def _second_pass(block, names, numbers, longest, sizes, tally):
-    "Steps 7 to 9 of a block of images: yields boxes by size, labels and relations of each, as `AnnotationWriter.add` takes them."
+    """Steps 7 to 9 of a block of images: yields boxes by size, labels and relations of each, as
+    `AnnotationWriter.add` takes them."""
     lengths, boxes, pairs, triples = block
     start = np.cumsum(lengths, 0) - lengths  # of each image's rows, in each array
     shift = [np.repeat(start[:, 0], lengths[:, column])[:, None] for column in (1, 2)]
-    pairs, triples = pairs + shift[0] * [1, 0], np.concatenate([np.where(triples[:, :2] < 0, triples[:, :2], triples[:, :2] + shift[1]), triples[:, 2:]], 1)
+    pairs, triples = pairs + shift[0] * [1,
+                                         0], np.concatenate([np.where(triples[:, :2] < 0,
+        triples[:, :2], triples[:, :2] + shift[1]), triples[:, 2:]], 1)
     labels = _labels(len(boxes), pairs, numbers[0], names.counts)
     keep, predicate = _keep_relations(triples, labels, numbers[1], tally)
     named = labels >= 0
@@ -402,12 +486,15 @@ def _second_pass(block, names, numbers, longest, sizes, tally):
     for (o, _, r), (n, _, m) in zip(start, lengths):
         mine, chosen = slice(o, o + n), slice(r, r + m)
         stay = keep[chosen]
-        relations = np.concatenate([place[triples[chosen, :2][stay]] - place[o], predicate[chosen][stay][:, None]], 1)
-        yield {size: centre[mine][named[mine]] for size, centre in centres.items()}, labels[mine][named[mine]], relations
+        relations = np.concatenate([place[triples[chosen, :2][stay]] - place[o],
+                                    predicate[chosen][stay][:, None]], 1)
+        yield {size: centre[mine][named[mine]]
+               for size, centre in centres.items()}, labels[mine][named[mine]], relations
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #first-pass
 def _read_all(raw, listing, spool, names, predicates, tally, progress):
-    "Steps 1 to 5 of every listed image, in order, to `spool`; returns the number of images of the lists."
+    """Steps 1 to 5 of every listed image, in order, to `spool`; returns the number of images of the
+    lists."""
     row, count, n = 0, 0, len(listing)
     columns = listing.valid_idx, listing.image_ids, listing.heights, listing.widths
     with tqdm(total=n, desc='objects and relations', disable=not progress) as bar:
@@ -415,14 +502,17 @@ def _read_all(raw, listing, spool, names, predicates, tally, progress):
             if row < n and columns[0][row] == count:
                 _, wanted, *size = (int(column[row]) for column in columns)
                 if wanted != image_id:
-                    raise ValueError(f"{raw}: image_data.json has image {image_id} at position {count}, the listing pictures.h5 has {wanted}. "
+                    raise ValueError(f"{raw}: image_data.json has image {image_id} at position "
+                                     f"{count}, the listing pictures.h5 has {wanted}. "
                                      "It was made from another image_data.json: make it anew")
-                spool.add(*_first_pass(image_id, objects, relationships, size, names, predicates, tally))
+                spool.add(*_first_pass(image_id, objects, relationships, size, names, predicates,
+                                       tally))
                 row += 1
                 bar.update()
             count += 1
     if row < n:
-        raise ValueError(f"{raw}: the lists have {count} images, the listing pictures.h5 speaks of position {columns[0][row]} (picture {columns[1][row]}) next. "
+        raise ValueError(f"{raw}: the lists have {count} images, the listing pictures.h5 speaks of "
+                         f"position {columns[0][row]} (picture {columns[1][row]}) next. "
                          "Is it sorted, and made from this image_data.json?")
     return count
 
@@ -430,19 +520,26 @@ def _read_all(raw, listing, spool, names, predicates, tally, progress):
 def _write_all(folder, listing, spool, readers, sizes, train_share, tally, progress):
     "Steps 6 to 10: the two files. Returns the vocabulary."
     chosen = [_choose(reader, kind) for reader, kind in zip(readers, _KEEP)]
-    vocabulary, numbers = Vocabulary(*[names for names, _, _ in chosen]), [number for _, _, number in chosen]
+    vocabulary, numbers = Vocabulary(*[names for names, _, _ in chosen]), [number
+        for _, _, number in chosen]
     longest, row = np.maximum(listing.heights, listing.widths), 0
     first_test = int(train_share * len(longest))
-    with annotation_file(folder, vocabulary, sizes) as writer, tqdm(total=len(longest), desc='database', disable=not progress) as bar:
+    with annotation_file(folder, vocabulary, sizes) as writer, tqdm(total=len(longest),
+        desc='database', disable=not progress) as bar:
         for block in spool:
-            for centres, labels, relations in _second_pass(block, readers[0], numbers, longest[row:row + len(block[0])], sizes, tally):
+            for centres, labels, relations in _second_pass(block, readers[0], numbers,
+                longest[row:row + len(block[0])], sizes, tally):
                 split = 'train' if row < first_test else 'test'
                 writer.add(centres, labels, relations, SPLITS[split])
                 row += 1
-                for what, n in {f'images to {split}': 1, 'objects kept': len(labels), 'relations kept': len(relations),
-                                'images without objects': not len(labels), 'images without relations': not len(relations)}.items(): tally[what] += n
+                for what, n in {f'images to {split}': 1, 'objects kept': len(labels),
+                                'relations kept': len(relations),
+                                'images without objects': not len(labels),
+                                'images without relations': not len(relations)}.items(): tally[
+                    what] += n
             bar.update(len(block[0]))
-        writer.counts = [np.append(0, counts) for _, counts, _ in chosen]  # the names file tells of step 6
+        # the names file tells of step 6
+        writer.counts = [np.append(0, counts) for _, counts, _ in chosen]
     return vocabulary
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #made-from
@@ -456,23 +553,32 @@ def _checksum(path):
 def _made_from(raw, lists, listing, sizes, train_share):
     "What a database depends on, as JSON knows it."
     record = dict(sizes=list(sizes), train_share=train_share, images=len(listing),
-                  listing=zlib.crc32(np.stack([listing.image_ids, listing.valid_idx, listing.heights, listing.widths]).astype(np.int64)))
+                  listing=zlib.crc32(np.stack([listing.image_ids, listing.valid_idx,
+                                               listing.heights, listing.widths]).astype(np.int64)))
     for name in RAW:
         place, member = find_raw(raw, name)
-        record[f'{name}.json'] = list(place.stamp(member)) if member else [_checksum(place), place.stat().st_size]
-    for path in (lists/f'{kind}_{what}.txt' for kind in _LISTS for what in ('alias', 'list')): record[path.name] = _checksum(path) if path.is_file() else None
+        record[f'{name}.json'] = list(place.stamp(member)) if member else [_checksum(place),
+            place.stat().st_size]
+    for path in (lists/f'{kind}_{what}.txt' for kind in _LISTS for what in ('alias', 'list')):
+        record[path.name] = _checksum(path) if path.is_file() else None
     return record
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #finished
 def _finished(folder, made_from):
-    "The summary of the database in `folder` if it was made from the same, None if there is none. Raises `ValueError` for another."
+    """The summary of the database in `folder` if it was made from the same, None if there is none.
+
+    Raises `ValueError` for another."""
     if not (folder/'VG-SGG.h5').exists(): return None
     hint = 'Ask for remake=True to write it anew, or choose another folder'
-    if not (folder/'database.json').exists(): raise ValueError(f"{folder} has a VG-SGG.h5, and no database.json that says what it was made from. {hint}")
+    if not (folder/'database.json').exists():
+        raise ValueError(f"{folder} has a VG-SGG.h5, and no database.json that says what it was "
+                         f"made from. {hint}")
     summary = read_json(folder/'database.json', hint)
     known = summary.get('made_from', {})
-    differ = ', '.join(f'{k} {known.get(k)} (now: {v})' for k, v in made_from.items() if known.get(k) != v)
-    if differ: raise ValueError(f"{folder}/VG-SGG.h5 was made from something else: {differ}. {hint}")
+    differ = ', '.join(f'{k} {known.get(k)} (now: {v})' for k, v in made_from.items()
+                       if known.get(k) != v)
+    if differ:
+        raise ValueError(f"{folder}/VG-SGG.h5 was made from something else: {differ}. {hint}")
     return summary if (folder/'VG-SGG-dicts.json').exists() else None
 
 # %% ../../nbs/datasets/04_vg_raw.ipynb #make-database
@@ -483,12 +589,17 @@ def make_database(folder,  # of the database; has the listing pictures.h5
                   lists=None,  # folder of alias and list files, `raw` if None
                   remake:bool=False,  # write it anew if one made from something else is there
                   progress:bool=True):
-    """Write `VG-SGG.h5`, `VG-SGG-dicts.json` and the summary `database.json`, and return the summary. Source: method spec 1.3.
+    """Write `VG-SGG.h5`, `VG-SGG-dicts.json` and the summary `database.json`, and return the
+    summary.
 
-    Raises `FileNotFoundError` or `ValueError` naming the file and the record if a list is missing, damaged or of another release, and `ValueError` if something else is there."""
+    Source: method spec 1.3.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file and the record if a list is missing,
+    damaged or of another release, and `ValueError` if something else is there."""
     folder, lists = writable_folder(folder), Path(lists or raw)
     if not sizes or min(sizes) < 2 or len(set(sizes)) < len(sizes) or not 0 <= train_share <= 1:
-        raise ValueError(f"sizes {sizes}, train_share {train_share}: different sizes from 2 pixels and a share of 0 to 1 are needed")
+        raise ValueError(f"sizes {sizes}, train_share {train_share}: different sizes from 2 pixels "
+                         "and a share of 0 to 1 are needed")
     listing = read_listing(folder)
     made_from = _made_from(raw, lists, listing, sizes, train_share)
     if not remake and (summary := _finished(folder, made_from)): return summary
@@ -498,7 +609,8 @@ def make_database(folder,  # of the database; has the listing pictures.h5
         spool = _Spool(file, folder)
         tally['images in the lists'] = _read_all(raw, listing, spool, *readers, tally, progress)
         tally['images listed'] = len(listing)
-        vocabulary = _write_all(folder, listing, spool, readers, sizes, train_share, tally, progress)
+        vocabulary = _write_all(folder, listing, spool, readers, sizes, train_share, tally,
+                                progress)
     summary = _summary(raw, tally, [told for _, _, told in found.values()], vocabulary, made_from)
     write_json(folder/'database.json', summary)
     return summary
@@ -506,7 +618,10 @@ def make_database(folder,  # of the database; has the listing pictures.h5
 # %% ../../nbs/datasets/04_vg_raw.ipynb #summary
 def _summary(raw, tally, told, vocabulary, made_from):
     "The record of `database.json`."
-    where = {f'{name}.json': f'{place.path.name}: {member}' if member else place.name for name in RAW for place, member in [find_raw(raw, name)]}
+    where = {f'{name}.json': f'{place.path.name}: {member}' if member else place.name
+             for name in RAW for place, member in [find_raw(raw, name)]}
     return dict(counts={kind: tally[kind] for kind in sorted(tally) if kind not in tally.first},
-                odd={kind: dict(count=tally[kind], first=first) for kind, first in sorted(tally.first.items())},
-                files=where, lists={name: words for part in told for name, words in part.items()}, vocabulary=vocabulary.to_json(), made_from=made_from)
+                odd={kind: dict(count=tally[kind], first=first)
+                     for kind, first in sorted(tally.first.items())},
+                files=where, lists={name: words for part in told for name, words in part.items()},
+                vocabulary=vocabulary.to_json(), made_from=made_from)

@@ -16,20 +16,23 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from ..io.files import PerProcess, atomic_path, open_h5, read_json, write_json, writable_folder
 from ..graph import SceneGraph, Vocabulary, check_vocabulary
+from ..io.files import PerProcess, atomic_path, open_h5, read_json, writable_folder, write_json
 from ..io.packed import Packed, extend
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #to-corners
 def to_corners(boxes, released=False):
-    "Centre boxes (N, 4) of a file as int corner boxes (N, 4) x1, y1, x2, y2. Source: method spec 1.3 step 8 and 1.4."
+    """Centre boxes (N, 4) of a file as int corner boxes (N, 4) x1, y1, x2, y2.
+
+    Source: method spec 1.3 step 8 and 1.4."""
     boxes = np.asarray(boxes, dtype=np.int64)
     centre, extent = boxes[:, :2], boxes[:, 2:]
     corner = np.trunc(centre - extent/2).astype(np.int64) if released else centre - extent//2
     return np.concatenate([corner, corner + extent], 1)
 
 def to_centres(corners):
-    "Corner boxes (N, 4) as the int32 centre boxes of a file, rounded to whole pixels, at least one pixel wide and high."
+    """Corner boxes (N, 4) as the int32 centre boxes of a file, rounded to whole pixels, at least
+    one pixel wide and high."""
     corners = np.rint(np.asarray(corners, dtype=np.float64)).astype(np.int64)
     extent = np.maximum(corners[:, 2:] - corners[:, :2], 1)
     return np.concatenate([corners[:, :2] + extent//2, extent], 1).astype(np.int32)
@@ -39,21 +42,31 @@ SPLITS = dict(train=0, val=1, test=2)
 
 def _datasets(sizes, dense):
     "Name, number type and row length (0: a plain number) of every dataset of the annotation file."
-    one = {'labels': (np.int64, 1), 'split': (np.int32, 0), **{f'boxes_{size}': (np.int32, 4) for size in sizes}}
-    for prefix in ('', 'dense_')[:1 + dense]: one |= {f'{prefix}predicates': (np.int64, 1), f'{prefix}relationships': (np.int32, 2)}
-    for name in ('box', 'rel', 'dense_rel')[:2 + dense]: one |= {f'img_to_{side}_{name}': (np.int32, 0) for side in ('first', 'last')}
+    one = {'labels': (np.int64, 1), 'split': (np.int32, 0),
+           **{f'boxes_{size}': (np.int32, 4) for size in sizes}}
+    for prefix in ('', 'dense_')[:1 + dense]:
+        one |= {f'{prefix}predicates': (np.int64, 1), f'{prefix}relationships': (np.int32, 2)}
+    for name in ('box', 'rel', 'dense_rel')[:2 + dense]:
+        one |= {f'img_to_{side}_{name}': (np.int32, 0) for side in ('first', 'last')}
     return one
 
 def _range(start, count): return (start, start + count - 1) if count else (-1, -1)
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #annotation-writer
 class AnnotationWriter:
-    "Appends images to the open annotation `file`. `sizes` names the datasets boxes_<size>; with `dense` all relations that hold are kept as well."
+    """Appends images to the open annotation `file`.
+
+    `sizes` names the datasets boxes_<size>; with `dense` all relations that hold are kept as
+    well."""
     def __init__(self, file, vocabulary:Vocabulary, sizes, dense=False):
-        self.vocabulary, self.sizes, self._rows = vocabulary, tuple(sizes), {'box': 0, 'rel': 0, 'dense_rel': 0}
-        self._data = {name: file.create_dataset(name, (0, w) if w else (0,), kind, maxshape=(None, w) if w else (None,), chunks=(4096, w) if w else (4096,))
+        self.vocabulary, self.sizes, self._rows = vocabulary, tuple(sizes), {'box': 0, 'rel': 0,
+            'dense_rel': 0}
+        self._data = {name: file.create_dataset(name, (0, w) if w else (0,), kind,
+                                                maxshape=(None, w) if w else (None,),
+                                                chunks=(4096, w) if w else (4096,))
                       for name, (kind, w) in _datasets(self.sizes, dense).items()}
-        self._waiting, self.counts = {name: [] for name in self._data}, [np.zeros(len(names) + 1, np.int64) for names in (vocabulary.objects, vocabulary.predicates)]
+        self._waiting, self.counts = {name: [] for name in self._data}, [np.zeros(len(names) + 1,
+            np.int64) for names in (vocabulary.objects, vocabulary.predicates)]
 
     def _keep(self, name, rows):
         data = self._data[name]
@@ -64,19 +77,23 @@ class AnnotationWriter:
         "One image. The numbers are taken as they are: check the graph before."
         start, labels = self._rows['box'], np.asarray(labels, np.int64)
         for size in self.sizes: self._keep(f'boxes_{size}', boxes[size])
-        self._keep('labels', labels + 1); self._keep('split', [split])
+        self._keep('labels', labels + 1)
+        self._keep('split', [split])
         self.counts[0] += np.bincount(labels + 1, minlength=len(self.counts[0]))
         self._count('box', len(labels))
         for prefix, rows in (('', relations), ('dense_', dense)):
             if prefix + 'predicates' not in self._data: continue
             rows = np.asarray(rows, np.int64).reshape(-1, 3)
-            self._keep(prefix + 'relationships', rows[:, :2] + start); self._keep(prefix + 'predicates', rows[:, 2:] + 1)
+            self._keep(prefix + 'relationships', rows[:, :2] + start)
+            self._keep(prefix + 'predicates', rows[:, 2:] + 1)
             self._count(prefix + 'rel', len(rows))
-            if not prefix: self.counts[1] += np.bincount(rows[:, 2] + 1, minlength=len(self.counts[1]))
+            if not prefix:
+                self.counts[1] += np.bincount(rows[:, 2] + 1, minlength=len(self.counts[1]))
         if len(self._waiting['split']) == 2048: self.flush()
 
     def _count(self, what, n):
-        for side, row in zip(('first', 'last'), _range(self._rows[what], n)): self._keep(f'img_to_{side}_{what}', [row])
+        for side, row in zip(('first', 'last'), _range(self._rows[what], n)):
+            self._keep(f'img_to_{side}_{what}', [row])
         self._rows[what] += n
 
     def flush(self):
@@ -87,7 +104,8 @@ class AnnotationWriter:
 # %% ../../nbs/datasets/01_visual_genome.ipynb #annotation-file
 @contextmanager
 def annotation_file(folder, vocabulary, sizes, dense=False):
-    "Yields an `AnnotationWriter` of `VG-SGG.h5` in `folder` (made if absent); afterwards that and `VG-SGG-dicts.json` are there, whole, or as they were before."
+    """Yields an `AnnotationWriter` of `VG-SGG.h5` in `folder` (made if absent); afterwards that and
+    `VG-SGG-dicts.json` are there, whole, or as they were before."""
     folder = writable_folder(folder)
     with atomic_path(folder/'VG-SGG.h5') as partial, h5py.File(partial, 'w') as file:
         writer = AnnotationWriter(file, vocabulary, sizes, dense)
@@ -99,10 +117,12 @@ def annotation_file(folder, vocabulary, sizes, dense=False):
 def _write_dicts(path, vocabulary, label_counts, predicate_counts):
     "The names file of spec 1.3: both directions, numbered from 1, and how often each occurs."
     record = {}
-    for kind, names, counts in (('label', vocabulary.objects, label_counts), ('predicate', vocabulary.predicates, predicate_counts)):
+    for kind, names, counts in (('label', vocabulary.objects, label_counts),
+                                ('predicate', vocabulary.predicates, predicate_counts)):
         record[f'{kind}_to_idx'] = {name: i for i, name in enumerate(names, 1)}
         record[f'idx_to_{kind}'] = {str(i): name for i, name in enumerate(names, 1)}
-        record['object_count' if kind == 'label' else 'predicate_count'] = {name: int(counts[i]) for i, name in enumerate(names, 1)}
+        record['object_count' if kind == 'label' else 'predicate_count'] = {name: int(counts[i])
+            for i, name in enumerate(names, 1)}
     write_json(path, record)
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #write-annotations
@@ -112,20 +132,26 @@ def write_annotations(folder,  # made if absent
                       vocabulary:Vocabulary,
                       size:int,  # names the dataset boxes_<size>
                       dense=None):  # list of (R, 3): all relations that hold
-    "Write `VG-SGG.h5` and `VG-SGG-dicts.json`, atomically. Raises `ValueError` for a graph outside the vocabulary. Source: method spec 1.3."
+    """Write `VG-SGG.h5` and `VG-SGG-dicts.json`, atomically.
+
+    Raises `ValueError` for a graph outside the vocabulary. Source: method spec 1.3."""
     folder = writable_folder(folder)
     for graph in graphs: check_vocabulary(graph, vocabulary)
-    if len(split) != len(graphs): raise ValueError(f"split: {len(split)} entries for {len(graphs)} graphs")
+    if len(split) != len(graphs):
+        raise ValueError(f"split: {len(split)} entries for {len(graphs)} graphs")
     with annotation_file(folder, vocabulary, (size,), dense is not None) as writer:
         for i, graph in enumerate(graphs):
-            writer.add({size: to_centres(graph.boxes)}, graph.labels, graph.relations, split[i], dense[i] if dense is not None else ())
+            writer.add({size: to_centres(graph.boxes)}, graph.labels, graph.relations, split[i],
+                       dense[i] if dense is not None else ())
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #create-images
 def create_images(file, n, size, rgbd):
     "The empty datasets of spec 1.2 in an open HDF5 file; with `rgbd` also depth and camera."
     one = dict(compression='lzf', shuffle=True)
-    file.create_dataset('images', (n, 3, size, size), np.uint8, chunks=(1, 3, size, size), compression='lzf')
-    for name in ('image_ids', 'valid_idx', 'original_heights', 'original_widths', 'image_heights', 'image_widths'):
+    file.create_dataset('images', (n, 3, size, size), np.uint8, chunks=(1, 3, size, size),
+                        compression='lzf')
+    for name in ('image_ids', 'valid_idx', 'original_heights', 'original_widths', 'image_heights',
+                 'image_widths'):
         file.create_dataset(name, (n,), np.int32)
     if rgbd:
         file.create_dataset('depth', (n, size, size), np.float16, chunks=(1, size, size), **one)
@@ -133,7 +159,8 @@ def create_images(file, n, size, rgbd):
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #canvas
 def canvas(image, size):
-    "The picture (H, W, 3) uint8 RGB as (3, size, size), blue-green-red, in the corner of a canvas of zeros."
+    """The picture (H, W, 3) uint8 RGB as (3, size, size), blue-green-red, in the corner of a canvas
+    of zeros."""
     out, (h, w) = np.zeros((3, size, size), np.uint8), image.shape[:2]
     out[:, :h, :w] = image[..., ::-1].transpose(2, 0, 1)
     return out
@@ -143,17 +170,22 @@ def write_images(folder,
                  records,  # iterable of dict(image (H,W,3) uint8 RGB, image_id, and for depth: depth (H,W) metres, camera (3,3))
                  n:int,  # how many records there are
                  size:int):  # side of the square canvas, H and W at most this
-    "Write `imdb_<size>.h5`, atomically, one record after the other. Raises `ValueError` for a wrong shape or a depth that is not finite. Source: method spec 1.2."
+    """Write `imdb_<size>.h5`, atomically, one record after the other.
+
+    Raises `ValueError` for a wrong shape or a depth that is not finite. Source: method spec 1.2."""
     path, count = writable_folder(folder)/f'imdb_{size}.h5', 0
     with atomic_path(path) as partial, h5py.File(partial, 'w') as file:
         for i, record in enumerate(records):
             image = np.asarray(record['image'])
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or max(image.shape[:2]) > size:
-                raise ValueError(f"image {record['image_id']}: shape (H, W, 3) uint8 with H, W <= {size} is needed, this is {image.shape} {image.dtype}")
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or max(
+                image.shape[:2]) > size:
+                raise ValueError(f"image {record['image_id']}: shape (H, W, 3) uint8 with H, W <= "
+                                 f"{size} is needed, this is {image.shape} {image.dtype}")
             if i == 0: create_images(file, n, size, 'depth' in record)
             h, w = image.shape[:2]
             file['images'][i] = canvas(image, size)
-            for name, value in dict(image_ids=record['image_id'], valid_idx=i, original_heights=h, original_widths=w, image_heights=h, image_widths=w).items():
+            for name, value in dict(image_ids=record['image_id'], valid_idx=i, original_heights=h,
+                                    original_widths=w, image_heights=h, image_widths=w).items():
                 file[name][i] = value
             if 'depth' in record: _write_depth(file, i, record, (h, w))
             count = i + 1
@@ -161,21 +193,28 @@ def write_images(folder,
 
 def _write_depth(file, i, record, shape):
     depth = np.asarray(record['depth'], np.float32)
-    if depth.shape != shape: raise ValueError(f"image {record['image_id']}: the depth is {depth.shape}, its picture {shape}")
-    if not np.isfinite(depth).all(): raise ValueError(f"image {record['image_id']}: the depth has NaN or infinity; write 0 where it is missing")
+    if depth.shape != shape:
+        raise ValueError(f"image {record['image_id']}: the depth is {depth.shape}, its picture "
+                         f"{shape}")
+    if not np.isfinite(depth).all():
+        raise ValueError(f"image {record['image_id']}: the depth has NaN or infinity; write 0 "
+                         "where it is missing")
     file['depth'][i, :shape[0], :shape[1]] = depth
     file['camera'][i] = record['camera']
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #check-annotations
-_ANNOTATIONS = dict(labels=2, split=1, img_to_first_box=1, img_to_last_box=1, predicates=2, relationships=2, img_to_first_rel=1, img_to_last_rel=1)
-_DENSE = dict(dense_predicates=2, dense_relationships=2, img_to_first_dense_rel=1, img_to_last_dense_rel=1)
+_ANNOTATIONS = dict(labels=2, split=1, img_to_first_box=1, img_to_last_box=1, predicates=2,
+                    relationships=2, img_to_first_rel=1, img_to_last_rel=1)
+_DENSE = dict(dense_predicates=2, dense_relationships=2, img_to_first_dense_rel=1,
+              img_to_last_dense_rel=1)
 _IMAGES = dict(image_ids=1, image_heights=1, image_widths=1)
 _HINT = 'Make rooms with stdg.rooms.make_rooms, or fetch the database again.'
 
 def _rows_of(first, last, n, path, what):
     "Image number of each row, checked: ranges inside the arrays and in order."
     has = first >= 0
-    if (last[has] < first[has]).any() or (last[has] >= n).any() or (first[has][1:] <= last[has][:-1]).any():
+    if (last[has] < first[has]).any() or (last[has] >= n).any() or (
+        first[has][1:] <= last[has][:-1]).any():
         raise ValueError(f"{path}: the row ranges of {what} overlap or leave the {n} rows. {_HINT}")
     image, counts = np.full(n, -1), (last - first + 1)[has]
     rows = np.arange(counts.sum()) + np.repeat(first[has] - (counts.cumsum() - counts), counts)
@@ -183,16 +222,25 @@ def _rows_of(first, last, n, path, what):
     return image
 
 def _check_rows(data, vocabulary, path, prefix=''):
-    "Raise `ValueError` for a label or predicate without a name, or a relation that leaves its image."
-    for name, names in (('labels', vocabulary.objects), (prefix + 'predicates', vocabulary.predicates)):
+    """Raise `ValueError` for a label or predicate without a name, or a relation that leaves its
+    image."""
+    for name, names in (('labels', vocabulary.objects),
+                        (prefix + 'predicates', vocabulary.predicates)):
         wrong = np.flatnonzero((data[name] < 1) | (data[name] > len(names)))
-        if len(wrong): raise ValueError(f"{path}: {name} row {wrong[0]} is {data[name].flat[wrong[0]]}, outside 1..{len(names)} of VG-SGG-dicts.json. {_HINT}")
+        if len(wrong):
+            raise ValueError(f"{path}: {name} row {wrong[0]} is {data[name].flat[wrong[0]]}, "
+                             f"outside 1..{len(names)} of VG-SGG-dicts.json. {_HINT}")
     pairs, n = data[prefix + 'relationships'], len(data['labels'])
     box_image = _rows_of(data['img_to_first_box'], data['img_to_last_box'], n, path, 'boxes')
-    rel_image = _rows_of(data[f'img_to_first_{prefix}rel'], data[f'img_to_last_{prefix}rel'], len(pairs), path, 'relations')
+    rel_image = _rows_of(data[f'img_to_first_{prefix}rel'], data[f'img_to_last_{prefix}rel'],
+                         len(pairs), path, 'relations')
     outside = ((pairs < 0) | (pairs >= n)).any(1)
-    wrong = np.flatnonzero(outside | (box_image[np.where(outside[:, None], 0, pairs)] != rel_image[:, None]).any(1)) if n else np.arange(len(pairs))
-    if len(wrong): raise ValueError(f"{path}: {prefix}relationships row {wrong[0]} {pairs[wrong[0]].tolist()} points to an object that is not in its image. {_HINT}")
+    wrong = np.flatnonzero(outside
+                           | (box_image[np.where(outside[:, None], 0, pairs)] != rel_image[:,
+        None]).any(1)) if n else np.arange(len(pairs))
+    if len(wrong):
+        raise ValueError(f"{path}: {prefix}relationships row {wrong[0]} {pairs[wrong[0]].tolist()} "
+                         f"points to an object that is not in its image. {_HINT}")
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #database-parts
 def _find(folder, name, ending):
@@ -203,14 +251,20 @@ def _find(folder, name, ending):
 def _read_vocabulary(path):
     "The `Vocabulary` of a names file of spec 1.3."
     record = read_json(path, _HINT)
-    try: return Vocabulary(*[[record[key][str(i)] for i in range(1, len(record[key]) + 1)] for key in ('idx_to_label', 'idx_to_predicate')])
-    except (KeyError, TypeError) as error: raise ValueError(f"{path} is not a names file of this format: {error} is missing. {_HINT}") from None
+    try:
+        return Vocabulary(*[[record[key][str(i)] for i in range(1, len(record[key]) + 1)]
+                            for key in ('idx_to_label', 'idx_to_predicate')])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a names file of this format: {error} is missing. {_HINT}") from None
 
 def _find_size(folder, file):
     "The largest size of which both boxes (in the open annotation `file`) and pictures are there."
     sizes = [int(name[6:]) for name in file if name.startswith('boxes_') and name[6:].isdigit()]
     there = [s for s in sizes if (folder/f'imdb_{s}.h5').exists()]
-    if not there: raise FileNotFoundError(f"{folder}/imdb_<size>.h5 is missing; {Path(file.filename).name} has boxes for size {sizes}. {_HINT}")
+    if not there:
+        raise FileNotFoundError(f"{folder}/imdb_<size>.h5 is missing; {Path(file.filename).name} "
+                                f"has boxes for size {sizes}. {_HINT}")
     return max(there)
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #read-annotations
@@ -218,44 +272,59 @@ def _read_annotations(folder, size, path):
     "Side of the pictures, and the annotations as arrays by name, of the file `path`."
     with open_h5(path, _ANNOTATIONS, _HINT) as file:
         size = int(size or _find_size(folder, file))
-        if f'boxes_{size}' not in file: raise ValueError(f"{path} has no boxes_{size}; it has {[n for n in file if n.startswith('boxes_')]}")
-        needs = {**_ANNOTATIONS, f'boxes_{size}': 2, **(_DENSE if 'dense_predicates' in file else {})}
+        if f'boxes_{size}' not in file:
+            raise ValueError(f"{path} has no boxes_{size}; it has "
+                             f"{[n for n in file if n.startswith('boxes_')]}")
+        needs = {**_ANNOTATIONS, f'boxes_{size}': 2,
+                 **(_DENSE if 'dense_predicates' in file else {})}
     with open_h5(path, needs, _HINT) as file: return size, {name: file[name][:] for name in needs}
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #database
 class Database(PerProcess):
     """The files of one folder as scene graphs, pictures and depth maps, by position 0..N-1.
 
-    Raises `FileNotFoundError` or `ValueError` naming the file when one is missing, cut off, foreign or inconsistent.
-    `released=True` reads boxes as the released code does (see `to_corners`). Source: method spec 1.2 to 1.4."""
+    Raises `FileNotFoundError` or `ValueError` naming the file when one is missing, cut off, foreign
+    or inconsistent. `released=True` reads boxes as the released code does (see `to_corners`).
+    Source: method spec 1.2 to 1.4."""
     def __init__(self, folder, size=None, released=False):
         self.folder, self.released = Path(folder), released
         path = _find(self.folder, 'VG-SGG', '.h5')
         self.vocabulary = _read_vocabulary(_find(self.folder, 'VG-SGG-dicts', '.json'))
         self.size, self._data = _read_annotations(self.folder, size, path)
         self._corners = to_corners(self._data[f'boxes_{self.size}'], released)
-        for prefix in ('', 'dense_')[:1 + ('dense_predicates' in self._data)]: _check_rows(self._data, self.vocabulary, path, prefix)
+        for prefix in ('', 'dense_')[:1 + ('dense_predicates' in self._data)]:
+            _check_rows(self._data, self.vocabulary, path, prefix)
         images = self._images()
         self._jpeg = Packed(images.filename, 'jpeg', _HINT) if 'jpeg' in images else None
-        self.image_ids, self._heights, self._widths = (images[name][:] for name in ('image_ids', 'image_heights', 'image_widths'))
-        if len(self.image_ids) != len(self): raise ValueError(f"{images.filename} has {len(self.image_ids)} images, {path} has {len(self)}. {_HINT}")
+        self.image_ids, self._heights, self._widths = (images[name][:] for name in ('image_ids',
+            'image_heights', 'image_widths'))
+        if len(self.image_ids) != len(self):
+            raise ValueError(f"{images.filename} has {len(self.image_ids)} images, {path} has "
+                             f"{len(self)}. {_HINT}")
 
     def _images(self): return self._opened(self._open_images)
 
     def _open_images(self):
         path = self.folder/f'imdb_{self.size}.h5'
         with open_h5(path, _IMAGES, _HINT) as file: there = set(file)
-        needs = {**_IMAGES, **(dict(jpeg=1, jpeg_end=1) if 'jpeg' in there else dict(images=4)), **(dict(depth=3, camera=3) if 'depth' in there else {})}
+        needs = {**_IMAGES, **(dict(jpeg=1, jpeg_end=1) if 'jpeg' in there else dict(images=4)),
+                 **(dict(depth=3, camera=3) if 'depth' in there else {})}
         return open_h5(path, needs, _HINT)
 
     def __len__(self): return len(self._data['split'])
-    def __repr__(self): return f"Database({self.folder.name}: {len(self)} images at {self.size} px, {self.vocabulary}, depth={self.has_depth})"
+    def __repr__(self):
+        return f"Database({self.folder.name}: {len(self)} images at {self.size} px, {self.vocabulary}, depth={self.has_depth})"
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #database-indices
 def _indices(self, split, n_val=0):
-    "Positions of 'train', 'val' or 'test' (int64). With `n_val`, the first `n_val` training images with a relation are the validation split. Source: method spec 1.4."
-    if split not in SPLITS: raise ValueError(f"split {split!r} is unknown; there are {list(SPLITS)}")
-    rows = np.flatnonzero(self._data['split'] == SPLITS['train' if n_val and split == 'val' else split])
+    """Positions of 'train', 'val' or 'test' (int64).
+
+    With `n_val`, the first `n_val` training images with a relation are the validation split.
+    Source: method spec 1.4."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown; there are {list(SPLITS)}")
+    rows = np.flatnonzero(self._data['split'] == SPLITS['train' if n_val and split == 'val'
+                                                        else split])
     if not n_val or split == 'test': return rows
     held = rows[self.relation_counts()[rows] > 0][:n_val]
     return held if split == 'val' else np.setdiff1d(rows, held)
@@ -268,32 +337,48 @@ def _relation_counts(self):
 def _relation_rows(self, i, start, prefix=''):
     first, last = (int(self._data[f'img_to_{side}_{prefix}rel'][i]) for side in ('first', 'last'))
     rows = slice(first, last + 1) if first >= 0 else slice(0, 0)
-    return np.concatenate([self._data[prefix + 'relationships'][rows] - start, self._data[prefix + 'predicates'][rows].reshape(-1, 1) - 1], 1).astype(np.int64)
+    return np.concatenate([self._data[prefix + 'relationships'][rows] - start,
+                           self._data[prefix + 'predicates'][rows].reshape(-1, 1) - 1],
+                          1).astype(np.int64)
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #database-graph
 def _graph(self, i, dense=False):
-    "The `SceneGraph` of image `i`, boxes in pixels; with `dense` every relation that holds, not only the annotated ones."
-    if dense and 'dense_predicates' not in self._data: raise ValueError(f"{self.folder}/VG-SGG.h5 has no dense truth; only rooms have")
+    """The `SceneGraph` of image `i`, boxes in pixels; with `dense` every relation that holds, not
+    only the annotated ones."""
+    if dense and 'dense_predicates' not in self._data:
+        raise ValueError(f"{self.folder}/VG-SGG.h5 has no dense truth; only rooms have")
     first, last = int(self._data['img_to_first_box'][i]), int(self._data['img_to_last_box'][i])
     rows = slice(first, last + 1) if first >= 0 else slice(0, 0)
-    return SceneGraph(self._corners[rows], self._data['labels'][rows, 0] - 1, _relation_rows(self, i, rows.start, 'dense_' if dense else ''),
+    return SceneGraph(self._corners[rows], self._data['labels'][rows, 0] - 1,
+                      _relation_rows(self, i, rows.start, 'dense_' if dense else ''),
                       (self._heights[i], self._widths[i]))
 
 def _image(self, i):
-    "Image `i` as (H, W, 3) uint8, red-green-blue. Raises `ValueError` that names a JPEG which is damaged or of another size."
+    """Image `i` as (H, W, 3) uint8, red-green-blue.
+
+    Raises `ValueError` that names a JPEG which is damaged or of another size."""
     h, w = int(self._heights[i]), int(self._widths[i])
-    if self._jpeg is None: return np.ascontiguousarray(self._images()['images'][i][::-1, :h, :w].transpose(1, 2, 0))
+    if self._jpeg is None:
+        return np.ascontiguousarray(self._images()['images'][i][::-1, :h, :w].transpose(1, 2, 0))
     try:
         with Image.open(io.BytesIO(self._jpeg[i]), formats=('JPEG',)) as picture:
-            if picture.size != (w, h): raise OSError(f"it has {picture.size[0]} x {picture.size[1]} pixels, {w} x {h} are announced")
+            if picture.size != (w, h):
+                raise OSError(f"it has {picture.size[0]} x {picture.size[1]} pixels, {w} x {h} are "
+                              "announced")
             return np.array(picture.convert('RGB'))
-    except (OSError, SyntaxError) as error: raise ValueError(f"{self._jpeg.path}: the JPEG of image {self.image_ids[i]} is damaged ({error}). {_HINT}") from None
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{self._jpeg.path}: the JPEG of image {self.image_ids[i]} is damaged "
+                         f"({error}). {_HINT}") from None
 
 def _depth(self, i):
-    "Depth of image `i`, (H, W) float32 metres along the optical axis, 0 where missing. Raises `ValueError` if there is none or it is not finite."
+    """Depth of image `i`, (H, W) float32 metres along the optical axis, 0 where missing.
+
+    Raises `ValueError` if there is none or it is not finite."""
     if not self.has_depth: raise ValueError(f"{self.folder}/imdb_{self.size}.h5 has no depth")
     depth = self._images()['depth'][i, :self._heights[i], :self._widths[i]].astype(np.float32)
-    if not np.isfinite(depth).all(): raise ValueError(f"{self.folder}/imdb_{self.size}.h5: the depth of image {self.image_ids[i]} has NaN or infinity; write 0 where it is missing")
+    if not np.isfinite(depth).all():
+        raise ValueError(f"{self.folder}/imdb_{self.size}.h5: the depth of image "
+                         f"{self.image_ids[i]} has NaN or infinity; write 0 where it is missing")
     return depth
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #database-methods
@@ -305,7 +390,10 @@ Database.has_depth = property(lambda self: 'depth' in self._images())
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #flat-graphs
 def boxes_overlap(a, b):
-    "Whether boxes (R, 4) and (R, 4) share a pixel, by the inclusive-pixel convention of the field. Source: method spec 1.4."
+    """Whether boxes (R, 4) and (R, 4) share a pixel, by the inclusive-pixel convention of the
+    field.
+
+    Source: method spec 1.4."""
     return (np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]) + 1 > 0).all(1)
 
 @dataclass(frozen=True)
@@ -318,31 +406,40 @@ class FlatGraphs:
     boxes: np.ndarray  # (N, 4) int64, x1, y1, x2, y2 in pixels
     relations: np.ndarray  # (R, 3) int64: subject, object (both 0..N-1), predicate
 
-    def __repr__(self): return f"FlatGraphs({len(self.sizes)} images, {len(self.labels)} objects, {len(self.relations)} relations)"
+    def __repr__(self):
+        return f"FlatGraphs({len(self.sizes)} images, {len(self.labels)} objects, {len(self.relations)} relations)"
     def per_image(self, rows=slice(None)):
         "Number of objects (I,) and of relations (I,), those of `rows`, in each image."
-        return tuple(np.bincount(image, minlength=len(self.sizes)) for image in (self.image, self.image[self.relations[rows, 0]]))
+        return tuple(np.bincount(image, minlength=len(self.sizes)) for image in (self.image,
+            self.image[self.relations[rows, 0]]))
 
     @property
-    def shape(self): return len(self.vocabulary.objects), len(self.vocabulary.objects), len(self.vocabulary.predicates)
+    def shape(self):
+        return len(self.vocabulary.objects), len(self.vocabulary.objects), len(
+            self.vocabulary.predicates)
     @property
     def overlapping(self): return boxes_overlap(*self.boxes[self.relations[:, :2]].swapaxes(0, 1))
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #database-flat
 def _gather(data, what, images):
     "The rows of `what` ('box' or 'rel') that belong to `images`, and how many each has."
-    first, last = (data[f'img_to_{side}_{what}'][images].astype(np.int64) for side in ('first', 'last'))
+    first, last = (data[f'img_to_{side}_{what}'][images].astype(np.int64) for side in ('first',
+        'last'))
     counts = np.where(first >= 0, last - first + 1, 0)
     return np.arange(counts.sum()) + np.repeat(first - (counts.cumsum() - counts), counts), counts
 
 def _flat(self, images=None):
-    "The `FlatGraphs` of `images` (positions; None: all), annotated relations, as they stand in the file."
-    images, data = np.arange(len(self)) if images is None else np.asarray(images, np.int64), self._data
+    """The `FlatGraphs` of `images` (positions; None: all), annotated relations, as they stand in
+    the file."""
+    images, data = np.arange(len(self)) if images is None else np.asarray(images,
+        np.int64), self._data
     (objects, counts), (rows, _) = (_gather(data, what, images) for what in ('box', 'rel'))
     number = np.full(len(data['labels']), -1)
     number[objects] = np.arange(len(objects))
-    relations = np.column_stack([number[data['relationships'][rows]].reshape(-1, 2), data['predicates'][rows].reshape(-1, 1) - 1]).astype(np.int64)
-    return FlatGraphs(self.vocabulary, np.stack([self._heights, self._widths], 1)[images], np.repeat(np.arange(len(images)), counts),
+    relations = np.column_stack([number[data['relationships'][rows]].reshape(-1, 2),
+                                 data['predicates'][rows].reshape(-1, 1) - 1]).astype(np.int64)
+    return FlatGraphs(self.vocabulary, np.stack([self._heights, self._widths], 1)[images],
+                      np.repeat(np.arange(len(images)), counts),
                       data['labels'][objects, 0] - 1, self._corners[objects], relations)
 
 Database.flat = _flat

@@ -9,14 +9,12 @@ __all__ = ['DepthFile', 'Estimator', 'HHAFile', 'MODEL', 'Originals', 'PfmFolder
            'write_depth', 'write_pfm']
 
 # %% ../../nbs/depth/00_about_depth.ipynb #face
-from .maps import (
-    camera_matrix, inverse_depth_from, pseudo_depth, read_pfm, stereo_motorcycle, write_pfm)
 from .depth_file import DepthFile, PfmFolder, depth_path
+from .estimators import MODEL, Estimator, Originals, estimate_depth, export_pfm, import_pfm, merge_depth
 from .hha_file import SOURCES, HHAFile, hha_path
-from .estimators import (
-    MODEL, Estimator, Originals, estimate_depth, export_pfm, import_pfm, merge_depth)
-from .sensors import read_depth, write_depth
+from .maps import camera_matrix, inverse_depth_from, pseudo_depth, read_pfm, stereo_motorcycle, write_pfm
 from .precompute import hha_of, hha_of_estimate, merge_hha, prepare_hha
+from .sensors import read_depth, write_depth
 
 _all_ = ['DepthFile', 'Estimator', 'HHAFile', 'MODEL', 'Originals', 'PfmFolder', 'SOURCES',
          'camera_matrix', 'depth_path', 'estimate_depth', 'export_pfm', 'hha_of',

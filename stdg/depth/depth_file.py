@@ -19,9 +19,12 @@ from ..io.packed import Packed
 
 # %% ../../nbs/depth/02_depth_file.ipynb #model-tag
 def model_tag(model):
-    "The last part of a name or a path: 'dpt-beit-large-512' of 'Intel/dpt-beit-large-512'. Raises `ValueError` for one that means something else here."
+    """The last part of a name or a path: 'dpt-beit-large-512' of 'Intel/dpt-beit-large-512'.
+
+    Raises `ValueError` for one that means something else here."""
     tag = Path(model).name or Path(model).resolve().name
-    if tag in ('', 'metric', 'relative'): raise ValueError(f"{model}: {tag!r} can't name a depth file; rename the folder")
+    if tag in ('', 'metric', 'relative'):
+        raise ValueError(f"{model}: {tag!r} can't name a depth file; rename the folder")
     return tag
 
 # %% ../../nbs/depth/02_depth_file.ipynb #depth-file
@@ -30,32 +33,49 @@ def depth_path(folder, model): return Path(folder)/f'depth_{model_tag(model)}.h5
 _HINT = 'Make it with stdg.depth.estimators.estimate_depth.'
 
 class DepthFile:
-    """The maps of a depth file by position: (H, W) float32, relative inverse depth, or metres where `metric` is True. May be handed to other processes.
-    `cameras` is (N, 3, 3), in pixels of the maps, or None.
+    """The maps of a depth file by position: (H, W) float32, relative inverse depth, or metres where
+    `metric` is True.
 
-    Raises `FileNotFoundError` or `ValueError` naming the file when it is missing, cut off, inconsistent, or of other images than `image_ids`."""
+    May be handed to other processes. `cameras` is (N, 3, 3), in pixels of the maps, or None.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file when it is missing, cut off,
+    inconsistent, or of other images than `image_ids`."""
     def __init__(self, path, image_ids=None):
         self.path = Path(path)
-        with open_h5(path, dict(image_ids=1), _HINT) as file: camera = dict(camera=3) if 'camera' in file else {}
-        with open_h5(path, dict(depth=1, depth_end=1, image_ids=1, shape=2, metric=1, **camera), _HINT) as file:
-            if file['depth'].dtype != np.float16: raise ValueError(f"{path}: the maps are {file['depth'].dtype}, float16 is needed. {_HINT}")
-            self.image_ids, self.shapes, metric = (file[name][:] for name in ('image_ids', 'shape', 'metric'))
+        with open_h5(path, dict(image_ids=1), _HINT) as file:
+            camera = dict(camera=3) if 'camera' in file else {}
+        with open_h5(path, dict(depth=1, depth_end=1, image_ids=1, shape=2, metric=1, **camera),
+                     _HINT) as file:
+            if file['depth'].dtype != np.float16:
+                raise ValueError(f"{path}: the maps are {file['depth'].dtype}, float16 is needed. "
+                                 f"{_HINT}")
+            self.image_ids, self.shapes, metric = (file[name][:] for name in ('image_ids', 'shape',
+                'metric'))
             self.cameras = file['camera'][:] if camera else None
         self._maps, self.metric = Packed(path, 'depth', _HINT), bool(metric.any())
         self._check()
         if image_ids is not None and not np.array_equal(self.image_ids, image_ids):
-            raise ValueError(f"{path} was made for other images: remove it and make it anew with stdg.depth.estimators.estimate_depth")
+            raise ValueError(f"{path} was made for other images: remove it and make it anew with "
+                             "stdg.depth.estimators.estimate_depth")
 
     def _check(self):
-        rows = [len(self._maps), len(self.shapes), len(self.image_ids)] + ([len(self.cameras)] if self.cameras is not None else [])
-        if len(set(rows)) > 1: raise ValueError(f"{self.path}: {rows[0]} maps, {rows[1]} shapes and {rows[2]} image_ids, cameras: {rows[3:]}. {_HINT}")
-        wrong = np.flatnonzero((self.shapes < 1).any(1) | (self.shapes.astype(np.int64).prod(1) != np.diff(self._maps.ends)))
-        if len(wrong): raise ValueError(f"{self.path}: the map of image {self.image_ids[wrong[0]]} hasn't the {self.shapes[wrong[0]].tolist()} pixels that are announced. {_HINT}")
+        rows = [len(self._maps), len(self.shapes), len(self.image_ids)] + ([len(self.cameras)]
+            if self.cameras is not None else [])
+        if len(set(rows)) > 1:
+            raise ValueError(f"{self.path}: {rows[0]} maps, {rows[1]} shapes and {rows[2]} "
+                             f"image_ids, cameras: {rows[3:]}. {_HINT}")
+        wrong = np.flatnonzero((self.shapes < 1).any(1)
+                               | (self.shapes.astype(np.int64).prod(1) != np.diff(self._maps.ends)))
+        if len(wrong):
+            raise ValueError(f"{self.path}: the map of image {self.image_ids[wrong[0]]} hasn't the "
+                             f"{self.shapes[wrong[0]].tolist()} pixels that are announced. {_HINT}")
 
     def __len__(self): return len(self._maps)
     def __getitem__(self, row):
         one = self._maps[row].reshape(self.shapes[row]).astype(np.float32)
-        if not np.isfinite(one).all(): raise ValueError(f"{self.path}: the depth of image {self.image_ids[row]} has NaN or infinity. Make the file anew")
+        if not np.isfinite(one).all():
+            raise ValueError(f"{self.path}: the depth of image {self.image_ids[row]} has NaN or "
+                             "infinity. Make the file anew")
         return one
 
 # %% ../../nbs/depth/02_depth_file.ipynb #finish-parts
@@ -65,24 +85,35 @@ def finish_parts(parts, **columns):
     with open_h5(path, dict(constant=1)) as file: empty = parts.keys[file['constant'][:] > 0]
     if len(empty):
         some = ', '.join(map(str, empty[:5])) + ', ...' * (len(empty) > 5)
-        warnings.warn(f"{path}: {len(empty)} of {len(parts.keys)} images have no depth, their map is constant: {some}", stacklevel=3)
+        warnings.warn(f"{path}: {len(empty)} of {len(parts.keys)} images have no depth, their map "
+                      f"is constant: {some}", stacklevel=3)
     return path
 
 # %% ../../nbs/depth/02_depth_file.ipynb #pfm-folder
 class PfmFolder:
-    "The maps `<image_id>.pfm` or `<image_id>-<estimator>.pfm` of a folder, by image id: (H, W) float32. Raises `FileNotFoundError` or `ValueError` that names folder or file."
+    """The maps `<image_id>.pfm` or `<image_id>-<estimator>.pfm` of a folder, by image id: (H, W)
+    float32.
+
+    Raises `FileNotFoundError` or `ValueError` that names folder or file."""
     def __init__(self, folder, tag=None):
         self.folder, found = Path(folder), {}
-        if not self.folder.is_dir(): raise FileNotFoundError(f"{folder} is not a folder of .pfm files. Is the path right?")
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder of .pfm files. Is the path right?")
         for entry in os.scandir(folder):
-            if match := re.fullmatch(r'(\d+)(?:-(.+))?\.pfm', entry.name): found.setdefault(match[2], {})[int(match[1])] = entry.name
+            if match := re.fullmatch(r'(\d+)(?:-(.+))?\.pfm', entry.name):
+                found.setdefault(match[2], {})[int(match[1])] = entry.name
         if tag is not None: found = {tag: {**found.get(None, {}), **found.get(tag, {})}}
-        if len(found) > 1: raise ValueError(f"{folder} holds maps of several estimators ({', '.join(sorted(map(str, found)))}): say which, tag=...")
+        if len(found) > 1:
+            raise ValueError(f"{folder} holds maps of several estimators "
+                             f"({', '.join(sorted(map(str, found)))}): say which, tag=...")
         (self.tag, self.names), = found.items() if found else [(None, {})]
 
     def path(self, image_id):
         "Where the map of an image lies."
-        if image_id not in self.names: raise FileNotFoundError(f"{self.folder} has no depth map {image_id}.pfm or {image_id}-<estimator>.pfm. Run the depth estimator on all images first")
+        if image_id not in self.names:
+            raise FileNotFoundError(f"{self.folder} has no depth map {image_id}.pfm or "
+                                    f"{image_id}-<estimator>.pfm. Run the depth estimator on all "
+                                    "images first")
         return self.folder/self.names[image_id]
 
     def __getitem__(self, image_id): return read_pfm(self.path(image_id))

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..io.devices import choose_device
+from ..datasets.images import read_listing
 from . import maps as depth
+from .depth_file import DepthFile, PfmFolder, depth_path, finish_parts, model_tag
+from ..io.devices import choose_device
 from ..io.files import read_json
 from ..io.packed import Parts, run_parts, started_parts
-from ..datasets.images import read_listing
-from .depth_file import DepthFile, PfmFolder, depth_path, finish_parts, model_tag
 
 # %% ../../nbs/depth/04_estimators.ipynb #transformers
 MODEL = 'Intel/dpt-beit-large-512'  # what the method used
@@ -27,18 +27,26 @@ MODEL = 'Intel/dpt-beit-large-512'  # what the method used
 def _transformers():
     "The package `transformers`. Raises `ImportError` with the mend."
     try: import transformers
-    except ImportError as error: raise ImportError("estimating depth needs the package transformers: pip install 'stdg[depth]'") from error
+    except ImportError as error:
+        raise ImportError("estimating depth needs the package transformers: pip install "
+                          "'stdg[depth]'") from error
     return transformers
 
 # %% ../../nbs/depth/04_estimators.ipynb #is-metric
-_METRIC = dict(zoedepth=True, depth_pro=True, glpn=True, tipsv2_dpt=True, dpt=False)  # by model_type
+# by model_type
+_METRIC = dict(zoedepth=True, depth_pro=True, glpn=True, tipsv2_dpt=True, dpt=False)
 
 def is_metric(config, metric=None):
-    "Whether the network of this `transformers` configuration gives metres; `metric` (True or False) overrules it. Raises `ValueError` when nobody knows."
+    """Whether the network of this `transformers` configuration gives metres; `metric` (True or
+    False) overrules it.
+
+    Raises `ValueError` when nobody knows."""
     if metric is not None: return bool(metric)
     known = getattr(config, 'depth_estimation_type', None)
     if known in ('relative', 'metric'): return known == 'metric'
-    if config.model_type not in _METRIC: raise ValueError(f"whether a {config.model_type} gives metres or relative depth is not known here: say metric=True or metric=False")
+    if config.model_type not in _METRIC:
+        raise ValueError(f"whether a {config.model_type} gives metres or relative depth is not "
+                         "known here: say metric=True or metric=False")
     return _METRIC[config.model_type]
 
 # %% ../../nbs/depth/04_estimators.ipynb #check-folder
@@ -48,23 +56,30 @@ def _check_folder(model):
     "Raise `FileNotFoundError` or `ValueError` for a local folder from which nothing can be loaded."
     local = Path(model)
     if not local.is_dir():
-        if local.exists() or local.is_absolute() or str(model).count('/') != 1 or str(model)[0] in '.~':
+        if local.exists() or local.is_absolute() or str(model).count('/') != 1 or str(model)[
+            0] in '.~':
             raise FileNotFoundError(f"{model} is not a folder of a depth model. {_LOAD_HINT}")
         return
     for name in ('config.json', 'preprocessor_config.json'):
-        if not (local/name).is_file(): raise FileNotFoundError(f"{local} has no {name}. {_LOAD_HINT}")
-    if not any(local.glob('*.safetensors')): raise FileNotFoundError(f"{local} has no weights as .safetensors; pickled weights (.bin, .pt) are not read. {_LOAD_HINT}")
+        if not (local/name).is_file():
+            raise FileNotFoundError(f"{local} has no {name}. {_LOAD_HINT}")
+    if not any(local.glob('*.safetensors')):
+        raise FileNotFoundError(f"{local} has no weights as .safetensors; pickled weights (.bin, "
+                                f".pt) are not read. {_LOAD_HINT}")
 
 # %% ../../nbs/depth/04_estimators.ipynb #load
 def _load(model, metric):
-    "Image processor, network, whether it gives metres, and the names of weights that were absent (now NaN)."
+    """Image processor, network, whether it gives metres, and the names of weights that were absent
+    (now NaN)."""
     transformers = _transformers()
     _check_folder(model)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
-        network, info = transformers.AutoModelForDepthEstimation.from_pretrained(model, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        network, info = transformers.AutoModelForDepthEstimation.from_pretrained(model,
+            use_safetensors=True, trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # what a broken folder raises depends on the model
-        raise ValueError(f"{model} can't be loaded as a depth estimator: {' '.join(str(error).split())[:300]}. {_LOAD_HINT}") from error
+        raise ValueError(f"{model} can't be loaded as a depth estimator: "
+                         f"{' '.join(str(error).split())[:300]}. {_LOAD_HINT}") from error
     weights, absent = network.state_dict(), sorted(info['missing_keys'])
     for name in absent:
         if name in weights and weights[name].is_floating_point(): weights[name].fill_(torch.nan)
@@ -75,14 +90,18 @@ def _full_precision(network, kind):
     "Let the heads of `network` compute in float32 within an autocast region on devices of `kind`."
     for name, module in network.named_children():
         if name.endswith('head'):
-            module.forward = torch.amp.custom_fwd(type(module).forward, device_type=kind, cast_inputs=torch.float32).__get__(module)
+            module.forward = torch.amp.custom_fwd(type(module).forward, device_type=kind,
+                                                  cast_inputs=torch.float32).__get__(module)
 
 # %% ../../nbs/depth/04_estimators.ipynb #estimator
 class Estimator:
-    """A monocular depth network: `estimator(images)` gives a map (H, W) float32 of each image (H, W, 3) uint8 RGB.
+    """A monocular depth network: `estimator(images)` gives a map (H, W) float32 of each image (H,
+    W, 3) uint8 RGB.
 
-    `model` is a name on the Hugging Face hub or a folder; `metric` overrules what its configuration says; on a GPU it computes in bfloat16 unless `dtype` says otherwise.
-    Attributes: `metric`, `tag`. Raises `ImportError` without `transformers`, `FileNotFoundError` or `ValueError` naming a model that can't be loaded. Source: method spec 2.1."""
+    `model` is a name on the Hugging Face hub or a folder; `metric` overrules what its configuration
+    says; on a GPU it computes in bfloat16 unless `dtype` says otherwise. Attributes: `metric`,
+    `tag`. Raises `ImportError` without `transformers`, `FileNotFoundError` or `ValueError` naming a
+    model that can't be loaded. Source: method spec 2.1."""
     def __init__(self, model=MODEL, device=None, metric=None, dtype=None):
         self.model, self.tag = str(model), model_tag(model)
         self.device = choose_device(device)
@@ -90,28 +109,34 @@ class Estimator:
         self.processor, self.network, self.metric, self.absent = _load(model, metric)
         self.network.to(self.device).requires_grad_(False)
         _full_precision(self.network, self.device.type)
-        self._needs_source = 'source_sizes' in inspect.signature(self.processor.post_process_depth_estimation).parameters
+        self._needs_source = 'source_sizes' in inspect.signature(
+            self.processor.post_process_depth_estimation).parameters
 
     def prepare(self, image):
         "What the network reads of one image, on the CPU, and the image's shape (H, W)."
-        pixels = self.processor(images=image, input_data_format='channels_last', return_tensors='pt')['pixel_values'][0]
+        pixels = self.processor(images=image, input_data_format='channels_last',
+                                return_tensors='pt')['pixel_values'][0]
         return pixels, tuple(image.shape[:2])
 
-    def __call__(self, images, shapes=None): return self.maps([self.prepare(image) for image in images], shapes)
+    def __call__(self, images, shapes=None):
+        return self.maps([self.prepare(image) for image in images], shapes)
 
 # %% ../../nbs/depth/04_estimators.ipynb #maps
 @torch.inference_mode()
 def _maps(self, prepared, shapes=None):
-    "The maps of what `prepare` gave, scaled to `shapes` (H, W), by default those of the images: a list of float32 arrays."
+    """The maps of what `prepare` gave, scaled to `shapes` (H, W), by default those of the images: a
+    list of float32 arrays."""
     shapes, groups, maps = shapes or [shape for _, shape in prepared], {}, [None] * len(prepared)
     for i, (pixels, _) in enumerate(prepared): groups.setdefault(pixels.shape, []).append(i)
     for rows in groups.values():
         batch = torch.stack([prepared[i][0] for i in rows]).to(self.device)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32): out = self.network(pixel_values=batch)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            out = self.network(pixel_values=batch)
         for name in ('predicted_depth', 'field_of_view'):
             if out.get(name) is not None: out[name] = out[name].float()
         source = dict(source_sizes=[prepared[i][1] for i in rows]) if self._needs_source else {}
-        for i, one in zip(rows, self.processor.post_process_depth_estimation(out, target_sizes=[shapes[i] for i in rows], **source)):
+        for i, one in zip(rows, self.processor.post_process_depth_estimation(out,
+            target_sizes=[shapes[i] for i in rows], **source)):
             maps[i] = one['predicted_depth'].reshape(shapes[i]).float().cpu().numpy()
             if self.metric: maps[i] = maps[i].clip(1e-3)
     return maps
@@ -120,28 +145,39 @@ Estimator.maps = _maps
 
 # %% ../../nbs/depth/04_estimators.ipynb #storable
 def _storable(maps, image_ids, metric, who):
-    "Maps as 1-D float16 pieces, and the columns `shape` and `constant`. Raises `ValueError` that names the images whose map is no depth."
-    wrong = [i for i, one in zip(image_ids, maps) if not np.isfinite(one).all() or (metric and one.min() < 0)]
-    if wrong: raise ValueError(f"{who}: the depth of image{'s'[:len(wrong) > 1]} {', '.join(map(str, wrong[:5]))} has {'negative, ' * metric}NaN or infinite values")
+    """Maps as 1-D float16 pieces, and the columns `shape` and `constant`.
+
+    Raises `ValueError` that names the images whose map is no depth."""
+    wrong = [i for i, one in zip(image_ids, maps) if not np.isfinite(one).all()
+             or (metric and one.min() < 0)]
+    if wrong:
+        raise ValueError(f"{who}: the depth of image{'s'[:len(wrong) > 1]} "
+                         f"{', '.join(map(str, wrong[:5]))} has {'negative, ' * metric}NaN or "
+                         "infinite values")
     constant = np.array([not metric and one.min() == one.max() for one in maps], np.uint8)
-    if constant.all() and len(maps) > 1: raise ValueError(f"{who}: the maps of images {image_ids[0]} to {image_ids[-1]} are all constant. Are these trained weights?")
+    if constant.all() and len(maps) > 1:
+        raise ValueError(f"{who}: the maps of images {image_ids[0]} to {image_ids[-1]} are all "
+                         "constant. Are these trained weights?")
     pieces = []
     for one, empty in zip(maps, constant):
         exponent = int(np.frexp(abs(one).max())[1])  # the largest value lies below 2 ** exponent
-        scaled = one.clip(None, 65504) if metric else np.ldexp(one, np.clip(exponent, 0, 15) - exponent)
+        scaled = one.clip(None, 65504) if metric else np.ldexp(one,
+            np.clip(exponent, 0, 15) - exponent)
         pieces.append((scaled * (not empty)).astype(np.float16).ravel())
     return pieces, dict(shape=np.array([one.shape for one in maps], np.int32), constant=constant)
 
 # %% ../../nbs/depth/04_estimators.ipynb #target-shape
 def _target(pictures, shape, size):
-    "Shape of the map of a picture of `shape`, its long side scaled to `size`, rounded as the database rounds its pictures (spec 1.2)."
+    """Shape of the map of a picture of `shape`, its long side scaled to `size`, rounded as the
+    database rounds its pictures (spec 1.2)."""
     scale = size / (getattr(pictures, 'size', None) or max(shape)) if size else 1
     return tuple(max(int(scale * side), 1) for side in shape)
 
 def _fingerprint(network):
     "A number that tells trained weights apart: their CRC-32."
     number = 0
-    for weights in network.parameters(): number = zlib.crc32(weights.cpu().contiguous().numpy(), number)
+    for weights in network.parameters():
+        number = zlib.crc32(weights.cpu().contiguous().numpy(), number)
     return number
 
 # %% ../../nbs/depth/04_estimators.ipynb #estimate-depth
@@ -154,63 +190,87 @@ def estimate_depth(database,  # `Database` or `Originals`
                    batch=16,  # images that go through the network together, and that a kill can lose
                    device=None, metric=None,  # by default a GPU if there is one; as the model's configuration says
                    progress=True):
-    """Write `depth_<tag>.h5` in the database's folder, and return its path, or None while other shards may have work to do.
+    """Write `depth_<tag>.h5` in the database's folder, and return its path, or None while other
+    shards may have work to do.
 
-    Returns at once if the file is there; goes on where a killed run stopped. Raises what `Estimator`, `Parts` and `DepthFile` raise,
-    and `ValueError` naming the images that can't be read or whose map has NaN. Source: method spec 2.1."""
+    Returns at once if the file is there; goes on where a killed run stopped. Raises what
+    `Estimator`, `Parts` and `DepthFile` raise, and `ValueError` naming the images that can't be
+    read or whose map has NaN. Source: method spec 2.1."""
     path = depth_path(database.folder, model)
     if path.exists(): return DepthFile(path, database.image_ids).path
     estimator = Estimator(model, device, metric)
-    parts = Parts(path, 'depth', database.image_ids, batch, **_PACK, model=estimator.tag, weights=_fingerprint(estimator.network),
+    parts = Parts(path, 'depth', database.image_ids, batch, **_PACK, model=estimator.tag,
+                  weights=_fingerprint(estimator.network),
                   metric=int(estimator.metric), pixels=size)
     who = f'{model} (absent weights: {len(estimator.absent)}, {estimator.absent[0]}, ...)' if estimator.absent else str(model)
     def load(row):
         image = database.image(row)
         try: return estimator.prepare(image)
         except Exception as error:
-            raise ValueError(f"image {database.image_ids[row]} ({image.shape[1]} x {image.shape[0]} pixels) is not read by the processor of {model}: {error}") from error
+            raise ValueError(f"image {database.image_ids[row]} ({image.shape[1]} x "
+                             f"{image.shape[0]} pixels) is not read by the processor of {model}: "
+                             f"{error}") from error
     def make(rows, loaded):
         maps = estimator.maps(loaded, [_target(database, shape, size) for _, shape in loaded])
-        return _storable(maps, [int(database.image_ids[row]) for row in rows], estimator.metric, who)
+        return _storable(maps, [int(database.image_ids[row]) for row in rows], estimator.metric,
+                         who)
     run_parts(parts, load, make, shard, progress, f'depth ({estimator.tag})')
     return _finish(parts) if tuple(shard) == (0, 1) else None
 
 # %% ../../nbs/depth/04_estimators.ipynb #merge-depth
-def _finish(parts): return finish_parts(parts, metric=np.array([read_json(parts.folder/'parts.json')['metric']], np.int32))
+def _finish(parts):
+    return finish_parts(parts, metric=np.array([read_json(parts.folder/'parts.json')['metric']],
+                                               np.int32))
 
 def merge_depth(database, model=MODEL):
-    "Join the parts of all shards of `estimate_depth` to the depth file; its path. Raises `ValueError` that names what is missing, `FileNotFoundError` if nothing was started."
+    """Join the parts of all shards of `estimate_depth` to the depth file; its path.
+
+    Raises `ValueError` that names what is missing, `FileNotFoundError` if nothing was started."""
     path = depth_path(database.folder, model)
     if path.exists(): return DepthFile(path, database.image_ids).path
     return _finish(started_parts(path, 'depth', database.image_ids, **_PACK))
 
 # %% ../../nbs/depth/04_estimators.ipynb #originals
 class Originals:
-    "The photographs themselves, in the order of the listing in `folder`, from opened `sources` (see `stdg.datasets.images.open_sources`): to be given to `estimate_depth` in place of a database."
+    """The photographs themselves, in the order of the listing in `folder`, from opened `sources`
+    (see `stdg.datasets.images.open_sources`): to be given to `estimate_depth` in place of a
+    database."""
     def __init__(self, folder, sources):
         self.folder, self.listing, self.sources = Path(folder), read_listing(folder), sources
         self.image_ids = self.listing.image_ids
 
     def image(self, row):
-        "Photograph (H, W, 3) uint8 RGB, upright. Raises `ValueError` that names one which is no longer what it was."
+        """Photograph (H, W, 3) uint8 RGB, upright.
+
+        Raises `ValueError` that names one which is no longer what it was."""
         return np.array(self.listing.picture(self.sources, row))
 
 # %% ../../nbs/depth/04_estimators.ipynb #import-pfm
 def import_pfm(database, folder, tag=None, metric=False, shard=(0, 1), progress=True):
-    """Join the maps of a folder of PFM files to `depth_<tag>.h5` beside the database, in their own shapes; `tag` is by default the estimator in the file names, or the folder's name.
+    """Join the maps of a folder of PFM files to `depth_<tag>.h5` beside the database, in their own
+    shapes; `tag` is by default the estimator in the file names, or the folder's name.
 
-    Shards, merging (`merge_depth(database, tag)`) and return value as in `estimate_depth`. Raises `FileNotFoundError` if an image has no map."""
+    Shards, merging (`merge_depth(database, tag)`) and return value as in `estimate_depth`. Raises
+    `FileNotFoundError` if an image has no map."""
     files = PfmFolder(folder, tag)
     path = depth_path(database.folder, tag or files.tag or folder)
     if path.exists(): return DepthFile(path, database.image_ids).path
     for image_id in database.image_ids.tolist(): files.path(image_id)
-    parts = Parts(path, 'depth', database.image_ids, 64, **_PACK, pfm=model_tag(folder), metric=int(metric))
-    make = lambda rows, maps: _storable(maps, [int(database.image_ids[row]) for row in rows], metric, str(folder))
-    run_parts(parts, lambda row: files[int(database.image_ids[row])], make, shard, progress, 'reading PFM')
+    parts = Parts(path, 'depth', database.image_ids, 64, **_PACK, pfm=model_tag(folder),
+                  metric=int(metric))
+    make = lambda rows, maps: _storable(maps, [int(database.image_ids[row]) for row in rows],
+                                        metric, str(folder))
+    run_parts(parts, lambda row: files[int(database.image_ids[row])], make, shard, progress,
+              'reading PFM')
     return _finish(parts) if tuple(shard) == (0, 1) else None
 
 def export_pfm(path, folder, progress=True):
-    "Write every map of the depth file `path` as `<image_id>-<tag>.pfm` into `folder`, where the released code looks for them. Source: method spec 2.1."
+    """Write every map of the depth file `path` as `<image_id>-<tag>.pfm` into `folder`, where the
+    released code looks for them.
+
+    Source: method spec 2.1."""
     maps = DepthFile(path)
-    for row, image_id in enumerate(tqdm(maps.image_ids, 'writing PFM', unit=' images', disable=not progress)):
-        depth.write_pfm(Path(folder)/f"{image_id}-{maps.path.stem.removeprefix('depth_')}.pfm", maps[row])
+    for row, image_id in enumerate(tqdm(maps.image_ids, 'writing PFM', unit=' images',
+                                        disable=not progress)):
+        depth.write_pfm(Path(folder)/f"{image_id}-{maps.path.stem.removeprefix('depth_')}.pfm",
+                        maps[row])

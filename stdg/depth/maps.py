@@ -24,9 +24,11 @@ def camera_matrix(focal,  # focal length, pixels
 
 # %% ../../nbs/depth/01_maps.ipynb #stereo-motorcycle
 def stereo_motorcycle():
-    """A real photograph with measured depth: image (500, 741, 3) uint8 RGB, depth (500, 741) float32 metres with 0 missing, camera (3, 3).
+    """A real photograph with measured depth: image (500, 741, 3) uint8 RGB, depth (500, 741)
+    float32 metres with 0 missing, camera (3, 3).
 
-    Source: Middlebury 2014 stereo benchmark by way of `skimage.data.stereo_motorcycle`, whose docstring holds the calibration."""
+    Source: Middlebury 2014 stereo benchmark by way of `skimage.data.stereo_motorcycle`, whose
+    docstring holds the calibration."""
     from skimage import data
     image, _, disparity = data.stereo_motorcycle()
     depth = .193001*994.978 / (disparity.astype(np.float32) + 31.086)
@@ -37,13 +39,16 @@ def stereo_motorcycle():
 def read_pfm(path):
     """The grey PFM picture in `path`, (H, W) float32, top row first.
 
-    Raises `FileNotFoundError`, or `ValueError` that names the file, for anything but one whole grey PFM. Source: method spec 2.1."""
+    Raises `FileNotFoundError`, or `ValueError` that names the file, for anything but one whole grey
+    PFM. Source: method spec 2.1."""
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing. Run the depth estimator on its image first")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. Run the depth estimator on its image first")
     with open(path, 'rb') as file:
         kind, size, scale = (file.readline(64).split() for _ in range(3))
         data = file.read()
-    if kind == [b'PF']: raise ValueError(f"{path} is a colour PFM; a map of depth has one channel (Pf)")
+    if kind == [b'PF']:
+        raise ValueError(f"{path} is a colour PFM; a map of depth has one channel (Pf)")
     if kind != [b'Pf']: raise ValueError(f"{path} is not a PFM file: its first line isn't Pf")
     try:
         width, height = map(int, size)
@@ -52,17 +57,21 @@ def read_pfm(path):
     except ValueError: raise ValueError(f"{path} has a broken PFM header; write it anew") from None
     if len(data) != 4*width*height:
         problem = 'is truncated' if len(data) < 4*width*height else 'is too long'
-        raise ValueError(f"{path} {problem}: {width} x {height} pixels need {4*width*height} bytes, it holds {len(data)}. Write it anew")
+        raise ValueError(f"{path} {problem}: {width} x {height} pixels need {4*width*height} "
+                         f"bytes, it holds {len(data)}. Write it anew")
     rows = np.frombuffer(data, '<f4' if scale < 0 else '>f4').reshape(height, width)
     return np.ascontiguousarray(rows[::-1], np.float32)
 
 # %% ../../nbs/depth/01_maps.ipynb #write-pfm
 def write_pfm(path,
               array):  # (H, W), stored as float32
-    "Write a grey picture as little-endian PFM, atomically. Raises `ValueError` for another shape. Source: method spec 2.1."
+    """Write a grey picture as little-endian PFM, atomically.
+
+    Raises `ValueError` for another shape. Source: method spec 2.1."""
     array = np.asarray(array, '<f4')
     if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"{path}: a PFM map has shape (height, width), this array has {array.shape}")
+        raise ValueError(f"{path}: a PFM map has shape (height, width), this array has "
+                         f"{array.shape}")
     height, width = array.shape
     with atomic_path(path) as partial:
         partial.write_bytes(f'Pf\n{width} {height}\n-1.0\n'.encode() + array[::-1].tobytes())
@@ -72,17 +81,24 @@ def inverse_depth_from(depth,      # (H, W) metres, 0 where missing
                        noise=.05,  # standard deviation of the smooth error, as a share of the map's range
                        blur=1.,    # standard deviation of the blur of edges, pixels
                        rng=None):  # `numpy.random.Generator` or seed
-    """Relative inverse depth (H, W) float32 as a monocular estimator would give it: larger is nearer, positive, nothing missing.
+    """Relative inverse depth (H, W) float32 as a monocular estimator would give it: larger is
+    nearer, positive, nothing missing.
 
-    Scale and shift are drawn anew at each call. Raises `ValueError` for depth that is negative, not finite or missing everywhere."""
+    Scale and shift are drawn anew at each call. Raises `ValueError` for depth that is negative, not
+    finite or missing everywhere."""
     depth = np.array(depth, np.float32)
-    if depth.ndim != 2: raise ValueError(f"depth: shape (height, width) is needed, this is {depth.shape}")
-    if not (np.isfinite(depth).all() and (depth >= 0).all()): raise ValueError("depth: metres, or 0 where missing, are needed; NaN, infinite or negative values are here")
+    if depth.ndim != 2:
+        raise ValueError(f"depth: shape (height, width) is needed, this is {depth.shape}")
+    if not (np.isfinite(depth).all() and (depth >= 0).all()):
+        raise ValueError("depth: metres, or 0 where missing, are needed; NaN, infinite or negative "
+                         "values are here")
     if not depth.any(): raise ValueError("depth: every pixel is missing")
-    if noise < 0 or blur < 0: raise ValueError(f"noise and blur are at least 0, these are {noise} and {blur}")
+    if noise < 0 or blur < 0:
+        raise ValueError(f"noise and blur are at least 0, these are {noise} and {blur}")
     rng = np.random.default_rng(rng)
     if (depth == 0).any():
-        nearest = ndimage.distance_transform_edt(depth == 0, return_distances=False, return_indices=True)
+        nearest = ndimage.distance_transform_edt(depth == 0, return_distances=False,
+                                                 return_indices=True)
         depth = depth[tuple(nearest)]
     inverse = ndimage.gaussian_filter(1/depth, blur) if blur else 1/depth
     bumps = torch.from_numpy(rng.standard_normal((1, 1, 9, 9), np.float32))
@@ -96,22 +112,34 @@ def inverse_depth_from(depth,      # (H, W) metres, 0 where missing
 def pseudo_depth(inverse_depth,    # (H, W) relative inverse depth, larger is nearer; an exact 0 is missing
                  size=512,         # side of the square canvas, pixels
                  released=False):  # the camera of the released code: centre swapped and in pixels of the original picture
-    """Depth (size, size) float32 metres in 1..10, 0 missing, and its camera (3, 3) float64; of the input's kind, numpy or torch.
+    """Depth (size, size) float32 metres in 1..10, 0 missing, and its camera (3, 3) float64; of the
+    input's kind, numpy or torch.
 
-    Raises `ValueError` for another shape, NaN or infinite values, and for a constant map, which has no depth in it. Source: method spec 2.2."""
+    Raises `ValueError` for another shape, NaN or infinite values, and for a constant map, which has
+    no depth in it. Source: method spec 2.2."""
     as_torch = isinstance(inverse_depth, torch.Tensor)
-    q = inverse_depth.detach().float() if as_torch else torch.from_numpy(np.array(inverse_depth, np.float32))
-    if q.ndim != 2 or q.numel() == 0: raise ValueError(f"inverse depth: shape (height, width) is needed, this is {tuple(q.shape)}")
+    q = inverse_depth.detach().float() if as_torch else torch.from_numpy(np.array(inverse_depth,
+        np.float32))
+    if q.ndim != 2 or q.numel() == 0:
+        raise ValueError(
+            f"inverse depth: shape (height, width) is needed, this is {tuple(q.shape)}")
     if size < 1: raise ValueError(f"size: a positive number of pixels is needed, this is {size}")
     near, far = q.max(), q.min()
-    if not bool(torch.isfinite(near - far)): raise ValueError("inverse depth: NaN or infinite values are here; the estimator has failed on this picture")
-    if near == far: raise ValueError(f"inverse depth: the map is constant ({near.item():g}), there is no depth in it")
+    if not bool(torch.isfinite(near - far)):
+        raise ValueError("inverse depth: NaN or infinite values are here; the estimator has failed "
+                         "on this picture")
+    if near == far:
+        raise ValueError(f"inverse depth: the map is constant ({near.item():g}), there is no depth "
+                         "in it")
     depth = (1 / ((q - far)/(near - far) + 1e-8)).clamp(0, 10)
     depth = torch.where(q == 0, 0., depth)
     height, width = q.shape
     scale = size / max(height, width)
     inner = max(int(scale*height), 1), max(int(scale*width), 1)
     canvas = depth.new_zeros(size, size)
-    canvas[:inner[0], :inner[1]] = F.interpolate(depth[None, None], inner, mode='bilinear', align_corners=False)[0, 0]
-    camera = camera_matrix(500, height/2, width/2) if released else camera_matrix(500*size/512, scale*width/2, scale*height/2)
-    return (canvas, torch.from_numpy(camera).to(canvas.device)) if as_torch else (canvas.numpy(), camera)
+    canvas[:inner[0], :inner[1]] = F.interpolate(depth[None, None], inner, mode='bilinear',
+                                                 align_corners=False)[0, 0]
+    camera = camera_matrix(500, height/2, width/2) if released else camera_matrix(500*size/512,
+        scale*width/2, scale*height/2)
+    return (canvas, torch.from_numpy(camera).to(canvas.device)) if as_torch else (canvas.numpy(),
+        camera)

@@ -16,81 +16,112 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from . import maps as depth
 from .. import hha
+from ..datasets.images import scaled_size
+from . import maps as depth
 from .depth_file import DepthFile, PfmFolder, depth_path, finish_parts
+from .hha_file import SOURCES, HHAFile, hha_path, read_png
 from ..io.files import open_h5
 from ..io.packed import Parts, run_parts, started_parts
-from ..datasets.images import scaled_size
-from .hha_file import HHAFile, SOURCES, hha_path
-from .hha_file import read_png
 
 # %% ../../nbs/depth/06_precompute.ipynb #hha-of
 def hha_of(distance, camera, source='metric', image_id=0, **simulation):
-    "HHA (H, W, 3) uint8 of one depth map in metres; `relative` sees it through a simulated monocular estimator, seeded by `image_id`; `simulation` goes to `stdg.depth.inverse_depth_from`."
-    if source not in SOURCES: raise ValueError(f"depth source {source!r} is unknown; there are {SOURCES}")
+    """HHA (H, W, 3) uint8 of one depth map in metres; `relative` sees it through a simulated
+    monocular estimator, seeded by `image_id`; `simulation` goes to
+    `stdg.depth.inverse_depth_from`."""
+    if source not in SOURCES:
+        raise ValueError(f"depth source {source!r} is unknown; there are {SOURCES}")
     if source == 'metric': return hha.encode(distance, camera)
-    return hha_of_estimate(depth.inverse_depth_from(distance, rng=np.random.default_rng(int(image_id)), **simulation), distance.shape)
+    return hha_of_estimate(depth.inverse_depth_from(distance,
+                                                    rng=np.random.default_rng(int(image_id)),
+                                                    **simulation), distance.shape)
 
 # %% ../../nbs/depth/06_precompute.ipynb #fits
 def _scale(estimate, shape):
-    "The scale from the map (H, W) to its picture's `shape` (h, w). Raises `ValueError` if they don't show the same."
+    """The scale from the map (H, W) to its picture's `shape` (h, w).
+
+    Raises `ValueError` if they don't show the same."""
     k = max(shape) / max(estimate.shape)
     if any(abs(k * a - b) > 1 + k for a, b in zip(estimate.shape, shape)):
-        raise ValueError(f"the map has {estimate.shape[1]} x {estimate.shape[0]} pixels, its picture {shape[1]} x {shape[0]}: they don't show the same. Is one of them turned?")
+        raise ValueError(f"the map has {estimate.shape[1]} x {estimate.shape[0]} pixels, its "
+                         f"picture {shape[1]} x {shape[0]}: they don't show the same. Is one of "
+                         "them turned?")
     return k
 
 def _pseudo(inverse, size):
     "Pseudo depth (size, size) of a relative map, zeros (missing) for a constant one."
-    return np.zeros((size, size), np.float32) if inverse.min() == inverse.max() else depth.pseudo_depth(inverse, size)[0]
+    return np.zeros((size, size),
+                    np.float32) if inverse.min() == inverse.max() else depth.pseudo_depth(inverse,
+        size)[0]
 
 # %% ../../nbs/depth/06_precompute.ipynb #hha-of-estimate
 def hha_of_estimate(estimate,  # (H, W) relative inverse depth, or metres
                     shape,  # (h, w) of the picture
                     metric=False, camera=None):  # whether it is metres; camera (3, 3) in the picture's pixels instead of the made-up one
-    """HHA (h, w, 3) uint8 of an estimated depth map. Without a camera, the focal length is 500 px on a long side of 512.
+    """HHA (h, w, 3) uint8 of an estimated depth map.
 
-    Raises `ValueError` for another aspect than the picture's, and what `stdg.hha.encode` raises. Source: method spec 2.2."""
+    Without a camera, the focal length is 500 px on a long side of 512.
+
+    Raises `ValueError` for another aspect than the picture's, and what `stdg.hha.encode` raises.
+    Source: method spec 2.2."""
     (h, w), k = shape, _scale(estimate, shape)
     if camera is None: camera = depth.camera_matrix(500 * max(shape) / 512, w / 2, h / 2)
     if metric:
-        inside = F.interpolate(torch.from_numpy(np.ascontiguousarray(estimate))[None, None], (h, w), mode='nearest-exact')[0, 0].numpy()  # a mean of near and far is neither
+        # a mean of near and far is neither
+        inside = F.interpolate(torch.from_numpy(np.ascontiguousarray(estimate))[None, None], (h, w),
+                               mode='nearest-exact')[0, 0].numpy()
     else:
         pseudo = _pseudo(np.where(estimate == 0, np.finfo(np.float32).tiny, estimate), max(shape))
-        inside = pseudo[:max(int(k * estimate.shape[0]), 1), :max(int(k * estimate.shape[1]), 1)][:h, :w]
+        inside = pseudo[:max(int(k * estimate.shape[0]), 1),
+                        :max(int(k * estimate.shape[1]), 1)][:h, :w]
         inside = np.pad(inside, [(0, h - inside.shape[0]), (0, w - inside.shape[1])], 'edge')
     return hha.encode(inside, camera)
 
 # %% ../../nbs/depth/06_precompute.ipynb #hha-released
 def hha_released(estimate, shape, size,
                  original):  # (height, width) of the photograph before it was scaled to `size`
-    "HHA (h, w, 3) uint8 of a relative map as the released code computes it: on a canvas of `size`, then cut to the picture's `shape`. Source: method spec 2.2."
+    """HHA (h, w, 3) uint8 of a relative map as the released code computes it: on a canvas of
+    `size`, then cut to the picture's `shape`.
+
+    Source: method spec 2.2."""
     _scale(estimate, shape)
-    return hha.encode(_pseudo(estimate, size), depth.camera_matrix(500, original[0] / 2, original[1] / 2))[:shape[0], :shape[1]]
+    return hha.encode(_pseudo(estimate, size),
+                      depth.camera_matrix(500, original[0] / 2, original[1] / 2))[:shape[0],
+        :shape[1]]
 
 # %% ../../nbs/depth/06_precompute.ipynb #hha-of-file
 def hha_of_file(folder, image_id, size):
-    "HHA (H, W, 3) uint8 of the relative inverse depth of one image in `folder`, its long side scaled to `size`. Raises `FileNotFoundError` if there is none."
+    """HHA (H, W, 3) uint8 of the relative inverse depth of one image in `folder`, its long side
+    scaled to `size`.
+
+    Raises `FileNotFoundError` if there is none."""
     inverse = PfmFolder(folder)[int(image_id)]
     return hha_of_estimate(inverse, tuple(int(side) for side in scaled_size(*inverse.shape, size)))
 
 def hha_of_png(folder, image_id, size, shape):
-    "The finished HHA (h, w, 3) of one image from a folder of the released code. Raises `FileNotFoundError` or `ValueError` naming the file. Source: method spec 1.4, 2.4."
+    """The finished HHA (h, w, 3) of one image from a folder of the released code.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file. Source: method spec 1.4, 2.4."""
     path = Path(folder)/f'{image_id}.png'
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing. Each image needs its HHA picture")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. Each image needs its HHA picture")
     picture = read_png(path, path, 'Make it anew.')[..., ::-1]
-    if picture.shape[:2] != (size, size): raise ValueError(f"{path} has {picture.shape[1]} x {picture.shape[0]} pixels, the canvas of the database {size} x {size}")
+    if picture.shape[:2] != (size, size):
+        raise ValueError(f"{path} has {picture.shape[1]} x {picture.shape[0]} pixels, the canvas "
+                         f"of the database {size} x {size}")
     return picture[:shape[0], :shape[1]]
 
 # %% ../../nbs/depth/06_precompute.ipynb #maker
 def _originals(database):
     "Height and width (N, 2) of the photographs before they were scaled."
     path = database.folder/f'imdb_{database.size}.h5'
-    with open_h5(path, dict(original_heights=1, original_widths=1), 'The released camera needs them.') as file:
+    with open_h5(path, dict(original_heights=1, original_widths=1), 'The released camera needs '
+                 'them.') as file:
         return np.stack([file['original_heights'][:], file['original_widths'][:]], 1)
 
 def _camera_of(camera, file, row, shape):
-    "The camera of one picture of `shape`: as given, (3, 3) or (N, 3, 3), or that of the depth file, or None."
+    """The camera of one picture of `shape`: as given, (3, 3) or (N, 3, 3), or that of the depth
+    file, or None."""
     if camera is not None: return camera if np.ndim(camera) == 2 else camera[row]
     if file is None or file.cameras is None: return None
     return file.cameras[row] * (np.array([*shape[::-1], 1]) / [*file.shapes[row][::-1], 1])[:, None]
@@ -106,19 +137,28 @@ def _estimates(database, source):
         for image_id in database.image_ids.tolist(): maps.path(image_id)
         return lambda row: maps[int(database.image_ids[row])], None
     there = sorted(p.stem[6:] for p in database.folder.glob('depth_*.h5'))
-    raise ValueError(f"depth source {str(source)!r} is unknown; there are {', '.join(SOURCES)}, the depth files {there} of {database.folder}, and folders of .pfm or .png files")
+    raise ValueError(f"depth source {str(source)!r} is unknown; there are {', '.join(SOURCES)}, "
+                     f"the depth files {there} of {database.folder}, and folders of .pfm or .png "
+                     "files")
 
 # %% ../../nbs/depth/06_precompute.ipynb #maker-itself
 def _maker(database, source, released, camera, simulation):
     "The function from a row to its HHA (h, w, 3)."
     shape = lambda row: tuple(int(side) for side in database.graph(row).size)
     if source in SOURCES:
-        if released or camera is not None: raise ValueError(f"{source}: the database has its own cameras; released=True and camera= are for estimated maps")
-        return lambda row: hha_of(database.depth(row), database.camera(row), source, database.image_ids[row], **simulation)
-    if Path(source).is_dir() and any(Path(source).glob('*.png')): return lambda row: hha_of_png(source, database.image_ids[row], database.size, shape(row))
+        if released or camera is not None:
+            raise ValueError(f"{source}: the database has its own cameras; released=True and "
+                             "camera= are for estimated maps")
+        return lambda row: hha_of(database.depth(row), database.camera(row), source,
+                                  database.image_ids[row], **simulation)
+    if Path(source).is_dir() and any(Path(source).glob('*.png')):
+        return lambda row: hha_of_png(source, database.image_ids[row], database.size, shape(row))
     maps, file = _estimates(database, source)
-    if not released: return lambda row: hha_of_estimate(maps(row), shape(row), file is not None and file.metric, _camera_of(camera, file, row, shape(row)))
-    if file is not None and file.metric: raise ValueError(f"{file.path} holds metres; released=True is for relative maps")
+    if not released:
+        return lambda row: hha_of_estimate(maps(row), shape(row), file is not None and file.metric,
+                                           _camera_of(camera, file, row, shape(row)))
+    if file is not None and file.metric:
+        raise ValueError(f"{file.path} holds metres; released=True is for relative maps")
     originals = _originals(database)
     return lambda row: hha_released(maps(row), shape(row), database.size, originals[row])
 
@@ -131,7 +171,9 @@ def _png(picture):
 
 # %% ../../nbs/depth/06_precompute.ipynb #merge-hha
 def merge_hha(database, source='metric', released=False):
-    "Join the parts of all shards of `prepare_hha`; the path. Raises `ValueError` that names what is missing, `FileNotFoundError` if nothing was started."
+    """Join the parts of all shards of `prepare_hha`; the path.
+
+    Raises `ValueError` that names what is missing, `FileNotFoundError` if nothing was started."""
     path = hha_path(database, source, released)
     if path.exists(): return HHAFile(path, database.image_ids).path
     return finish_parts(started_parts(path, 'png', database.image_ids))
@@ -139,7 +181,8 @@ def merge_hha(database, source='metric', released=False):
 # %% ../../nbs/depth/06_precompute.ipynb #a-core-a-picture
 @contextmanager
 def _a_core_a_picture():
-    "Within it torch computes with one thread; gives how many it had, to make as many pictures at once."
+    """Within it torch computes with one thread; gives how many it had, to make as many pictures at
+    once."""
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
     try: yield cores
@@ -153,18 +196,25 @@ def prepare_hha(database,
                 released=False,  # camera, holes and canvas of the released code
                 camera=None,  # (3, 3) or (N, 3, 3), for estimated maps, in pixels of the database's pictures
                 **simulation):  # of `relative`: noise, blur
-    """Write the HHA of every image beside the database, once; returns the path, or None while other shards may have work to do.
+    """Write the HHA of every image beside the database, once; returns the path, or None while other
+    shards may have work to do.
 
-    Returns at once if the file is there; goes on where a killed run stopped. Raises `FileNotFoundError` or `ValueError` naming file, folder or image."""
+    Returns at once if the file is there; goes on where a killed run stopped. Raises
+    `FileNotFoundError` or `ValueError` naming file, folder or image."""
     path = hha_path(database, source, released)
     if path.exists(): return HHAFile(path, database.image_ids).path
     make_one = _maker(database, source, released, camera, simulation)
     number = 0 if camera is None else zlib.crc32(np.ascontiguousarray(camera, np.float64).tobytes())
-    parts = Parts(path, 'png', database.image_ids, 32, source=path.stem.split('_', 2)[2], camera=number, **simulation)
+    parts = Parts(path, 'png', database.image_ids, 32, source=path.stem.split('_', 2)[2],
+                  camera=number, **simulation)
     def load(row):
         try: picture = make_one(row)
-        except ValueError as error: raise ValueError(f"HHA of image {database.image_ids[row]} from {source}: {error}") from None
+        except ValueError as error:
+            raise ValueError(
+                f"HHA of image {database.image_ids[row]} from {source}: {error}") from None
         return _png(picture), not np.ptp(picture, (0, 1)).any()
-    make = lambda rows, made: ([data for data, _ in made], dict(constant=np.array([empty for _, empty in made], np.uint8)))
-    with _a_core_a_picture() as cores: run_parts(parts, load, make, shard, progress, f'HHA ({path.stem.split("_", 2)[2]})', cores)
+    make = lambda rows, made: ([data for data, _ in made],
+                               dict(constant=np.array([empty for _, empty in made], np.uint8)))
+    with _a_core_a_picture() as cores:
+        run_parts(parts, load, make, shard, progress, f'HHA ({path.stem.split("_", 2)[2]})', cores)
     return finish_parts(parts) if tuple(shard) == (0, 1) else None

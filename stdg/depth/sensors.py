@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .maps import camera_matrix, read_pfm
-from .depth_file import DepthFile, depth_path, finish_parts
-from ..io.packed import Parts, run_parts
 from ..datasets.images import scaled_size
+from .depth_file import DepthFile, depth_path, finish_parts
+from .maps import camera_matrix, read_pfm
+from ..io.packed import Parts, run_parts
 
 # %% ../../nbs/depth/05_sensors.ipynb #read-depth
 MAX_MAP_PIXELS = 2 ** 26
@@ -25,35 +25,50 @@ FAR = 1000.  # metres: farther than any camera of depth sees
 def _read_png(path):
     "A 16-bit grey PNG as uint16."
     with Image.open(path, formats=('PNG',)) as picture:
-        if not picture.mode.startswith('I'): raise ValueError(f"a depth map has one channel of 16 bits, this is {picture.mode}")
+        if not picture.mode.startswith('I'):
+            raise ValueError(f"a depth map has one channel of 16 bits, this is {picture.mode}")
         _check_pixels(picture.size)
         return np.array(picture)
 
 def _read_npy(path):
     "A floating-point .npy."
     array = np.load(path, mmap_mode='r', allow_pickle=False)
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != 'f': raise ValueError('a floating-point array (height, width) of metres is needed')
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != 'f':
+        raise ValueError('a floating-point array (height, width) of metres is needed')
     _check_pixels(array.shape)
     return array
 
 def _check_pixels(shape):
-    if not 0 < shape[0] * shape[1] <= MAX_MAP_PIXELS: raise ValueError(f"it has {shape[0]} x {shape[1]} pixels, at most {MAX_MAP_PIXELS:,} are read")
+    if not 0 < shape[0] * shape[1] <= MAX_MAP_PIXELS:
+        raise ValueError(f"it has {shape[0]} x {shape[1]} pixels, at most {MAX_MAP_PIXELS:,} are "
+                         "read")
 
 # %% ../../nbs/depth/05_sensors.ipynb #read-depth-itself
 _READERS = {'.png': _read_png, '.npy': _read_npy, '.pfm': read_pfm}
 
 def read_depth(path, unit=.001):
-    """The depth map in a .png (`unit` metres a step), .npy or .pfm (metres), (H, W) float32 metres, 0 missing.
+    """The depth map in a .png (`unit` metres a step), .npy or .pfm (metres), (H, W) float32 metres,
+    0 missing.
 
-    Raises `FileNotFoundError` or `ValueError` naming the file, also for a map that is negative, empty, or farther than a kilometre."""
+    Raises `FileNotFoundError` or `ValueError` naming the file, also for a map that is negative,
+    empty, or farther than a kilometre."""
     path = Path(path)
-    if path.suffix.lower() not in _READERS: raise ValueError(f"{path}: depth maps are read from {', '.join(_READERS)}")
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing. Is the name of the depth map right?")
-    try: found = np.asarray(_READERS[path.suffix.lower()](path), np.float32) * (unit if path.suffix.lower() == '.png' else 1)
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error: raise ValueError(f"{path} can't be read as a depth map: {error}") from None
+    if path.suffix.lower() not in _READERS:
+        raise ValueError(f"{path}: depth maps are read from {', '.join(_READERS)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. Is the name of the depth map right?")
+    try:
+        found = np.asarray(_READERS[path.suffix.lower()](path),
+                           np.float32) * (unit if path.suffix.lower() == '.png' else 1)
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} can't be read as a depth map: {error}") from None
     found = np.where(np.isfinite(found), found, 0).astype(np.float32)
-    if found.min() < 0: raise ValueError(f"{path}: a depth is negative ({found.min():g}); metres, or 0 where missing, are needed")
-    if found.max() > FAR: raise ValueError(f"{path}: a depth of {found.max():g} m. Is the unit right? .npy and .pfm hold metres, .png steps of {unit:g} m")
+    if found.min() < 0:
+        raise ValueError(f"{path}: a depth is negative ({found.min():g}); metres, or 0 where "
+                         "missing, are needed")
+    if found.max() > FAR:
+        raise ValueError(f"{path}: a depth of {found.max():g} m. Is the unit right? .npy and .pfm "
+                         f"hold metres, .png steps of {unit:g} m")
     if not found.any(): raise ValueError(f"{path}: every pixel is missing. Leave its picture out")
     return found
 
@@ -62,27 +77,44 @@ def fitted(found,  # (H, W) metres
            picture,  # (height, width) of the picture whose depth it is
            size,  # long side of the result, pixels
            camera=None):  # [fx, fy, cx, cy] in pixels of the picture
-    "The map at the picture's shape scaled to `size` (rounded as in spec 1.2), (h, w) float32, and its camera (3, 3). Raises `ValueError` if map and picture differ in aspect by more than 2 %."
+    """The map at the picture's shape scaled to `size` (rounded as in spec 1.2), (h, w) float32, and
+    its camera (3, 3).
+
+    Raises `ValueError` if map and picture differ in aspect by more than 2 %."""
     height, width = picture
-    if abs(found.shape[0] * width / (found.shape[1] * height) - 1) > .02: raise ValueError(f"the depth map has {found.shape[1]} x {found.shape[0]} pixels, its picture {width} x {height}: they don't show the same view. Is one of them turned?")
+    if abs(found.shape[0] * width / (found.shape[1] * height) - 1) > .02:
+        raise ValueError(f"the depth map has {found.shape[1]} x {found.shape[0]} pixels, its "
+                         f"picture {width} x {height}: they don't show the same view. Is one of "
+                         "them turned?")
     h, w = (int(side) for side in scaled_size(height, width, size))
-    out = F.interpolate(torch.from_numpy(found)[None, None], (h, w), mode='nearest-exact')[0, 0].numpy()
+    out = F.interpolate(torch.from_numpy(found)[None, None], (h, w), mode='nearest-exact')[0,
+        0].numpy()
     if camera is None: return out, camera_matrix(500 * size / 512, w / 2, h / 2)
     fx, fy, cx, cy = camera
-    return out, np.array([[fx * w / width, 0, cx * w / width], [0, fy * h / height, cy * h / height], [0, 0, 1]])
+    return out, np.array([[fx * w / width, 0, cx * w / width],
+                          [0, fy * h / height, cy * h / height], [0, 0, 1]])
 
 # %% ../../nbs/depth/05_sensors.ipynb #write-depth
 TAG = 'own'
 
 def _depth_files(listing, root, files):
-    "Path of the map of each picture of `listing`. Raises `FileNotFoundError` or `ValueError` for one that has none, or whose name leads out of `root`."
+    """Path of the map of each picture of `listing`.
+
+    Raises `FileNotFoundError` or `ValueError` for one that has none, or whose name leads out of
+    `root`."""
     ids = listing.image_ids.tolist()
     lack = [i for i in ids if i not in files]
-    if lack: raise FileNotFoundError(f"{len(lack)} of {len(ids)} pictures have no depth map, image {lack[0]} is the first. Name one in its record ('depth'), leave the picture out, or estimate the depth of all")
+    if lack:
+        raise FileNotFoundError(f"{len(lack)} of {len(ids)} pictures have no depth map, image "
+                                f"{lack[0]} is the first. Name one in its record ('depth'), leave "
+                                "the picture out, or estimate the depth of all")
     for i in ids:
-        if PurePosixPath(files[i]).is_absolute() or '..' in PurePosixPath(files[i]).parts: raise ValueError(f"image {i}: the depth map {files[i]!r} does not lie in {root}")
+        if PurePosixPath(files[i]).is_absolute() or '..' in PurePosixPath(files[i]).parts:
+            raise ValueError(f"image {i}: the depth map {files[i]!r} does not lie in {root}")
     paths = [Path(root)/files[i] for i in ids]
-    if gone := [path for path in paths if not path.is_file()]: raise FileNotFoundError(f"{len(gone)} of {len(ids)} depth maps are missing, {gone[0]} is the first")
+    if gone := [path for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"{len(gone)} of {len(ids)} depth maps are missing, {gone[0]} is "
+                                "the first")
     return paths
 
 # %% ../../nbs/depth/05_sensors.ipynb #write-depth-itself
@@ -95,16 +127,24 @@ def write_depth(folder,  # of the database
                 unit=.001,  # metres a step of a .png
                 shard=(0, 1),  # (i, n): worker i of n
                 progress=True):
-    "Write `depth_own.h5`; its path, or None while other shards may have work to do. Raises what `read_depth` and `fitted` raise, and `FileNotFoundError` if a picture has no map."
+    """Write `depth_own.h5`; its path, or None while other shards may have work to do.
+
+    Raises what `read_depth` and `fitted` raise, and `FileNotFoundError` if a picture has no map."""
     path, cameras = depth_path(folder, TAG), cameras or {}
     if path.exists(): return DepthFile(path, listing.image_ids).path
     paths = _depth_files(listing, root, files)
-    parts = Parts(path, 'depth', listing.image_ids, 32, np.float16, compress=True, model=TAG, metric=1, pixels=size, unit=unit)
+    parts = Parts(path, 'depth', listing.image_ids, 32, np.float16, compress=True, model=TAG,
+                  metric=1, pixels=size, unit=unit)
     def load(row):
         found = read_depth(paths[row], unit)
-        try: return fitted(found, (int(listing.heights[row]), int(listing.widths[row])), size, cameras.get(int(listing.image_ids[row])))
+        try:
+            return fitted(found, (int(listing.heights[row]), int(listing.widths[row])), size,
+                          cameras.get(int(listing.image_ids[row])))
         except ValueError as error: raise ValueError(f"{paths[row]}: {error}") from None
     def make(rows, loaded):
-        return [one.astype(np.float16).ravel() for one, _ in loaded], dict(shape=np.array([one.shape for one, _ in loaded], np.int32), camera=np.stack([k for _, k in loaded]), constant=np.zeros(len(loaded), np.uint8))
+        return [one.astype(np.float16).ravel()
+                for one, _ in loaded], dict(shape=np.array([one.shape for one, _ in loaded],
+            np.int32), camera=np.stack([k for _, k in loaded]),
+                                            constant=np.zeros(len(loaded), np.uint8))
     run_parts(parts, load, make, shard, progress, 'reading depth')
     return finish_parts(parts, metric=np.array([1], np.int32)) if tuple(shard) == (0, 1) else None

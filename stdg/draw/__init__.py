@@ -8,13 +8,20 @@ __all__ = ['GraphPicture', 'HHA_CHANNELS', 'HIT', 'MISS', 'class_colour', 'depth
            'paper_figure', 'rendered', 'rgbd', 'save', 'show_image', 'side_by_side', 'titles']
 
 # %% ../../nbs/draw/00_about_draw.ipynb #face
-from .style import (
-    HIT, MISS, class_colour, for_print, new_figure, own_axes, rendered, save, show_image)
 from .boxes import draw_boxes, image_boxes, titles
-from .graphs import GraphPicture, graph, graph_picture
 from stdg.draw.figures import (
-    HHA_CHANNELS, depth_map, fields, hha_channels, loss_curves, offsets, paper_figure, rgbd,
-    side_by_side)
+    HHA_CHANNELS,
+    depth_map,
+    fields,
+    hha_channels,
+    loss_curves,
+    offsets,
+    paper_figure,
+    rgbd,
+    side_by_side,
+)
+from .graphs import GraphPicture, graph, graph_picture
+from .style import HIT, MISS, class_colour, for_print, new_figure, own_axes, rendered, save, show_image
 
 _all_ = ['GraphPicture', 'HHA_CHANNELS', 'HIT', 'MISS', 'class_colour', 'depth_map', 'draw_boxes',
          'fields', 'for_print', 'graph', 'graph_picture', 'hha_channels', 'image_boxes',

@@ -23,7 +23,8 @@ from ..io.text import one_line
 
 # %% ../../nbs/draw/02_boxes.ipynb #names
 def titles(graph, vocabulary, shown):
-    "A text for each object number in `shown`: its name, numbered among all of that name if the name is shown more than once."
+    """A text for each object number in `shown`: its name, numbered among all of that name if the
+    name is shown more than once."""
     names = [vocabulary.objects[label] for label in graph.labels.tolist()]
     often, seen, texts = Counter(names[i] for i in shown), Counter(), []
     for name in names:
@@ -32,7 +33,8 @@ def titles(graph, vocabulary, shown):
     return {i: texts[i] for i in shown}
 
 def likely_objects(graph, min_score, top):
-    "Numbers of the objects to show: all of a `SceneGraph`; of a `Prediction` the `top` with at least `min_score`, best first."
+    """Numbers of the objects to show: all of a `SceneGraph`; of a `Prediction` the `top` with at
+    least `min_score`, best first."""
     if isinstance(graph, SceneGraph): return list(range(len(graph)))
     order = graph.scores.argsort(descending=True, stable=True)
     return order[graph.scores[order] >= min_score][:top].tolist()
@@ -44,25 +46,30 @@ def overlap(a, b):
     return np.maximum(sides, 0).prod(2)
 
 def nearest_free(size, at, taken, frame, least=1e-6):
-    "Where, nearest to `at` (2,), the lower left corner of a rectangle of `size` (2,) can be, so that it lies in `frame` (4,) and clear of `taken` (N, 4); None if nowhere."
+    """Where, nearest to `at` (2,), the lower left corner of a rectangle of `size` (2,) can be, so
+    that it lies in `frame` (4,) and clear of `taken` (N, 4); None if nowhere."""
     edges, blocked = [], []
     for k in (0, 1):
         low, high = frame[k], frame[k + 2] - size[k]
         edge = np.concatenate([[at[k], low, high], taken[:, k] - size[k], taken[:, k + 2]])
         edge = edge[(edge >= low - least) & (edge <= high + least)]
         edges.append(edge)
-        blocked.append((edge[:, None] + size[k] > taken[:, k] + least) & (edge[:, None] < taken[:, k + 2] - least))
+        blocked.append((edge[:, None] + size[k] > taken[:, k] + least)
+                       & (edge[:, None] < taken[:, k + 2] - least))
     free = np.argwhere(blocked[0].astype(np.float32) @ blocked[1].astype(np.float32).T == 0)
     places = np.stack([edges[k][free[:, k]] for k in (0, 1)], 1)
     return places[np.square(places - at).sum(1).argmin()] if len(places) else None
 
 # %% ../../nbs/draw/02_boxes.ipynb #label-place
 def label_place(size, box, boxes, taken, frame):
-    "Rectangle (4,) of a label of `size` (2,) for `box` (4,), in `frame`, clear of `taken` (N, 4), that covers least of `boxes` (M, 4); None if there is no room."
+    """Rectangle (4,) of a label of `size` (2,) for `box` (4,), in `frame`, clear of `taken` (N, 4),
+    that covers least of `boxes` (M, 4); None if there is no room."""
     (w, h), (x1, y1, x2, y2) = size, box
-    corners = np.array([(x1, y2), (x2 - w, y2), (x1, y1 - h), (x2 - w, y1 - h), (x1, y2 - h), (x2 - w, y2 - h), (x1, y1), (x2 - w, y1)])
+    corners = np.array([(x1, y2), (x2 - w, y2), (x1, y1 - h), (x2 - w, y1 - h), (x1, y2 - h),
+                        (x2 - w, y2 - h), (x1, y1), (x2 - w, y1)])
     places = np.hstack([corners, corners + size])
-    free = (overlap(places, taken).sum(1) < 1e-6) & (places[:, :2] >= frame[:2] - 1e-6).all(1) & (places[:, 2:] <= frame[2:] + 1e-6).all(1)
+    free = (overlap(places, taken).sum(1) < 1e-6) & (places[:,
+        :2] >= frame[:2] - 1e-6).all(1) & (places[:, 2:] <= frame[2:] + 1e-6).all(1)
     hidden = (overlap(places, boxes) / np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(1), 1)).sum(1)
     if free.any(): return places[np.where(free, hidden, np.inf).argmin()]
     corner = nearest_free(size, corners[0], taken, frame)
@@ -70,7 +77,8 @@ def label_place(size, box, boxes, taken, frame):
 
 # %% ../../nbs/draw/02_boxes.ipynb #before-drawing
 class BeforeDrawing(Artist):
-    "Draws nothing, but calls `arrange(renderer)` when its axes are drawn, before what lies above it: only then are all sizes known."
+    """Draws nothing, but calls `arrange(renderer)` when its axes are drawn, before what lies above
+    it: only then are all sizes known."""
     def __init__(self, ax, arrange):
         super().__init__()
         self.arrange = arrange
@@ -80,13 +88,15 @@ class BeforeDrawing(Artist):
     def draw(self, renderer): self.arrange(renderer)
 
 def _label_size(text, renderer):
-    "Width and height of a label with its margin of a quarter of the letters' size and a hair's breadth between labels, in dots."
+    """Width and height of a label with its margin of a quarter of the letters' size and a hair's
+    breadth between labels, in dots."""
     extent, dot = text.get_window_extent(renderer), text.figure.dpi / 72
     return np.array([extent.width, extent.height]) + (.5 * text.get_fontsize() + .6) * dot
 
 # %% ../../nbs/draw/02_boxes.ipynb #arrange-labels
 def _attempt(texts, spans, size, taken, frame, renderer):
-    "Places (4,) of `texts` in letters of `size` points, None for those without room; the rectangles `taken` (N, 4) stay free."
+    """Places (4,) of `texts` in letters of `size` points, None for those without room; the
+    rectangles `taken` (N, 4) stay free."""
     places = []
     for text, span in zip(texts, spans):
         text.set(fontsize=size, visible=True)
@@ -95,7 +105,8 @@ def _attempt(texts, spans, size, taken, frame, renderer):
     return places
 
 def _settle(text, line, place, span):
-    "Put a label at its `place` (4,), or hide it if that is None; a line leads to its box `span` (4,) if there is a gap."
+    """Put a label at its `place` (4,), or hide it if that is None; a line leads to its box `span`
+    (4,) if there is a gap."""
     text.set_visible(place is not None)
     line.set_visible(False)
     if place is None: return
@@ -103,16 +114,19 @@ def _settle(text, line, place, span):
     text.set_position(place[:2] + (.25 * text.get_fontsize() + .3) * dot)
     on_box = ((place[:2] + place[2:]) / 2).clip(span[:2], span[2:])
     on_label = on_box.clip(place[:2], place[2:])
-    line.set(data=np.stack([on_label, on_box], 1), visible=np.linalg.norm(on_label - on_box) > 3 * dot)
+    line.set(data=np.stack([on_label, on_box], 1),
+             visible=np.linalg.norm(on_label - on_box) > 3 * dot)
 
 # %% ../../nbs/draw/02_boxes.ipynb #arrange
 LEAST = 6  # points; smaller letters are not legible in print
 
 def _arrange(ax, boxes, texts, lines, note, fontsize, renderer):
-    "Put `texts` at their `boxes` (N, 4), in data units, with leading `lines`; `note` tells how many found no room."
+    """Put `texts` at their `boxes` (N, 4), in data units, with leading `lines`; `note` tells how
+    many found no room."""
     frame, none = np.array(ax.bbox.extents), np.zeros((0, 4))
     corners = ax.transData.transform(boxes.reshape(-1, 2)).reshape(-1, 2, 2)
-    spans = np.hstack([corners.min(1), corners.max(1)]).clip(np.tile(frame[:2], 2), np.tile(frame[2:], 2))
+    spans = np.hstack([corners.min(1), corners.max(1)]).clip(np.tile(frame[:2], 2),
+        np.tile(frame[2:], 2))
     small = min(fontsize, LEAST)
     note.set(text=f'{len(texts)} labels without room', fontsize=small, visible=True)
     width, height = _label_size(note, renderer)
@@ -121,22 +135,31 @@ def _arrange(ax, boxes, texts, lines, note, fontsize, renderer):
         places = _attempt(texts, spans, size, reserved, frame, renderer)
         missing = sum(place is None for place in places)
         if not missing: break
-    note.set(text=f'{missing} labels without room', visible=missing > 0, position=corner[0, [2, 1]] + np.array([-.25, .25]) * small * note.figure.dpi / 72)
-    for text, line, place, span in zip(texts, lines, places, spans): _settle(text, line, place, span)
+    note.set(text=f'{missing} labels without room', visible=missing > 0,
+             position=corner[0, [2, 1]] + np.array([-.25, .25]) * small * note.figure.dpi / 72)
+    for text, line, place, span in zip(texts, lines, places, spans):
+        _settle(text, line, place, span)
 
 # %% ../../nbs/draw/02_boxes.ipynb #draw-boxes
 def draw_boxes(ax, boxes, labels, colours, fontsize=7):
-    "Draw boxes (N, 4), in data units, with their labels, the first in front and the first to choose a place."
-    seam, screen = [withStroke(linewidth=fontsize / 4 + 1, foreground='white', alpha=.7)], IdentityTransform()
+    """Draw boxes (N, 4), in data units, with their labels, the first in front and the first to
+    choose a place."""
+    seam, screen = [withStroke(linewidth=fontsize / 4 + 1, foreground='white',
+                               alpha=.7)], IdentityTransform()
     texts, lines = [], []
     for rank, ((x1, y1, x2, y2), label, colour) in enumerate(zip(boxes, labels, colours)):
-        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=fontsize / 4, path_effects=seam, zorder=3 - rank / 1000, joinstyle='miter'))
-        texts.append(ax.text(0, 0, label, color='white', va='bottom', parse_math=False, transform=screen, zorder=5, in_layout=False,
+        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=fontsize / 4,
+                               path_effects=seam, zorder=3 - rank / 1000, joinstyle='miter'))
+        texts.append(ax.text(0, 0, label, color='white', va='bottom', parse_math=False,
+                             transform=screen, zorder=5, in_layout=False,
                              bbox=dict(boxstyle='square,pad=.25', fc=colour, ec='none')))
-        lines.append(Line2D([], [], color=colour, lw=.8, marker='.', ms=4, markevery=[1], transform=screen, path_effects=seam, zorder=4, in_layout=False))
+        lines.append(Line2D([], [], color=colour, lw=.8, marker='.', ms=4, markevery=[1],
+                            transform=screen, path_effects=seam, zorder=4, in_layout=False))
         ax.add_artist(lines[-1])
-    note = ax.figure.text(0, 0, '', color='white', ha='right', va='bottom', transform=screen, in_layout=False, bbox=dict(boxstyle='square,pad=.25', fc='.3', ec='none'))
-    if labels: BeforeDrawing(ax, partial(_arrange, ax, np.array(boxes), texts, lines, note, fontsize))
+    note = ax.figure.text(0, 0, '', color='white', ha='right', va='bottom', transform=screen,
+                          in_layout=False, bbox=dict(boxstyle='square,pad=.25', fc='.3', ec='none'))
+    if labels:
+        BeforeDrawing(ax, partial(_arrange, ax, np.array(boxes), texts, lines, note, fontsize))
 
 # %% ../../nbs/draw/02_boxes.ipynb #image-boxes
 @for_print
@@ -150,11 +173,17 @@ def image_boxes(image,  # (H, W, 3) or (3, H, W)
                 names:dict=None,  # number of an object to its text: which objects to show, and how they are called, instead of the likely ones
                 fontsize:float=7,  # of the labels, points; 6 in a crowd
                ):
-    "Draw an image with labelled boxes. Returns the axes. No label hides another; those that find no room are left out and counted in a corner."
+    """Draw an image with labelled boxes.
+
+    Returns the axes. No label hides another; those that find no room are left out and counted in a
+    corner."""
     check_vocabulary(graph, vocabulary)
     ax = show_image(own_axes(ax), as_picture(image), cmap='gray')
-    names = titles(graph, vocabulary, likely_objects(graph, min_score, top)) if names is None else names
-    labels = [text if isinstance(graph, SceneGraph) else f'{text} {graph.scores[i]:.2f}' for i, text in names.items()]
-    colours = {i: class_colour(vocabulary.objects[graph.labels[i]]) for i in names} | (colours or {})
+    names = titles(graph, vocabulary,
+                   likely_objects(graph, min_score, top)) if names is None else names
+    labels = [text if isinstance(graph, SceneGraph) else f'{text} {graph.scores[i]:.2f}'
+              for i, text in names.items()]
+    colours = {i: class_colour(vocabulary.objects[graph.labels[i]]) for i in names} | (colours
+        or {})
     draw_boxes(ax, graph.boxes[list(names)].tolist(), labels, [colours[i] for i in names], fontsize)
     return ax

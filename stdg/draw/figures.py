@@ -16,15 +16,13 @@ import torch
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .style import (
-    HIT, MISS, PAGE, as_picture, colour_bar, for_print, new_figure, own_axes,
-    save, show_image)
-from .boxes import image_boxes, likely_objects, titles
 from ..deform import sampling_points
+from .boxes import image_boxes, likely_objects, titles
 from .graphs import draw_graph, edges_of, graph_picture
+from .style import HIT, MISS, PAGE, as_picture, colour_bar, for_print, new_figure, own_axes, save, show_image
 from ..graph import SceneGraph, Vocabulary, check_vocabulary
-from ..metrics import match, same_objects
 from ..io.text import one_line
+from ..metrics import match, same_objects
 
 
 # %% ../../nbs/draw/04_figures.ipynb #depth-map
@@ -35,12 +33,14 @@ def depth_map(depth,  # (H, W) metres; 0, negative or not finite: missing
     depth = np.asarray(depth, dtype=np.float32)
     ax = own_axes(ax)
     missing = ~np.isfinite(depth) | (depth <= 0)
-    show_image(ax, np.ma.array(depth, mask=missing), cmap=plt.colormaps['viridis_r'].with_extremes(bad='.75'))
+    show_image(ax, np.ma.array(depth, mask=missing),
+               cmap=plt.colormaps['viridis_r'].with_extremes(bad='.75'))
     colour_bar(ax, 'depth (m)')
     return ax
 
 # %% ../../nbs/draw/04_figures.ipynb #hha-channels
-HHA_CHANNELS = (('angle with gravity', 'degrees', 'cividis', lambda c: c - 38.), ('height above ground', 'cm', 'YlGnBu_r', lambda c: c),
+HHA_CHANNELS = (('angle with gravity', 'degrees', 'cividis', lambda c: c - 38.),
+                ('height above ground', 'cm', 'YlGnBu_r', lambda c: c),
         ('horizontal disparity', 'as coded', 'magma', lambda c: c))
 
 @for_print
@@ -48,9 +48,13 @@ def hha_channels(hha,  # (H, W, 3) uint8: angle, height, disparity
                  axes=None):
     "Draw the three channels of an HHA picture with their names and units. Returns the three axes."
     hha = np.asarray(hha)
-    if hha.ndim != 3 or hha.shape[2] != 3: raise ValueError(f"HHA has shape (H, W, 3); this is {hha.shape}")
-    if axes is None: axes = plt.subplots(1, 3, figsize=(PAGE, .7 + PAGE / 3 * hha.shape[0] / hha.shape[1]), layout='constrained')[1]
-    for ax, (name, unit, colours, value), channel in zip(axes, HHA_CHANNELS, np.moveaxis(hha, 2, 0)):
+    if hha.ndim != 3 or hha.shape[2] != 3:
+        raise ValueError(f"HHA has shape (H, W, 3); this is {hha.shape}")
+    if axes is None:
+        axes = plt.subplots(1, 3, figsize=(PAGE, .7 + PAGE / 3 * hha.shape[0] / hha.shape[1]),
+                            layout='constrained')[1]
+    for ax, (name, unit, colours, value), channel in zip(axes, HHA_CHANNELS,
+                                                         np.moveaxis(hha, 2, 0)):
         show_image(ax, value(channel.astype(np.float32)), name, cmap=colours)
         colour_bar(ax, unit)
     return axes
@@ -71,7 +75,8 @@ def rgbd(image,  # (H, W, 3) or (3, H, W)
 
 # %% ../../nbs/draw/04_figures.ipynb #busiest
 def _busiest(target, predicted, count):
-    "Numbers of the `count` fields of `target` (C, h, w) with most in them; of equal ones, that with more in `predicted`."
+    """Numbers of the `count` fields of `target` (C, h, w) with most in them; of equal ones, that
+    with more in `predicted`."""
     amount = target.reshape(len(target), -1).sum(1), predicted.reshape(len(predicted), -1).max(1)
     return np.lexsort((-amount[1], -amount[0]))[:count].tolist()
 
@@ -94,35 +99,49 @@ def fields(image,  # (H, W, 3) or (3, H, W)
            predicates=None,  # names of predicates to show
            count:int=3,  # without names, this many of each
           ):
-    "A figure of target fields above predicted ones. Raises `ValueError` for fields that do not fit the vocabulary."
+    """A figure of target fields above predicted ones.
+
+    Raises `ValueError` for fields that do not fit the vocabulary."""
     picture = as_picture(image)
-    target, predicted = [[np.asarray(torch.as_tensor(f).detach().cpu(), dtype=np.float32).clip(0, 1) for f in pair] for pair in (target, predicted)]
+    target, predicted = [[np.asarray(torch.as_tensor(f).detach().cpu(), dtype=np.float32).clip(0, 1)
+                          for f in pair] for pair in (target, predicted)]
     chosen = []
-    for t, p, names, wanted in zip(target, predicted, (vocabulary.objects, vocabulary.predicates), (classes, predicates)):
-        if t.shape != p.shape or len(t) != len(names): raise ValueError(f"fields of shapes {t.shape} and {p.shape} for {len(names)} names")
-        numbers = _busiest(t, p, count) if wanted is None else [names.index(name) for name in wanted]
+    for t, p, names, wanted in zip(target, predicted, (vocabulary.objects, vocabulary.predicates),
+                                   (classes, predicates)):
+        if t.shape != p.shape or len(t) != len(names):
+            raise ValueError(f"fields of shapes {t.shape} and {p.shape} for {len(names)} names")
+        numbers = _busiest(t, p, count) if wanted is None else [names.index(name)
+            for name in wanted]
         chosen += [(names[n], t[n], p[n]) for n in numbers]
-    figure, axes = new_figure(2, len(chosen), PAGE, .4 + 2 * (PAGE - .8) / len(chosen) * picture.shape[0] / picture.shape[1])
+    figure, axes = new_figure(2, len(chosen), PAGE,
+                              .4 + 2 * (PAGE - .8) / len(chosen) * picture.shape[0] / picture.shape[
+        1])
     for column, (name, *pair) in zip(axes.T, chosen):
         for ax, field in zip(column, pair): _overlay(ax, picture, field)
         column[0].set_title(one_line(name, 28), parse_math=False)
     for ax, name in zip(axes[:, 0], ('target', 'predicted')): ax.set_ylabel(name)
-    figure.colorbar(plt.cm.ScalarMappable(cmap='inferno', norm=plt.Normalize(0, 1)), ax=axes, fraction=.02, pad=.01, label='confidence')
+    figure.colorbar(plt.cm.ScalarMappable(cmap='inferno', norm=plt.Normalize(0, 1)), ax=axes,
+                    fraction=.02, pad=.01, label='confidence')
     return figure
 
 # %% ../../nbs/draw/04_figures.ipynb #sampled
 def _moves(offsets, block, cells, stride):
-    "Regular and moved places, each (cells, 9, 2) as x, y in pixels, and the mean offset (h, w, 2) in pixels."
+    """Regular and moved places, each (cells, 9, 2) as x, y in pixels, and the mean offset (h, w, 2)
+    in pixels."""
     offsets = torch.as_tensor(offsets).detach().cpu().float()
-    if offsets.ndim != 3 or offsets.shape[0] != 36: raise ValueError(f"offsets have shape (36, h, w); these are {tuple(offsets.shape)}")
+    if offsets.ndim != 3 or offsets.shape[0] != 36:
+        raise ValueError(f"offsets have shape (36, h, w); these are {tuple(offsets.shape)}")
     mine = offsets[None, :18] if block == 2 else offsets[None, 18:]
     rows, columns = torch.as_tensor(cells).T
-    regular, moved = [stride * (sampling_points(o)[0][:, :, rows, columns].permute(2, 0, 1).flip(2) + .5) for o in (0 * mine, mine)]
-    return regular.numpy(), moved.numpy(), stride * mine[0].view(9, 2, *mine.shape[2:]).mean(0).permute(1, 2, 0).flip(2).numpy()
+    regular, moved = [stride * (sampling_points(o)[0][:, :, rows, columns].permute(2, 0, 1).flip(2)
+                                + .5) for o in (0 * mine, mine)]
+    return regular.numpy(), moved.numpy(), stride * mine[0].view(9, 2,
+        *mine.shape[2:]).mean(0).permute(1, 2, 0).flip(2).numpy()
 
 def _arrows(ax, start, end, colour, **options):
     "Arrows from `start` to `end` (N, 2), in data units."
-    ax.quiver(*start.T, *(end - start).T, color=colour, angles='xy', scale_units='xy', scale=1, **options)
+    ax.quiver(*start.T, *(end - start).T, color=colour, angles='xy', scale_units='xy', scale=1,
+              **options)
 
 # %% ../../nbs/draw/04_figures.ipynb #offsets
 @for_print
@@ -133,44 +152,58 @@ def offsets(image,  # (H, W, 3) or (3, H, W)
             stride:int=16,  # pixels a cell
             block:int=2,  # deformable block of the pre-head, 1 or 2
            ):
-    "A figure of where teacher and student look. Raises `ValueError` for offsets of another shape or a cell outside."
+    """A figure of where teacher and student look.
+
+    Raises `ValueError` for offsets of another shape or a cell outside."""
     picture, (h, w) = as_picture(image), teacher.shape[-2:]
     if cells is None: cells = [(int(h * y), int(w * x)) for y in (.3, .7) for x in (.2, .5, .8)]
-    if not all(0 <= y < h and 0 <= x < w for y, x in cells): raise ValueError(f"cells are (row, column) in a field of {h} x {w}: {cells}")
+    if not all(0 <= y < h and 0 <= x < w for y, x in cells):
+        raise ValueError(f"cells are (row, column) in a field of {h} x {w}: {cells}")
     figure, axes = new_figure(1, 3, PAGE, .35 + PAGE / 3 * picture.shape[0] / picture.shape[1])
     thin = (slice(None, None, max(1, round(max(h, w) / 24))),) * 2
     centre = stride * (np.moveaxis(np.mgrid[:h, :w], 0, 2)[..., ::-1][thin].reshape(-1, 2) + .5)
-    for ax, values, name, colour in zip(axes[0], (teacher, student), ('teacher', 'student'), (HIT, MISS)):
+    for ax, values, name, colour in zip(axes[0], (teacher, student), ('teacher', 'student'),
+                                        (HIT, MISS)):
         regular, moved, mean = _moves(values, block, cells, stride)
         show_image(ax, picture, f'{name}: where it looks', cmap='gray', alpha=.75)
         ax.plot(*regular.reshape(-1, 2).T, 'o', color='.25', ms=1.2)
         _arrows(ax, regular.reshape(-1, 2), moved.reshape(-1, 2), colour, width=.004)
         ax.plot(*moved.reshape(-1, 2).T, 'o', color=colour, ms=2.4, mec='white', mew=.3)
-        ax.plot(*(stride * (np.array(cells)[:, ::-1] + .5)).T, 'P', color='white', ms=4.5, mec='black', mew=.5)
-        _arrows(axes[0, 2], centre, centre + mean[thin].reshape(-1, 2), colour, width=.003, label=name, zorder=3)
+        ax.plot(*(stride * (np.array(cells)[:, ::-1] + .5)).T, 'P', color='white', ms=4.5,
+                mec='black', mew=.5)
+        _arrows(axes[0, 2], centre, centre + mean[thin].reshape(-1, 2), colour, width=.003,
+                label=name, zorder=3)
         ax.set(xlim=(-.5, picture.shape[1] - .5), ylim=(picture.shape[0] - .5, -.5))
-    show_image(axes[0, 2], picture, 'mean offset of each cell', cmap='gray', alpha=.45).legend(loc='lower right')
+    show_image(axes[0, 2], picture, 'mean offset of each cell', cmap='gray',
+               alpha=.45).legend(loc='lower right')
     return figure
 
 # %% ../../nbs/draw/04_figures.ipynb #agreement
 def _named(graph, vocabulary, min_score, top, edges):
-    "Names of the objects that a figure shows, likely ones and those of `edges` (T, 3), by number: the same in its boxes as in its graph."
-    return titles(graph, vocabulary, list(dict.fromkeys([*likely_objects(graph, min_score, top), *edges[:, :2].ravel().tolist()])))
+    """Names of the objects that a figure shows, likely ones and those of `edges` (T, 3), by number:
+    the same in its boxes as in its graph."""
+    return titles(graph, vocabulary,
+                  list(dict.fromkeys([*likely_objects(graph, min_score, top),
+                                      *edges[:, :2].ravel().tolist()])))
 
 def _colours(flags): return [HIT if flag else MISS for flag in flags]
 
 def _compare(truth, prediction, min_score, top):
-    "For truth and prediction: triplets to draw, their scores, colours of the objects (dictionary) and of the triplets (list)."
+    """For truth and prediction: triplets to draw, their scores, colours of the objects (dictionary)
+    and of the triplets (list)."""
     sides = [edges_of(truth, 0., None), edges_of(prediction, min_score, top)]
     shown = likely_objects(prediction, 0., None)
     agree = same_objects(truth, prediction)
-    objects = dict(enumerate(_colours(agree[:, shown].any(1)))), dict(zip(shown, _colours(agree[:, shown].any(0))))
+    objects = dict(enumerate(_colours(agree[:, shown].any(1)))), dict(zip(shown,
+        _colours(agree[:, shown].any(0))))
     once = SceneGraph(truth.boxes, truth.labels, sides[0][0])
     hits = match(once, prediction, sides[1][0])
-    return [(*side, colours, _colours(hits.any(axis))) for side, colours, axis in zip(sides, objects, (1, 0))]
+    return [(*side, colours, _colours(hits.any(axis))) for side, colours, axis in zip(sides,
+        objects, (1, 0))]
 
 def _graph_height(layouts, width):
-    "Height in inches of the tallest of `layouts`, all scaled so that the widest has no more than `width` inches, and the room (2,) in points that each is given."
+    """Height in inches of the tallest of `layouts`, all scaled so that the widest has no more than
+    `width` inches, and the room (2,) in points that each is given."""
     room = np.max([layout.size for layout in layouts], 0)
     return min(1, 72 * width / room[0]) * room[1] / 72, room
 
@@ -184,30 +217,37 @@ def side_by_side(image,  # (H, W, 3) or (3, H, W)
                  min_triplet:float=None,  # and triplets whose product of scores is above this, by default `min_score`,
                  top:int=12,  # and no more triplets than this
                 ):
-    "A figure of true and predicted boxes and graphs; what both have is blue, what only one has is orange."
+    """A figure of true and predicted boxes and graphs; what both have is blue, what only one has is
+    orange."""
     picture, graphs = as_picture(image), (truth, prediction)
     for one in graphs: check_vocabulary(one, vocabulary)
     sides = _compare(truth, prediction, min_score if min_triplet is None else min_triplet, top)
-    names = [_named(one, vocabulary, min_score, 100, edges) for one, (edges, *_) in zip(graphs, sides)]
+    names = [_named(one, vocabulary, min_score, 100, edges) for one, (edges, *_) in zip(graphs,
+        sides)]
     pictures = [graph_picture(one, vocabulary, edges, scores, 'dot', name, colours, edge_colours)
                 for one, name, (edges, scores, colours, edge_colours) in zip(graphs, names, sides)]
     layouts = [one.layout for one in pictures]
     tall, room = _graph_height(layouts, PAGE / 2 - .1)
     heights = [PAGE / 2 * picture.shape[0] / picture.shape[1], max(tall, .3)]
     figure, axes = new_figure(2, 2, PAGE, .55 + sum(heights), height_ratios=heights)
-    for column, one, title, name, side, drawing, layout in zip(axes.T, graphs, ('truth', 'prediction'), names, sides, pictures, layouts):
-        image_boxes(picture, one, vocabulary, column[0], colours=side[2], names=name).set_title(title)
+    for column, one, title, name, side, drawing, layout in zip(axes.T, graphs,
+        ('truth', 'prediction'), names, sides, pictures, layouts):
+        image_boxes(picture, one, vocabulary, column[0], colours=side[2],
+                    names=name).set_title(title)
         draw_graph(drawing, column[1], layout, room)
     handles = [Line2D([], [], color=colour, lw=4) for colour in (HIT, MISS)]
-    figure.legend(handles, ['in both', 'in one only'], loc='outside lower center', ncols=2, frameon=False)
+    figure.legend(handles, ['in both', 'in one only'], loc='outside lower center', ncols=2,
+                  frameon=False)
     return figure
 
 # %% ../../nbs/draw/04_figures.ipynb #panels
 def _panels(shape, tall, channels):
-    "A figure and its axes by letter: three pictures of `shape` a row, and below them the graph, `tall` inches."
+    """A figure and its axes by letter: three pictures of `shape` a row, and below them the graph,
+    `tall` inches."""
     rows = ['abc', 'def', 'ggg'] if channels else ['abc', 'ddd']
     heights = [PAGE / 3 * shape[0] / shape[1] + .45] * (len(rows) - 1) + [tall + .2]
-    figure, axes = plt.subplot_mosaic('\n'.join(rows), figsize=(PAGE, sum(heights)), height_ratios=heights, layout='constrained')
+    figure, axes = plt.subplot_mosaic('\n'.join(rows), figsize=(PAGE, sum(heights)),
+                                      height_ratios=heights, layout='constrained')
     plt.close(figure)
     return figure, axes
 
@@ -229,9 +269,13 @@ def paper_figure(image,  # (H, W, 3) or (3, H, W)
                  top:int=12,  # and no more objects and triplets than this
                  channels:bool=False,  # the three channels of HHA as well
                 ):
-    "A figure of an image with its boxes, its depth, its HHA and its scene graph. Raises `ValueError` if these are not of one size, or the graph not of this vocabulary."
+    """A figure of an image with its boxes, its depth, its HHA and its scene graph.
+
+    Raises `ValueError` if these are not of one size, or the graph not of this vocabulary."""
     picture, depth, hha = as_picture(image), np.asarray(depth), np.asarray(hha)
-    if not picture.shape[:2] == depth.shape == hha.shape[:2]: raise ValueError(f"image {picture.shape[:2]}, depth {depth.shape} and HHA {hha.shape[:2]} are not of one size")
+    if not picture.shape[:2] == depth.shape == hha.shape[:2]:
+        raise ValueError(f"image {picture.shape[:2]}, depth {depth.shape} and HHA {hha.shape[:2]} "
+                         "are not of one size")
     check_vocabulary(graph, vocabulary)
     edges, scores = edges_of(graph, min_score if min_triplet is None else min_triplet, top)
     names = _named(graph, vocabulary, min_score, top, edges)
@@ -243,7 +287,8 @@ def paper_figure(image,  # (H, W, 3) or (3, H, W)
     show_image(axes['c'], hha).set_xlabel('RGB: angle, height, disparity')
     if channels: hha_channels(hha, [axes[letter] for letter in 'def'])
     draw_graph(drawing, [*axes.values()][-1], layout)
-    _name_panels(axes, ['image', 'depth', 'HHA', *[name for name, *_ in HHA_CHANNELS] * channels, 'scene graph'])
+    _name_panels(axes, ['image', 'depth', 'HHA', *[name for name, *_ in HHA_CHANNELS] * channels,
+                        'scene graph'])
     return figure
 
 # %% ../../nbs/draw/04_figures.ipynb #read-log
@@ -252,11 +297,14 @@ _NOT_A_LOSS = ('step', 'epoch', 'lr', 'seconds', 'time', 'images', 'images_per_s
 def _read_log(log):
     "Records of a training log, from a path of JSON lines or an iterable of dictionaries."
     if not isinstance(log, (str, Path)): return list(log)
-    if not Path(log).is_file(): raise FileNotFoundError(f"{log}: there is no such log; training writes it")
+    if not Path(log).is_file():
+        raise FileNotFoundError(f"{log}: there is no such log; training writes it")
     records = []
     for number, line in enumerate(Path(log).read_text(encoding='utf-8').splitlines(), 1):
         try: records.append(json.loads(line))
-        except json.JSONDecodeError as error: raise ValueError(f"{log}, line {number}: not JSON ({error.msg}); remove the line") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{log}, line {number}: not JSON ({error.msg}); remove the line") from None
     return records
 
 def _smooth(values, width):
@@ -268,24 +316,33 @@ def _smooth(values, width):
 def _lines(ax, records, term, stages):
     "Draw `term` of `records` over steps, a line and its running mean for each of `stages`."
     for number, stage in enumerate(stages):
-        points = np.array([(r['step'], r[term]) for r in records if str(r.get('stage', '')) == stage and term in r], dtype=float)
+        points = np.array([(r['step'], r[term]) for r in records if str(r.get('stage', '')) == stage
+                           and term in r], dtype=float)
         if not len(points): continue
         ax.plot(*points.T, color=f'C{number}', alpha=.25, lw=.5)
-        ax.plot(points[:, 0], _smooth(points[:, 1], max(1, len(points) // 25)), color=f'C{number}', lw=1.2, label=one_line(stage, 28))
+        ax.plot(points[:, 0], _smooth(points[:, 1], max(1, len(points) // 25)), color=f'C{number}',
+                lw=1.2, label=one_line(stage, 28))
 
 # %% ../../nbs/draw/04_figures.ipynb #loss-curves
 @for_print
 def loss_curves(log,  # path of a JSONL file, or an iterable of records with step, stage, loss and terms
                 columns:int=4,
                ):
-    "A figure of the loss and each of its terms over steps, a line for each stage. Raises `ValueError` for a log without losses, naming a broken line."
+    """A figure of the loss and each of its terms over steps, a line for each stage.
+
+    Raises `ValueError` for a log without losses, naming a broken line."""
     records = [r for r in _read_log(log) if 'step' in r and isinstance(r.get('loss'), (int, float))]
-    if not records: raise ValueError(f"{log if isinstance(log, (str, Path)) else 'the log'}: no record has a step and a loss; nothing to draw")
-    is_term = lambda key, value: key not in _NOT_A_LOSS and isinstance(value, (int, float)) and not isinstance(value, bool)
-    terms = list(dict.fromkeys(['loss'] + [key for r in records for key, value in r.items() if is_term(key, value)]))
+    if not records:
+        raise ValueError(f"{log if isinstance(log, (str, Path)) else 'the log'}: no record has a "
+                         "step and a loss; nothing to draw")
+    is_term = lambda key, value: key not in _NOT_A_LOSS and isinstance(value,
+        (int, float)) and not isinstance(value, bool)
+    terms = list(dict.fromkeys(['loss'] + [key for r in records for key, value in r.items()
+                                           if is_term(key, value)]))
     stages = list(dict.fromkeys(str(r.get('stage', '')) for r in records))
     rows = -(-len(terms) // columns)
-    figure, axes = new_figure(rows, min(columns, len(terms)), PAGE * min(1, len(terms) / columns), .3 + 1.35 * rows)
+    figure, axes = new_figure(rows, min(columns, len(terms)), PAGE * min(1, len(terms) / columns),
+                              .3 + 1.35 * rows)
     for ax, term in zip(axes.flat, terms):
         _lines(ax, records, term, stages)
         ax.set(yscale='log', xlabel='step')

@@ -38,40 +38,54 @@ class GraphLayout:
     labels: np.ndarray  # (E, 4) rectangles of the edges' labels
 
 def text_size(text, points, margin):
-    "Width and height (2,) in points of `text` in letters of `points`, with `margin` (2,) on either side."
+    """Width and height (2,) in points of `text` in letters of `points`, with `margin` (2,) on
+    either side."""
     width, *_ = text_to_path.get_text_width_height_descent(text, FontProperties(size=points), False)
     return np.array([width, 1.3 * points]) + 2 * np.array(margin)
 
 def _sizes(picture):
     "Sizes (N, 2) of the nodes and (E, 2) of the edges' labels of a `GraphPicture`."
     nodes = [text_size(label, NODE, (5, 2.5)) for label, _ in picture.nodes]
-    return np.array(nodes).reshape(-1, 2), np.array([text_size(edge[2], EDGE, (2, .5)) for edge in picture.edges]).reshape(-1, 2)
+    return np.array(nodes).reshape(-1,
+                                   2), np.array([text_size(edge[2], EDGE, (2, .5))
+                                                 for edge in picture.edges]).reshape(-1, 2)
 
 # %% ../../nbs/draw/03_graphs.ipynb #digraph
 def _digraph(picture):
     "The `graphviz.Digraph` of a `GraphPicture`, to be read and pasted."
-    drawing = graphviz.Digraph(engine=picture.engine, graph_attr=dict(ranksep='.45', nodesep='.3', overlap='false'))
-    drawing.attr('node', shape='box', style='rounded,filled', color='white', fontname='Helvetica', fontsize='13', fontcolor='white',
+    drawing = graphviz.Digraph(engine=picture.engine, graph_attr=dict(ranksep='.45', nodesep='.3',
+        overlap='false'))
+    drawing.attr('node', shape='box', style='rounded,filled', color='white', fontname='Helvetica',
+                 fontsize='13', fontcolor='white',
                  margin='.12,.06', height='.3')
     drawing.attr('edge', fontname='Helvetica', fontsize='11', arrowsize='.7', penwidth='1.3')
-    for i, (label, colour) in enumerate(picture.nodes): drawing.node(f'o{i}', graphviz.escape(label), fillcolor=colour)
-    for s, o, label, colour in picture.edges: drawing.edge(f'o{s}', f'o{o}', graphviz.escape(f' {label} '), color=colour, fontcolor=colour)
+    for i, (label, colour) in enumerate(picture.nodes):
+        drawing.node(f'o{i}', graphviz.escape(label), fillcolor=colour)
+    for s, o, label, colour in picture.edges:
+        drawing.edge(f'o{s}', f'o{o}', graphviz.escape(f' {label} '), color=colour,
+                     fontcolor=colour)
     return drawing
 
 def _rooms(picture):
     "The `graphviz.Digraph` of a `GraphPicture` with empty room in place of labels."
-    drawing = graphviz.Digraph(engine=picture.engine, graph_attr=dict(ranksep='.3', nodesep='.2', overlap='false'), edge_attr=dict(arrowsize='.6'))
+    drawing = graphviz.Digraph(engine=picture.engine,
+                               graph_attr=dict(ranksep='.3', nodesep='.2', overlap='false'),
+                               edge_attr=dict(arrowsize='.6'))
     nodes, labels = _sizes(picture)
-    for i, (w, h) in enumerate(nodes / 72): drawing.node(f'o{i}', '', shape='box', fixedsize='true', width=f'{w:.4f}', height=f'{h:.4f}')
+    for i, (w, h) in enumerate(nodes / 72):
+        drawing.node(f'o{i}', '', shape='box', fixedsize='true', width=f'{w:.4f}',
+                     height=f'{h:.4f}')
     for k, ((s, o, *_), (w, h)) in enumerate(zip(picture.edges, np.ceil(labels).astype(int))):
-        drawing.edge(f'o{s}', f'o{o}', f'<<TABLE BORDER="0" FIXEDSIZE="TRUE" WIDTH="{w}" HEIGHT="{h}"><TR><TD></TD></TR></TABLE>>', id=str(k))
+        drawing.edge(f'o{s}', f'o{o}', f'<<TABLE BORDER="0" FIXEDSIZE="TRUE" WIDTH="{w}" '
+                     f'HEIGHT="{h}"><TR><TD></TD></TR></TABLE>>', id=str(k))
     return drawing
 
 # %% ../../nbs/draw/03_graphs.ipynb #dot-layout
 def _points(text): return np.array([pair.split(',') for pair in text.split()], dtype=float)
 
 def _spline(text):
-    "The curve (3 k + 1, 2) of an edge as `dot` writes it, with a straight piece to the arrow's tip."
+    """The curve (3 k + 1, 2) of an edge as `dot` writes it, with a straight piece to the arrow's
+    tip."""
     tip, *rest = text.removeprefix('e,').split(' ')
     curve, tip = _points(' '.join(rest)), _points(tip)
     return np.vstack([curve, curve[-1] + np.linspace(0, 1, 4)[1:, None] * (tip - curve[-1])])
@@ -86,53 +100,67 @@ def _dot_layout(picture):
     centres = _points(' '.join(nodes[f'o{i}'] for i in range(len(nodes)))).reshape(-1, 2)
     middles = _points(' '.join(edges[k]['lp'] for k in range(len(edges)))).reshape(-1, 2)
     node_sizes, label_sizes = _sizes(picture)
-    return _trimmed(_around(centres, node_sizes), [_spline(edges[k]['pos']) for k in range(len(edges))], _around(middles, label_sizes))
+    return _trimmed(_around(centres, node_sizes),
+                    [_spline(edges[k]['pos']) for k in range(len(edges))],
+                    _around(middles, label_sizes))
 
 def _trimmed(nodes, curves, labels, margin=3):
     "The `GraphLayout` of rectangles and curves, moved so that it begins at (0, 0)."
     points = np.vstack([np.zeros((0, 2)), nodes.reshape(-1, 2), labels.reshape(-1, 2), *curves])
     low, high = (points.min(0), points.max(0)) if len(points) else np.zeros((2, 2))
     low = low - margin
-    return GraphLayout(high + margin - low, nodes - np.tile(low, 2), [curve - low for curve in curves], labels - np.tile(low, 2))
+    return GraphLayout(high + margin - low, nodes - np.tile(low, 2),
+                       [curve - low for curve in curves], labels - np.tile(low, 2))
 
 # %% ../../nbs/draw/03_graphs.ipynb #spread
 def _spread(places, edges, steps=150, width=1.6):
-    "Positions (n, 2) in a frame of `width` by 1 that begin at `places`, repel one another, and are pulled together along `edges` (E, 2)."
+    """Positions (n, 2) in a frame of `width` by 1 that begin at `places`, repel one another, and
+    are pulled together along `edges` (E, 2)."""
     n = len(places)
     low, high = places.min(0), places.max(0)
     frame = np.array([width, 1.])
-    jitter = .04 * np.column_stack([np.cos(2.4 * np.arange(n)), np.sin(2.4 * np.arange(n))])  # parts objects at one place
+    # parts objects at one place
+    jitter = .04 * np.column_stack([np.cos(2.4 * np.arange(n)), np.sin(2.4 * np.arange(n))])
     at = (places - low) / np.maximum(high - low, 1e-6) * frame + jitter
     linked = np.zeros((n, n))
     for s, o in edges: linked[s, o] = linked[o, s] = s != o
     ideal = .8 * np.sqrt(width / n)
     for step in range(steps):
         gap = at[:, None] - at
-        distance = np.maximum(np.linalg.norm(gap * (.7, 1.3), axis=2), 1e-3)[..., None]  # labels are wide: they need more room sideways
-        force = (gap / distance * (ideal ** 2 / distance - linked[..., None] * distance ** 2 / ideal)).sum(1)
+        # labels are wide: they need more room sideways
+        distance = np.maximum(np.linalg.norm(gap * (.7, 1.3), axis=2), 1e-3)[..., None]
+        force = (gap / distance * (ideal ** 2 / distance - linked[..., None] * distance ** 2
+                                   / ideal)).sum(1)
         size = np.linalg.norm(force, axis=1, keepdims=True)
-        at = np.clip(at + force / np.maximum(size, 1e-9) * np.minimum(size, .08 * (1 - step / steps)), 0, frame)
+        at = np.clip(at + force / np.maximum(size, 1e-9) * np.minimum(size,
+            .08 * (1 - step / steps)), 0, frame)
     return at
 
 # %% ../../nbs/draw/03_graphs.ipynb #arc
 def _arc(start, end, bend):
-    "Points (101, 2) and curve (4, 2) of an edge from the middle of rectangle `start` (4,) to that of `end`, cut at both."
+    """Points (101, 2) and curve (4, 2) of an edge from the middle of rectangle `start` (4,) to that
+    of `end`, cut at both."""
     a, b = (start[:2] + start[2:]) / 2, (end[:2] + end[2:]) / 2
     c = (a + b) / 2 + bend * np.array([b[1] - a[1], a[0] - b[0]])
-    def polar(s, t): return np.outer((1 - s) * (1 - t), a) + np.outer(s * (1 - t) + t * (1 - s), c) + np.outer(s * t, b)
+    def polar(s, t):
+        return np.outer((1 - s) * (1 - t), a) + np.outer(s * (1 - t) + t * (1 - s),
+                                                         c) + np.outer(s * t, b)
     t = np.linspace(0, 1, 101)
     points = polar(t, t)
-    inside = [((points >= box[:2] - 1.5) & (points <= box[2:] + 1.5)).all(1) for box in (start, end)]
+    inside = [((points >= box[:2] - 1.5) & (points <= box[2:] + 1.5)).all(1)
+              for box in (start, end)]
     t0, t1 = t[np.flatnonzero(~inside[0])[0]], t[np.flatnonzero(~inside[1])[-1]]
     first, middle, last = polar(np.array([t0, t0, t1]), np.array([t0, t1, t1]))
-    return polar(*[np.linspace(t0, t1, 101)] * 2), np.stack([first, (first + 2 * middle) / 3, (last + 2 * middle) / 3, last])
+    return polar(*[np.linspace(t0, t1, 101)] * 2), np.stack([first, (first + 2 * middle) / 3,
+        (last + 2 * middle) / 3, last])
 
 def _loop(box):
     "The same for an edge from a node to itself: over its upper side."
     x, y = (box[0] + box[2]) / 2, box[3]
     curve = np.array([(x - 8, y), (x - 18, y + 26), (x + 18, y + 26), (x + 8, y)])
     t = np.linspace(0, 1, 101)[:, None]
-    return (1 - t) ** 3 * curve[0] + 3 * t * (1 - t) ** 2 * curve[1] + 3 * t ** 2 * (1 - t) * curve[2] + t ** 3 * curve[3], curve
+    return (1 - t) ** 3 * curve[0] + 3 * t * (1 - t) ** 2 * curve[1] + 3 * t ** 2 * (1
+        - t) * curve[2] + t ** 3 * curve[3], curve
 
 # %% ../../nbs/draw/03_graphs.ipynb #own-layout
 def _own_layout(picture):
@@ -140,8 +168,10 @@ def _own_layout(picture):
     node_sizes, label_sizes = _sizes(picture)
     if not len(node_sizes): return _trimmed(np.zeros((0, 4)), [], np.zeros((0, 4)))
     area = (node_sizes + 14).prod(1).sum() + 2.5 * (label_sizes + 8).prod(1).sum()
-    at = _spread(picture.places * (1, -1), [edge[:2] for edge in picture.edges]) * np.sqrt(2.2 * area / 1.6)
-    taken, frame, gap = np.zeros((0, 4)), np.array([-1e5, -1e5, 1e5, 1e5]), np.array([14., 26])  # in the gap above a node is room for a label
+    at = _spread(picture.places * (1, -1), [edge[:2] for edge in picture.edges]) * np.sqrt(2.2
+        * area / 1.6)
+    # in the gap above a node is room for a label
+    taken, frame, gap = np.zeros((0, 4)), np.array([-1e5, -1e5, 1e5, 1e5]), np.array([14., 26])
     for centre, size in zip(at, node_sizes):
         corner = nearest_free(size + gap, centre - (size + gap) / 2, taken, frame)
         taken = np.vstack([taken, [*corner, *(corner + size + gap)]])
@@ -149,48 +179,68 @@ def _own_layout(picture):
     curves, labels, parallel = [], np.zeros((0, 4)), Counter()
     for (s, o, *_), size in zip(picture.edges, label_sizes):
         parallel[s, o] += 1
-        points, curve = _loop(nodes[s]) if s == o else _arc(nodes[s], nodes[o], .14 + .22 * (parallel[s, o] - 1))
+        points, curve = _loop(nodes[s]) if s == o else _arc(nodes[s], nodes[o],
+            .14 + .22 * (parallel[s, o] - 1))
         curves.append(curve)
         places = _around(points[np.argsort(np.abs(np.arange(101) - 50), kind='stable')], size)
         free = np.flatnonzero(overlap(places, np.vstack([nodes, labels])).sum(1) < 1e-6)
-        corner = places[free[0], :2] if len(free) else nearest_free(size, places[0, :2], np.vstack([nodes, labels]), frame)
+        corner = places[free[0], :2] if len(free) else nearest_free(size, places[0, :2],
+            np.vstack([nodes, labels]), frame)
         labels = np.vstack([labels, [*corner, *(corner + size)]])
     return _trimmed(nodes, curves, labels)
 
 # %% ../../nbs/draw/03_graphs.ipynb #fit
 def _fit(ax, room, size, transform, scaled, renderer):
-    "Set `transform` so that a drawing of `size` lies in the middle of `ax`, and scale letters and arrows, so that `room` (2,) points fit in, but no larger than they are."
+    """Set `transform` so that a drawing of `size` lies in the middle of `ax`, and scale letters and
+    arrows, so that `room` (2,) points fit in, but no larger than they are."""
     dot, box = ax.figure.dpi / 72, ax.bbox
     scale = min(1, box.width / dot / room[0], box.height / dot / room[1])
-    transform.clear().scale(scale * dot).translate(*(np.array([box.x0 + box.x1, box.y0 + box.y1]) - scale * dot * size) / 2)
+    transform.clear().scale(scale
+                            * dot).translate(*(np.array([box.x0 + box.x1, box.y0 + box.y1]) - scale
+                                               * dot * size) / 2)
     for change, points in scaled: change(scale * points)
 
 # %% ../../nbs/draw/03_graphs.ipynb #draw-layout
 @for_print
 def draw_graph(picture, ax, layout=None, room=None):
-    "Draw a `GraphPicture` on `ax`, in its own or another `layout`, scaled so that `room` (2,), by default its size in points, would fit. Returns the axes."
+    """Draw a `GraphPicture` on `ax`, in its own or another `layout`, scaled so that `room` (2,), by
+    default its size in points, would fit.
+
+    Returns the axes."""
     layout, transform, scaled = layout or picture.layout, Affine2D(), []
     ax.axis('off')
     same = dict(transform=transform, in_layout=False, clip_on=False)
     style = dict(ha='center', va='center_baseline', parse_math=False, **same)
     for (x1, y1, x2, y2), (label, colour) in zip(layout.nodes, picture.nodes):
-        ax.add_patch(FancyBboxPatch((x1, y1), x2 - x1, y2 - y1, boxstyle='round,pad=0,rounding_size=3.5', fc=colour, ec='none', zorder=3, **same))
-        scaled.append((ax.text((x1 + x2) / 2, (y1 + y2) / 2, label, color='white', zorder=4, **style).set_fontsize, NODE))
-    for curve, (x1, y1, x2, y2), (*_, label, colour) in zip(layout.curves, layout.labels, picture.edges):
+        ax.add_patch(FancyBboxPatch((x1, y1), x2 - x1, y2 - y1,
+                                    boxstyle='round,pad=0,rounding_size=3.5', fc=colour, ec='none',
+                                    zorder=3, **same))
+        scaled.append((ax.text((x1 + x2) / 2, (y1 + y2) / 2, label, color='white', zorder=4,
+                               **style).set_fontsize, NODE))
+    for curve, (x1, y1, x2, y2), (*_, label, colour) in zip(layout.curves, layout.labels,
+        picture.edges):
         path = Curve(curve, [Curve.MOVETO] + [Curve.CURVE4] * (len(curve) - 1))
-        arrow = ax.add_patch(FancyArrowPatch(path=path, arrowstyle='-|>', color=colour, lw=.9, zorder=2.6, **same))
-        text = ax.text((x1 + x2) / 2, (y1 + y2) / 2, label, color=colour, zorder=2.8, bbox=dict(boxstyle='square,pad=.05', fc='white', ec='none', alpha=.85), **style)
+        arrow = ax.add_patch(FancyArrowPatch(path=path, arrowstyle='-|>', color=colour, lw=.9,
+                                             zorder=2.6, **same))
+        text = ax.text((x1 + x2) / 2, (y1 + y2) / 2, label, color=colour, zorder=2.8,
+                       bbox=dict(boxstyle='square,pad=.05', fc='white', ec='none', alpha=.85),
+                       **style)
         scaled += [(arrow.set_mutation_scale, 9.), (text.set_fontsize, EDGE)]
-    BeforeDrawing(ax, partial(_fit, ax, layout.size if room is None else room, layout.size, transform, scaled))
+    BeforeDrawing(ax, partial(_fit, ax, layout.size if room is None else room, layout.size,
+                              transform, scaled))
     return ax
 
 # %% ../../nbs/draw/03_graphs.ipynb #graph-picture
 @dataclass
 class GraphPicture:
-    "A drawing of a graph. It shows itself in Jupyter; `.source` is its dot text, `.svg()`, `.png()`, `.draw(ax)` and `.save(path)` draw it, laid out by graphviz if that is there."
+    """A drawing of a graph.
+
+    It shows itself in Jupyter; `.source` is its dot text, `.svg()`, `.png()`, `.draw(ax)` and
+    `.save(path)` draw it, laid out by graphviz if that is there."""
     nodes: list  # (label, colour) of each node
     edges: list  # (node, node, label, colour) of each edge
-    places: np.ndarray  # (n, 2) x, y of the nodes' objects in the image, with which a layout without graphviz begins
+    # (n, 2) x, y of the nodes' objects in the image, with which a layout without graphviz begins
+    places: np.ndarray
     engine: str = 'dot'  # graphviz' layout program
 
     @property
@@ -215,19 +265,29 @@ class GraphPicture:
 
 # %% ../../nbs/draw/03_graphs.ipynb #edges-of
 def edges_of(graph, min_score, top):
-    "Triplets (T, 3) to draw and their scores (T,): of a `Prediction` the best; of a `SceneGraph` all, repeated ones once, and None."
+    """Triplets (T, 3) to draw and their scores (T,): of a `Prediction` the best; of a `SceneGraph`
+    all, repeated ones once, and None."""
     if isinstance(graph, SceneGraph): return np.unique(graph.relations.numpy(), axis=0), None
     rows, scores = triplets(graph, top=top, min_score=min_score)
     return rows.numpy(), scores.numpy()
 
-def graph_picture(graph, vocabulary, edges, scores, engine='dot', names=None, node_colours=None, edge_colours=None):
-    "The `GraphPicture` of `edges` (T, 3). `names` and `node_colours` are dictionaries by number of object, instead of names and colours of classes, `edge_colours` a list."
-    shown = sorted(set(edges[:, :2].ravel().tolist())) or (likely_objects(graph, 0., 12) if names is None else list(names))
-    names, number = titles(graph, vocabulary, shown) if names is None else names, {i: n for n, i in enumerate(shown)}
-    node_colours = node_colours or {i: class_colour(vocabulary.objects[graph.labels[i]]) for i in shown}
+def graph_picture(graph, vocabulary, edges, scores, engine='dot', names=None, node_colours=None,
+                  edge_colours=None):
+    """The `GraphPicture` of `edges` (T, 3).
+
+    `names` and `node_colours` are dictionaries by number of object, instead of names and colours of
+    classes, `edge_colours` a list."""
+    shown = sorted(set(edges[:, :2].ravel().tolist())) or (likely_objects(graph, 0., 12)
+        if names is None else list(names))
+    names, number = titles(graph, vocabulary, shown) if names is None else names, {i: n
+        for n, i in enumerate(shown)}
+    node_colours = node_colours or {i: class_colour(vocabulary.objects[graph.labels[i]])
+                                    for i in shown}
     labels = [one_line(vocabulary.predicates[p], 28) for p in edges[:, 2].tolist()]
     if scores is not None: labels = [f'{label} {score:.2f}' for label, score in zip(labels, scores)]
-    rows = [(number[s], number[o], label, colour) for (s, o, _), label, colour in zip(edges.tolist(), labels, edge_colours or ['#444444'] * len(edges))]
+    rows = [(number[s], number[o], label, colour)
+            for (s, o, _), label, colour in zip(edges.tolist(), labels,
+                                                edge_colours or ['#444444'] * len(edges))]
     places = (graph.boxes[shown, :2] + graph.boxes[shown, 2:]).numpy() / 2
     return GraphPicture([(names[i], node_colours[i]) for i in shown], rows, places, engine)
 
@@ -238,7 +298,11 @@ def graph(graph,  # `SceneGraph` or `Prediction`
           top:int=20,  # and no more than this many
           engine:str='dot',  # graphviz' layout program
          ):  # a `GraphPicture`
-    "A picture of the relations of a graph. Raises `ValueError` for a graph that does not fit the vocabulary or an unknown engine."
+    """A picture of the relations of a graph.
+
+    Raises `ValueError` for a graph that does not fit the vocabulary or an unknown engine."""
     check_vocabulary(graph, vocabulary)
-    if engine not in graphviz.ENGINES: raise ValueError(f"engine {engine!r} is not one of graphviz' {', '.join(sorted(graphviz.ENGINES))}")
+    if engine not in graphviz.ENGINES:
+        raise ValueError(f"engine {engine!r} is not one of graphviz' "
+                         f"{', '.join(sorted(graphviz.ENGINES))}")
     return graph_picture(graph, vocabulary, *edges_of(graph, min_score, top), engine)

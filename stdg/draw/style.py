@@ -24,31 +24,41 @@ from ..io.text import one_line
 HIT, MISS = '#0072b2', '#c45200'  # blue and vermilion, told apart by every kind of eye
 
 def as_picture(image):
-    "`image` as an array (H, W, 3) or (H, W) that matplotlib shows: uint8, or floats in 0..1. Raises `ValueError` for other shapes."
+    """`image` as an array (H, W, 3) or (H, W) that matplotlib shows: uint8, or floats in 0..1.
+
+    Raises `ValueError` for other shapes."""
     picture = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
-    if picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.shape[2] not in (1, 3): picture = picture.transpose(1, 2, 0)
+    if picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.shape[2] not in (1, 3):
+        picture = picture.transpose(1, 2, 0)
     if picture.ndim == 3 and picture.shape[2] == 1: picture = picture[..., 0]
     if picture.ndim not in (2, 3) or picture.ndim == 3 and picture.shape[2] != 3:
-        raise ValueError(f"an image has shape (H, W, 3), (3, H, W) or (H, W); this is {picture.shape}")
+        raise ValueError("an image has shape (H, W, 3), (3, H, W) or (H, W); this is "
+                         f"{picture.shape}")
     return picture if picture.dtype == np.uint8 else picture.astype(np.float32).clip(0, 1)
 
 def luminance(rgb):
-    "Relative luminance of sRGB colours (..., 3) from 0 to 1, and their linear values. Source: WCAG 2.1."
+    """Relative luminance of sRGB colours (..., 3) from 0 to 1, and their linear values.
+
+    Source: WCAG 2.1."""
     linear = np.where(rgb <= .04045, rgb / 12.92, ((rgb + .055) / 1.055) ** 2.4)
     return linear @ (.2126, .7152, .0722), linear
 
 def class_colour(name):
-    "The colour of a class, as '#rrggbb': always the same for the same name, and dark enough for white letters."
+    """The colour of a class, as '#rrggbb': always the same for the same name, and dark enough for
+    white letters."""
     code = zlib.crc32(str(name).encode('utf-8', 'replace'))
     saturation, most = ((.8, .17), (.6, .11), (1., .06))[code // 24 % 3]
     light, linear = luminance(hsv_to_rgb((code % 24 / 24, saturation, 1)))
     linear = linear * min(1, most / light)
-    return to_hex(np.where(linear <= .0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - .055).clip(0, 1))
+    return to_hex(np.where(linear <= .0031308, 12.92 * linear,
+                           1.055 * linear ** (1 / 2.4) - .055).clip(0, 1))
 
 # %% ../../nbs/draw/01_style.ipynb #for-print
 PAGE, COLUMN = 7.1, 3.4  # inches
-_STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.labelsize': 8, 'xtick.labelsize': 7, 'ytick.labelsize': 7, 'legend.fontsize': 7, 'figure.titlesize': 9,
-          'axes.linewidth': .6, 'xtick.major.width': .6, 'ytick.major.width': .6, 'xtick.minor.width': .4, 'ytick.minor.width': .4,
+_STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.labelsize': 8, 'xtick.labelsize': 7,
+          'ytick.labelsize': 7, 'legend.fontsize': 7, 'figure.titlesize': 9,
+          'axes.linewidth': .6, 'xtick.major.width': .6, 'ytick.major.width': .6,
+          'xtick.minor.width': .4, 'ytick.minor.width': .4,
           'xtick.major.size': 2.5, 'ytick.major.size': 2.5, 'axes.titlepad': 4, 'figure.dpi': 150}
 
 def for_print(draw):
@@ -64,8 +74,11 @@ def own_axes(ax, width=COLUMN, height=.85 * COLUMN):
     return ax if ax is not None else plt.subplots(figsize=(width, height), layout='constrained')[1]
 
 def new_figure(rows, columns, width, height, **options):
-    "A figure and its axes (rows, columns). The figure is closed for pyplot, so that Jupyter shows it once and it is not kept for ever."
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout='constrained', **options)
+    """A figure and its axes (rows, columns).
+
+    The figure is closed for pyplot, so that Jupyter shows it once and it is not kept for ever."""
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False,
+                                layout='constrained', **options)
     plt.close(figure)
     return figure, axes
 
@@ -78,23 +91,30 @@ def show_image(ax, image, title=None, **options):
 
 def colour_bar(ax, label):
     "A colour bar under the image on `ax`, as wide as the image."
-    ax.figure.colorbar(ax.images[0], cax=ax.inset_axes([0, -.1, 1, .045]), orientation='horizontal', label=label).outline.set_linewidth(.4)
+    ax.figure.colorbar(ax.images[0], cax=ax.inset_axes([0, -.1, 1, .045]), orientation='horizontal',
+                       label=label).outline.set_linewidth(.4)
 
 # %% ../../nbs/draw/01_style.ipynb #save
 _FILES = {'svg.fonttype': 'none', 'svg.hashsalt': 'stdg', 'pdf.fonttype': 42}
 _DATES = dict(svg={'Date': None}, pdf={'CreationDate': None}, png={})
 
 def rendered(figure, kind, dpi=300, **options):
-    "The bytes of `figure` as 'svg', 'pdf' or 'png'; `dpi` is that of pictures, `options` are further ones of `savefig`."
+    """The bytes of `figure` as 'svg', 'pdf' or 'png'; `dpi` is that of pictures, `options` are
+    further ones of `savefig`."""
     buffer = io.BytesIO()
-    with plt.rc_context(_FILES): figure.savefig(buffer, format=kind, dpi=dpi, metadata=_DATES[kind], **options)
+    with plt.rc_context(_FILES):
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=_DATES[kind], **options)
     return buffer.getvalue()
 
 def save(figure, path, dpi:int=300):
-    "Write `figure` to `path` as its name's ending says, .svg, .pdf or .png, whole or not at all. Returns the path. Raises `ValueError` for another ending, `OSError` for a full disk."
+    """Write `figure` to `path` as its name's ending says, .svg, .pdf or .png, whole or not at all.
+
+    Returns the path. Raises `ValueError` for another ending, `OSError` for a full disk."""
     path = Path(path)
     kind = path.suffix.lower().lstrip('.')
-    if kind not in _DATES: raise ValueError(f"{path}: a figure is saved as .svg, .pdf or .png; give its name one of these endings")
+    if kind not in _DATES:
+        raise ValueError(f"{path}: a figure is saved as .svg, .pdf or .png; give its name one of "
+                         "these endings")
     content = rendered(figure, kind, dpi)
     with atomic_path(path) as partial: partial.write_bytes(content)
     return path

@@ -10,17 +10,34 @@ __all__ = ['CLAIMS', 'check_fit', 'choose_thresholds', 'difference', 'evaluate',
 
 # %% ../../nbs/evaluation/00_about_evaluation.ipynb #face
 from stdg.evaluation.core import (
-    check_fit, evaluate, evaluate_prior, figures, finite, training_predicate_counts, predictions, records,
-    store, stored)
-from .intervals import difference, group_recall, predicate_table, resample
+    check_fit,
+    evaluate,
+    evaluate_prior,
+    figures,
+    finite,
+    predictions,
+    records,
+    store,
+    stored,
+    training_predicate_counts,
+)
 from stdg.evaluation.diagnostics import (
-    CLAIMS, extremes, image_recalls, plot_predicate_recall, plot_reliability, reliabilities,
-    reliability)
+    CLAIMS,
+    extremes,
+    image_recalls,
+    plot_predicate_recall,
+    plot_reliability,
+    reliabilities,
+    reliability,
+)
+from .intervals import difference, group_recall, predicate_table, resample
+from .latency import latency_table, machine, measure_latency
 from .thresholds import choose_thresholds, save_thresholds
-from .latency import machine, measure_latency, latency_table
 
 _all_ = ['CLAIMS', 'check_fit', 'choose_thresholds', 'difference', 'evaluate', 'evaluate_prior',
          'extremes', 'figures', 'finite', 'group_recall', 'image_recalls', 'machine',
-         'plot_predicate_recall', 'plot_reliability', 'training_predicate_counts', 'predicate_table',
-         'predictions', 'records', 'reliabilities', 'reliability', 'resample', 'save_thresholds', 'store',
+         'plot_predicate_recall', 'plot_reliability', 'training_predicate_counts',
+         'predicate_table',
+         'predictions', 'records', 'reliabilities', 'reliability', 'resample', 'save_thresholds',
+         'store',
          'stored', 'measure_latency', 'latency_table']

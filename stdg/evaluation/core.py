@@ -16,37 +16,47 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load as read_arrays, save as write_arrays
+from safetensors.numpy import load as read_arrays
+from safetensors.numpy import save as write_arrays
 from tqdm import tqdm
 
-from ..io.devices import choose_device
-from . import intervals as analysis
 from .. import decode, matching, metrics
-from ..datasets import statistics
 from ..data import loader, network_input
-from ..io.files import read_json, write_json
+from ..datasets import statistics
+from . import intervals as analysis
 from ..graph import TASKS
+from ..io.devices import choose_device
+from ..io.files import read_json, write_json
 from ..io.packed import Packed, Parts, run_parts
 
 # %% ../../nbs/evaluation/02_core.ipynb #check-fit
 def check_fit(model, dataset):
-    "Raises `ValueError` if `model` reads something else than `dataset` gives, or knows other classes."
-    if model.reads not in dataset.inputs: raise ValueError(f"a model of mode {model.mode!r} reads {model.reads!r}, the dataset gives {dataset.inputs}")
+    """Raises `ValueError` if `model` reads something else than `dataset` gives, or knows other
+    classes."""
+    if model.reads not in dataset.inputs:
+        raise ValueError(f"a model of mode {model.mode!r} reads {model.reads!r}, the dataset gives "
+                         f"{dataset.inputs}")
     config, database = model.config, dataset.database
-    known, there = (config['n_objects'], config['n_predicates']), (len(database.vocabulary.objects), len(database.vocabulary.predicates))
+    known, there = (config['n_objects'], config['n_predicates']), (len(database.vocabulary.objects),
+        len(database.vocabulary.predicates))
     if known != there:
-        raise ValueError(f"the model knows {known[0]} object classes and {known[1]} predicates, {database.folder} has {there[0]} and {there[1]}; it was trained on other data")
+        raise ValueError(f"the model knows {known[0]} object classes and {known[1]} predicates, "
+                         f"{database.folder} has {there[0]} and {there[1]}; it was trained on "
+                         "other data")
 
 # %% ../../nbs/evaluation/02_core.ipynb #predictions
 @torch.no_grad()
-def predictions(model, dataset, tasks=TASKS, batch_size=16, workers=0, device=None, progress=True, released=False,
+def predictions(model, dataset, tasks=TASKS, batch_size=16, workers=0, device=None, progress=True,
+                released=False,
                 positions=None):  # of the samples, in the order that is wanted; None: all
-    "Yield (truth, {task: `Prediction`}) for each image of `dataset` (`SceneGraphs` made for evaluation, with the input that the model reads)."
+    """Yield (truth, {task: `Prediction`}) for each image of `dataset` (`SceneGraphs` made for
+    evaluation, with the input that the model reads)."""
     check_fit(model, dataset)
     kind, part, batch_size = model.reads, copy.copy(dataset), min(batch_size, len(dataset))
     if positions is not None: part.rows = [dataset.rows[i] for i in positions]
     model.to(choose_device(device), memory_format=torch.channels_last).eval()
-    for batch in tqdm(loader(part, batch_size, workers=workers), 'predicting', disable=not progress):
+    for batch in tqdm(loader(part, batch_size, workers=workers), 'predicting',
+                      disable=not progress):
         n, pictures = len(batch[kind]), batch[kind]
         filled = torch.cat([pictures, pictures[-1:].expand(batch_size - n, -1, -1, -1)])
         detection, relation = (fields[:n] for fields in model(network_input(model, filled, kind)))
@@ -58,20 +68,28 @@ def predictions(model, dataset, tasks=TASKS, batch_size=16, workers=0, device=No
 def _evaluators(vocabulary, tasks, protocols, intervals=0, zero_shot=None):
     "{protocol: {task: `Evaluator`}}."
     protocols = (protocols,) if isinstance(protocols, str) else tuple(protocols)
-    if not protocols: raise ValueError(f"protocol: name at least one of {', '.join(metrics.PROTOCOLS)}")
-    make = lambda task, protocol: metrics.Evaluator(task, len(vocabulary.predicates), zero_shot, protocol, keep=bool(intervals))
+    if not protocols:
+        raise ValueError(f"protocol: name at least one of {', '.join(metrics.PROTOCOLS)}")
+    make = lambda task, protocol: metrics.Evaluator(task, len(vocabulary.predicates), zero_shot,
+                                                    protocol, keep=bool(intervals))
     return {protocol: {task: make(task, protocol) for task in tasks} for protocol in protocols}
 
-def _each(evaluators): return [(f'{protocol}/{task}', task, evaluator) for protocol, by_task in evaluators.items() for task, evaluator in by_task.items()]
+def _each(evaluators):
+    return [(f'{protocol}/{task}', task, evaluator) for protocol, by_task in evaluators.items()
+            for task, evaluator in by_task.items()]
 
 def _record(evaluators, truth, found, n_predicates):
     "What is to be known of one image, {name: array}."
-    record = {f'{name}/{what}': values for name, task, evaluator in _each(evaluators) for what, values in evaluator.record(found[task], truth).items()}
-    claimed = {task: matching.claims(prediction, truth, task, n_predicates) for task, prediction in found.items()}
+    record = {f'{name}/{what}': values for name, task, evaluator in _each(evaluators)
+              for what, values in evaluator.record(found[task], truth).items()}
+    claimed = {task: matching.claims(prediction, truth, task, n_predicates)
+               for task, prediction in found.items()}
     if boxes := found.get('sgdet'):
         claimed['boxes'] = matching.box_claims(boxes, truth)
-        record |= {'boxes/found': metrics.box_table(boxes, boxes.scores), 'boxes/true': metrics.box_table(truth, truth.ignore)}
-    return record | {f'{name}/{what}': values for name, pair in claimed.items() for what, values in zip(('score', 'right'), pair)}
+        record |= {'boxes/found': metrics.box_table(boxes, boxes.scores),
+                   'boxes/true': metrics.box_table(truth, truth.ignore)}
+    return record | {f'{name}/{what}': values for name, pair in claimed.items()
+                     for what, values in zip(('score', 'right'), pair)}
 
 # %% ../../nbs/evaluation/02_core.ipynb #records
 def _records(model, dataset, tasks, zero_shot, protocol, positions, options):
@@ -86,21 +104,27 @@ def _records(model, dataset, tasks, zero_shot, protocol, positions, options):
 def records(model, dataset, tasks=TASKS, zero_shot=None, protocol=('strict', 'reference'),
             shard=(0, 1),  # i and n: every n-th image, from the i-th on
             **options):  # of `predictions`
-    "Yield (position, record) of the images of `dataset` that are this shard's. A record is a dictionary of arrays, some kB, see above."
+    """Yield (position, record) of the images of `dataset` that are this shard's.
+
+    A record is a dictionary of arrays, some kB, see above."""
     positions = range(shard[0], len(dataset), shard[1])
-    yield from zip(positions, _records(model, dataset, tasks, zero_shot, protocol, positions, options))
+    yield from zip(positions, _records(model, dataset, tasks, zero_shot, protocol, positions,
+                                       options))
 
 # %% ../../nbs/evaluation/02_core.ipynb #results
 def _results(evaluators, intervals):
     "{task: figures} of the first protocol, and {protocol: {task: figures}} of the others."
     def figures(evaluator):
-        return evaluator.compute() | (dict(intervals=analysis.intervals(evaluator, intervals)) if intervals else {})
-    first, *others = [{task: figures(evaluator) for task, evaluator in by_task.items()} for by_task in evaluators.values()]
+        return evaluator.compute() | (dict(intervals=analysis.intervals(evaluator, intervals))
+                                      if intervals else {})
+    first, *others = [{task: figures(evaluator) for task, evaluator in by_task.items()}
+                      for by_task in evaluators.values()]
     return first | dict(zip(list(evaluators)[1:], others))
 
 def _add(evaluators, record):
     for name, _, evaluator in _each(evaluators):
-        evaluator.add({what.removeprefix(f'{name}/'): values for what, values in record.items() if what.startswith(f'{name}/')})
+        evaluator.add({what.removeprefix(f'{name}/'): values for what, values in record.items()
+                       if what.startswith(f'{name}/')})
 
 # %% ../../nbs/evaluation/02_core.ipynb #figures
 def figures(records,  # (position, record) of every image of `dataset`, in order, made with these tasks, zero_shot and protocol
@@ -111,13 +135,22 @@ def figures(records,  # (position, record) of every image of `dataset`, in order
     evaluators = _evaluators(vocabulary, tasks, protocol, intervals, zero_shot)
     found, true, seconds, done = [], [], 0., 0
     for position, record in records:
-        if position != done: raise ValueError(f"records: number {done} is expected and {position} comes; every image must be there once, in order")
+        if position != done:
+            raise ValueError(f"records: number {done} is expected and {position} comes; every "
+                             "image must be there once, in order")
         _add(evaluators, record)
-        if 'sgdet' in tasks: found.append(record['boxes/found']); true.append(record['boxes/true'])
+        if 'sgdet' in tasks:
+            found.append(record['boxes/found'])
+            true.append(record['boxes/true'])
         seconds, done = seconds + float(record['seconds'][0]), done + 1
-    if done != len(dataset): raise ValueError(f"records: there are {done} for {len(dataset)} images; are all shards there?")
+    if done != len(dataset):
+        raise ValueError(f"records: there are {done} for {len(dataset)} images; are all shards "
+                         "there?")
     results = _results(evaluators, intervals)
-    if 'sgdet' in tasks: results |= {k: v for k, v in metrics.precision_of(found, true, len(vocabulary.objects)).items() if k in ('AP', 'AP50')}
+    if 'sgdet' in tasks:
+        results |= {k: v for k, v in metrics.precision_of(found, true,
+                                                          len(vocabulary.objects)).items()
+                    if k in ('AP', 'AP50')}
     return dict(results, images=done, seconds_per_image=seconds / done)
 
 # %% ../../nbs/evaluation/02_core.ipynb #evaluate
@@ -125,24 +158,34 @@ def evaluate(model, dataset, tasks=TASKS, zero_shot=None,
              protocol=('strict', 'reference'),  # one name or several; tables show the first
              intervals:int=1000,  # resamples for 95 % confidence intervals; 0 for none
              **options):  # of `predictions`
-    """Figures of `model` on `dataset`: {task: {metric: value, 'intervals': {metric: [low, high]}}, 'reference': {task: ...}, 'AP50': ...,
-    'images': ..., 'seconds_per_image': ...}. Raises `ValueError` for an unknown protocol or a model of another vocabulary. Source: method spec 9."""
-    return figures(records(model, dataset, tasks, zero_shot, protocol, **options), dataset, tasks, zero_shot, protocol, intervals)
+    """Figures of `model` on `dataset`: {task: {metric: value, 'intervals': {metric: [low, high]}},
+    'reference': {task: ...}, 'AP50': ..., 'images': ..., 'seconds_per_image': ...}.
+
+    Raises `ValueError` for an unknown protocol or a model of another vocabulary. Source: method
+    spec 9."""
+    return figures(records(model, dataset, tasks, zero_shot, protocol, **options), dataset, tasks,
+                   zero_shot, protocol, intervals)
 
 # %% ../../nbs/evaluation/02_core.ipynb #identity
 def _identity(model, dataset, tasks, zero_shot, protocol, released):
     "What must not change while records are made, as JSON."
     weights = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode())
-    for name, tensor in model.state_dict().items(): weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    unseen = None if zero_shot is None else hashlib.sha256(np.ascontiguousarray(zero_shot, np.int64).tobytes()).hexdigest()[:16]
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    unseen = None if zero_shot is None else hashlib.sha256(np.ascontiguousarray(zero_shot,
+        np.int64).tobytes()).hexdigest()[:16]
     protocol = [protocol] if isinstance(protocol, str) else list(protocol)
-    return dict(weights=weights.hexdigest()[:16], data=dataset.fingerprint(), tasks=list(tasks), zero_shot=unseen, protocol=protocol, released=released)
+    return dict(weights=weights.hexdigest()[:16], data=dataset.fingerprint(), tasks=list(tasks),
+                zero_shot=unseen, protocol=protocol, released=released)
 
 def _check_same(folder, identity):
     "Raise `ValueError` if the joined records in `folder` were made of something else."
     known = read_json(folder/'records.json', f'Remove {folder} and evaluate again.')
-    differ = ', '.join(f'{k} {known.get(k)} (asked: {v})' for k, v in identity.items() if known.get(k) != v)
-    if differ: raise ValueError(f"{folder} holds records of something else: {differ}. Choose another folder, or remove that one")
+    differ = ', '.join(f'{k} {known.get(k)} (asked: {v})' for k, v in identity.items()
+                       if known.get(k) != v)
+    if differ:
+        raise ValueError(f"{folder} holds records of something else: {differ}. Choose another "
+                         "folder, or remove that one")
 
 # %% ../../nbs/evaluation/02_core.ipynb #store
 def store(folder, model, dataset, tasks=TASKS, zero_shot=None, protocol=('strict', 'reference'),
@@ -150,38 +193,52 @@ def store(folder, model, dataset, tasks=TASKS, zero_shot=None, protocol=('strict
           released=False,  # as in `predictions`
           part=32,  # images in a part: what a kill can lose
           **options):  # of `predictions`
-    """Write the records of `dataset` to `folder/records.h5`; its path, or None while other shards may have work to do. Goes on where a killed call stopped.
+    """Write the records of `dataset` to `folder/records.h5`; its path, or None while other shards
+    may have work to do.
 
-    Raises `ValueError` that names the folder when it holds records of another network, other data or settings, and what `predictions` raises."""
+    Goes on where a killed call stopped.
+
+    Raises `ValueError` that names the folder when it holds records of another network, other data
+    or settings, and what `predictions` raises."""
     check_fit(model, dataset)
     _evaluators(dataset.database.vocabulary, tasks, protocol)
-    path, identity = Path(folder)/'records.h5', _identity(model, dataset, tasks, zero_shot, protocol, released)
+    path, identity = Path(folder)/'records.h5', _identity(model, dataset, tasks, zero_shot,
+                                                          protocol, released)
     if path.exists():
         _check_same(path.parent, identity)
         return path
     parts = Parts(path, 'record', dataset.database.image_ids[dataset.rows], part, **identity)
     positions = [row for k in parts.todo(shard) for row in parts.rows(k)]
-    made = _records(model, dataset, tasks, zero_shot, protocol, positions, options | dict(released=released))
-    write = lambda record: write_arrays({name: np.ascontiguousarray(values) for name, values in record.items()})
-    run_parts(parts, int, lambda rows, _: ([write(next(made)) for _ in rows], {}), shard, progress=False, workers=1)
+    made = _records(model, dataset, tasks, zero_shot, protocol, positions,
+                    options | dict(released=released))
+    write = lambda record: write_arrays({name: np.ascontiguousarray(values)
+                                         for name, values in record.items()})
+    run_parts(parts, int, lambda rows, _: ([write(next(made)) for _ in rows], {}), shard,
+              progress=False, workers=1)
     if tuple(shard) != (0, 1): return None
     write_json(path.with_name('records.json'), identity)
     return parts.merge()
 
 # %% ../../nbs/evaluation/02_core.ipynb #stored
 def stored(path):
-    "Yield (position, record) of what `store` has written. Raises `FileNotFoundError`, or `ValueError` naming the file if it is damaged."
+    """Yield (position, record) of what `store` has written.
+
+    Raises `FileNotFoundError`, or `ValueError` naming the file if it is damaged."""
     hint = f'Remove {Path(path).parent} and evaluate again.'
     pieces = Packed(path, 'record', hint)
     for i in range(len(pieces)):
         try: yield i, read_arrays(pieces[i].tobytes())
-        except SafetensorError as error: raise ValueError(f"{path}: record {i} is damaged ({error}). {hint}") from None
+        except SafetensorError as error:
+            raise ValueError(f"{path}: record {i} is damaged ({error}). {hint}") from None
 
 # %% ../../nbs/evaluation/02_core.ipynb #evaluate-prior
-def _training(database, n_val): return statistics.select_relations(statistics.annotations(database, 'train', n_val))
+def _training(database, n_val):
+    return statistics.select_relations(statistics.annotations(database, 'train', n_val))
 
-def evaluate_prior(database, dataset, protocol=('strict', 'reference'), n_val=0, intervals:int=1000):
-    "PredCls figures of the class-pair frequency prior, counted on the training split of `database`, on `dataset`; as `evaluate` gives them."
+def evaluate_prior(database, dataset, protocol=('strict', 'reference'), n_val=0,
+                   intervals:int=1000):
+    """PredCls figures of the class-pair frequency prior, counted on the training split of
+    `database`, on `dataset`; as `evaluate` gives them."""
     vocabulary = database.vocabulary
     prior = metrics.FrequencyPrior(len(vocabulary.objects), len(vocabulary.predicates))
     prior.counts, prior.pairs = statistics.prior_tables(_training(database, n_val))
@@ -194,13 +251,16 @@ def evaluate_prior(database, dataset, protocol=('strict', 'reference'), n_val=0,
 
 # %% ../../nbs/evaluation/02_core.ipynb #finite
 def finite(results):
-    "`results`, dictionaries and lists of figures, without those that are NaN; in lists these are None."
+    """`results`, dictionaries and lists of figures, without those that are NaN; in lists these are
+    None."""
     nan = lambda value: isinstance(value, float) and value != value
-    if isinstance(results, dict): return {name: finite(value) for name, value in results.items() if not nan(value)}
+    if isinstance(results, dict):
+        return {name: finite(value) for name, value in results.items() if not nan(value)}
     if isinstance(results, (list, tuple)): return [finite(value) for value in results]
     return None if nan(results) else results
 
 # %% ../../nbs/evaluation/02_core.ipynb #predicate-counts
 def training_predicate_counts(database, n_val=0):
-    "How often each predicate is annotated in the training split of `database`, a repeated annotation once: (P,) whole numbers."
+    """How often each predicate is annotated in the training split of `database`, a repeated
+    annotation once: (P,) whole numbers."""
     return statistics.predicate_counts(_training(database, n_val))

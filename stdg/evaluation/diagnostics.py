@@ -11,17 +11,21 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ..datasets.statistics import predicate_groups
-from ..matching import TOP
+from ..datasets.statistics import GROUP_COLOURS, predicate_groups
 from ..io.text import one_line
-from ..datasets.statistics import GROUP_COLOURS
+from ..matching import TOP
 
 # %% ../../nbs/evaluation/03_diagnostics.ipynb #reliability
 def reliability(scores, right, bins:int=10):
-    """Of claims with `scores` (N,) from 0 to 1, `right` or not (N,): `count`, mean `score` and share `right` of each of `bins` equally wide bins
-    (lists, NaN for an empty bin), and `ece`, the expected calibration error. Raises `ValueError` for lengths that differ, or scores that are none."""
+    """Of claims with `scores` (N,) from 0 to 1, `right` or not (N,): `count`, mean `score` and
+    share `right` of each of `bins` equally wide bins (lists, NaN for an empty bin), and `ece`,
+    the expected calibration error.
+
+    Raises `ValueError` for lengths that differ, or scores that are none."""
     scores, right = np.asarray(scores, np.float64), np.asarray(right, bool)
-    if scores.shape != right.shape or scores.ndim != 1: raise ValueError(f"scores {scores.shape} and right {right.shape}: one of each for every claim is needed")
+    if scores.shape != right.shape or scores.ndim != 1:
+        raise ValueError(f"scores {scores.shape} and right {right.shape}: one of each for every "
+                         "claim is needed")
     if not ((scores >= 0) & (scores <= 1)).all(): raise ValueError('scores go from 0 to 1')
     place = np.minimum((scores * bins).astype(int), bins - 1)
     count, *sums = (np.bincount(place, weights, bins) for weights in (None, scores, right))
@@ -31,8 +35,10 @@ def reliability(scores, right, bins:int=10):
 
 # %% ../../nbs/evaluation/03_diagnostics.ipynb #plot-reliability
 def plot_reliability(curves:dict):  # title of a panel -> what `reliability` gave
-    "A figure with a panel for each of `curves`: share that is right over the mean score of each bin, and the number of claims."
-    figure, axes = plt.subplots(2, len(curves), figsize=(3.4 * len(curves), 4.2), squeeze=False, height_ratios=(3, 1), sharex=True, layout='constrained')
+    """A figure with a panel for each of `curves`: share that is right over the mean score of each
+    bin, and the number of claims."""
+    figure, axes = plt.subplots(2, len(curves), figsize=(3.4 * len(curves), 4.2), squeeze=False,
+                                height_ratios=(3, 1), sharex=True, layout='constrained')
     plt.close(figure)
     for (title, curve), (above, below) in zip(curves.items(), axes.T):
         bins = len(curve['count'])
@@ -40,9 +46,11 @@ def plot_reliability(curves:dict):  # title of a panel -> what `reliability` gav
         above.plot(curve['score'], curve['right'], 'o-', color='C0', clip_on=False)
         above.set(xlim=(0, 1), ylim=(0, 1), ylabel='share that is right')
         claimed, said = sum(curve['count']), f"ECE {100 * curve['ece']:.1f} %"
-        above.set_title(f"{title}: {said if claimed else 'no claims'}", fontsize=10, parse_math=False)
+        above.set_title(f"{title}: {said if claimed else 'no claims'}", fontsize=10,
+                        parse_math=False)
         below.bar((np.arange(bins) + .5) / bins, curve['count'], .9 / bins, color='C0')
-        below.set(yscale='log' if claimed else 'linear', ylim=(.7, None), xlabel='score', ylabel='claims')
+        below.set(yscale='log' if claimed else 'linear', ylim=(.7, None), xlabel='score',
+                  ylabel='claims')
     return figure
 
 # %% ../../nbs/evaluation/03_diagnostics.ipynb #plot-predicate-recall
@@ -50,10 +58,16 @@ def plot_predicate_recall(figures:dict,  # of one task, of `stdg.evaluation.eval
                           names,  # of the predicates, in order
                           counts,  # (P,) annotations of each predicate in the training set
                           at:int=TOP[-1]):
-    "A figure of the recall of every predicate, by frequency in training. Raises `ValueError` if the lengths disagree, or for figures of the reference protocol."
-    if 'truths_per_predicate' not in figures: raise ValueError("figures lack 'truths_per_predicate'; evaluate with protocol='strict'")
-    recall, truths, groups = np.array(figures[f'per_predicate_recall@{at}']), np.array(figures['truths_per_predicate']), predicate_groups(counts)
-    if not len(names) == len(groups) == len(recall): raise ValueError(f"{len(names)} names and {len(groups)} counts for figures of {len(recall)} predicates")
+    """A figure of the recall of every predicate, by frequency in training.
+
+    Raises `ValueError` if the lengths disagree, or for figures of the reference protocol."""
+    if 'truths_per_predicate' not in figures:
+        raise ValueError("figures lack 'truths_per_predicate'; evaluate with protocol='strict'")
+    recall, truths, groups = np.array(figures[f'per_predicate_recall@{at}']), np.array(
+        figures['truths_per_predicate']), predicate_groups(counts)
+    if not len(names) == len(groups) == len(recall):
+        raise ValueError(f"{len(names)} names and {len(groups)} counts for figures of "
+                         f"{len(recall)} predicates")
     order = np.argsort(-np.asarray(counts), kind='stable')
     figure, ax = plt.subplots(figsize=(max(4, 1.6 + .17 * len(names)), 3.2), layout='constrained')
     plt.close(figure)
@@ -63,36 +77,50 @@ def plot_predicate_recall(figures:dict,  # of one task, of `stdg.evaluation.eval
         values = 100 * recall[order][place]
         ax.bar(place, values, color=colour, label=f'{group}: {values.mean():.1f} %')
         ax.hlines(values.mean(), place[0] - .4, place[-1] + .4, color=colour, lw=1)
-    ax.plot(np.flatnonzero(truths[order] == 0), np.zeros((truths == 0).sum()), 'x', color='.5', ms=4, clip_on=False)
-    ax.set_xticks(range(len(order)), [one_line(names[p], 18) for p in order], rotation=90, fontsize=8, parse_math=False)
+    ax.plot(np.flatnonzero(truths[order] == 0), np.zeros((truths == 0).sum()), 'x', color='.5',
+            ms=4, clip_on=False)
+    ax.set_xticks(range(len(order)), [one_line(names[p], 18) for p in order], rotation=90,
+                  fontsize=8, parse_math=False)
     ax.set(ylabel=f'R@{at} (%)', ylim=(0, 100), xlim=(-.7, len(order) - .3))
     ax.legend(frameon=False, fontsize=8, ncols=3, loc='lower left', bbox_to_anchor=(0, 1))
     return figure
 
 # %% ../../nbs/evaluation/03_diagnostics.ipynb #reliabilities
-CLAIMS = dict(sgdet='SGDet triplets', sgcls='SGCls triplets', predcls='PredCls predicates', boxes='boxes')
+CLAIMS = dict(sgdet='SGDet triplets', sgcls='SGCls triplets', predcls='PredCls predicates',
+              boxes='boxes')
 
 def reliabilities(records,  # (position, record) of `stdg.evaluation`
                   bins:int=10):
-    "{kind of claim: what `stdg.evaluation.diagnostics.reliability` gives} for all images together, for those of `CLAIMS` that the records have."
+    """{kind of claim: what `stdg.evaluation.diagnostics.reliability` gives} for all images
+    together, for those of `CLAIMS` that the records have."""
     claims = {}
     for _, record in records:
         for name in CLAIMS:
-            if f'{name}/score' in record: claims.setdefault(CLAIMS[name], []).append((record[f'{name}/score'], record[f'{name}/right']))
-    return {title: reliability(*map(np.concatenate, zip(*pairs)), bins) for title, pairs in claims.items()}
+            if f'{name}/score' in record:
+                claims.setdefault(CLAIMS[name],
+                                  []).append((record[f'{name}/score'], record[f'{name}/right']))
+    return {title: reliability(*map(np.concatenate, zip(*pairs)), bins)
+            for title, pairs in claims.items()}
 
 # %% ../../nbs/evaluation/03_diagnostics.ipynb #extremes
 def image_recalls(records, name:str='strict/sgdet', at:int=50):
-    "Recall at `at` with graph constraint (I,) of every image, and its number of relations (I,); `name` is protocol/task. Raises `ValueError` for one that the records lack."
+    """Recall at `at` with graph constraint (I,) of every image, and its number of relations (I,);
+    `name` is protocol/task.
+
+    Raises `ValueError` for one that the records lack."""
     recall, relations = [], []
     for _, record in records:
         if f'{name}/found' not in record:
-            there = sorted({key.removesuffix('/found') for key in record if key.endswith('/found')} - {'boxes'})
+            there = sorted({key.removesuffix('/found') for key in record
+                            if key.endswith('/found')} - {'boxes'})
             raise ValueError(f"the records hold nothing of {name!r}, but of {there}")
         found = record[f'{name}/found'][0, TOP.index(at)]
-        recall.append(found.mean()); relations.append(len(found))
+        recall.append(found.mean())
+        relations.append(len(found))
     return np.array(recall), np.array(relations)
 
 def extremes(recall, relations, n:int=3):
-    "Places of the `n` images of lowest `recall` (I,), worst first, and of the `n` highest, best first; of equal ones that with the most `relations` (I,) first."
-    return tuple(np.lexsort((-np.asarray(relations), sign * np.asarray(recall)))[:n].tolist() for sign in (1, -1))
+    """Places of the `n` images of lowest `recall` (I,), worst first, and of the `n` highest, best
+    first; of equal ones that with the most `relations` (I,) first."""
+    return tuple(np.lexsort((-np.asarray(relations), sign * np.asarray(recall)))[:n].tolist()
+                 for sign in (1, -1))

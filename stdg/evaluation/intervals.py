@@ -8,34 +8,45 @@ __all__ = ['group_recall', 'PredicateTable', 'predicate_table', 'resample', 'int
 # %% ../../nbs/evaluation/01_intervals.ipynb #imports
 import numpy as np
 
-from ..metrics import TOP, harmonic_mean
-from ..io.text import html_table, markdown_table
 from ..datasets.statistics import GROUPS, predicate_groups
+from ..io.text import html_table, markdown_table
+from ..metrics import TOP, harmonic_mean
 
 # %% ../../nbs/evaluation/01_intervals.ipynb #group-recall
 _COLUMNS = [f'{kind}R@{k}' for kind in ('', 'ng-') for k in TOP]
 
 def _recalls(figures):
-    "Truths (P,) and recall (P, 6) of each predicate, at each K with and without constraint; NaN without truths."
-    try: truths, columns = figures['truths_per_predicate'], [figures[c.replace('R@', 'per_predicate_recall@')] for c in _COLUMNS]
-    except KeyError as error: raise ValueError(f"the figures lack {error}; evaluate with protocol='strict'") from None
+    """Truths (P,) and recall (P, 6) of each predicate, at each K with and without constraint; NaN
+    without truths."""
+    try:
+        truths, columns = figures['truths_per_predicate'], [figures[c.replace('R@',
+            'per_predicate_recall@')] for c in _COLUMNS]
+    except KeyError as error:
+        raise ValueError(f"the figures lack {error}; evaluate with protocol='strict'") from None
     truths = np.asarray(truths)
     return truths, np.where(truths[:, None] > 0, np.transpose(columns), np.nan)
 
 def group_recall(figures:dict,  # of `evaluate` with protocol 'strict'
                  groups,  # (P,) of `predicate_groups`
                 ):
-    "Mean recall of the predicates in each group: {'head': {'R@20': ..., 'ng-R@100': ...}, 'body': ..., 'tail': ...}, NaN for an empty group."
+    """Mean recall of the predicates in each group: {'head': {'R@20': ..., 'ng-R@100': ...}, 'body':
+    ..., 'tail': ...}, NaN for an empty group."""
     truths, recalls = _recalls(figures)
-    if len(groups) != len(truths): raise ValueError(f"{len(groups)} groups for figures of {len(truths)} predicates")
+    if len(groups) != len(truths):
+        raise ValueError(f"{len(groups)} groups for figures of {len(truths)} predicates")
     rows = {group: recalls[(np.asarray(groups) == group) & (truths > 0)] for group in GROUPS}
-    return {group: dict(zip(_COLUMNS, (row.mean(0) if len(row) else np.full(len(_COLUMNS), np.nan)).tolist())) for group, row in rows.items()}
+    return {group: dict(zip(_COLUMNS,
+                            (row.mean(0) if len(row) else np.full(len(_COLUMNS), np.nan)).tolist()))
+            for group, row in rows.items()}
 
 # %% ../../nbs/evaluation/01_intervals.ipynb #predicate-table
 class PredicateTable:
     "Recall of every predicate and every group, shown as a table. Made by `predicate_table`."
     def __init__(self, names, cells): self.names, self.cells = names, cells
-    def _block(self): return 'predicate', ['group', 'in training', 'in test', *_COLUMNS], self.names, self.cells, np.zeros((len(self.cells), 3 + len(_COLUMNS)), bool)
+    def _block(self):
+        return 'predicate', ['group', 'in training', 'in test',
+                             *_COLUMNS], self.names, self.cells, np.zeros((len(self.cells),
+            3 + len(_COLUMNS)), bool)
     def _repr_markdown_(self): return markdown_table(*self._block())
     def _repr_html_(self): return html_table(*self._block())
     __str__ = _repr_markdown_
@@ -46,24 +57,34 @@ def predicate_table(figures:dict,  # of `evaluate` with protocol 'strict'
                     names,  # of the predicates, in order
                     counts,  # (P,) annotations of each predicate in the training set
                    ):
-    "Group, annotations in training and test, and recall in percent of every predicate. Raises `ValueError` if the lengths disagree."
+    """Group, annotations in training and test, and recall in percent of every predicate.
+
+    Raises `ValueError` if the lengths disagree."""
     truths, recalls = _recalls(figures)
-    if not len(names) == len(counts) == len(truths): raise ValueError(f"{len(names)} names and {len(counts)} counts for figures of {len(truths)} predicates")
+    if not len(names) == len(counts) == len(truths):
+        raise ValueError(f"{len(names)} names and {len(counts)} counts for figures of "
+                         f"{len(truths)} predicates")
     groups, counts = predicate_groups(counts), np.asarray(counts)
-    rows = [(names[p], [str(groups[p]), f'{counts[p]:.0f}', str(truths[p]), *_percent(recalls[p])]) for p in np.argsort(-counts, kind='stable')]
+    rows = [(names[p], [str(groups[p]), f'{counts[p]:.0f}', str(truths[p]), *_percent(recalls[p])])
+            for p in np.argsort(-counts, kind='stable')]
     for group, means in group_recall(figures, groups).items():
-        rows.append((f'mean of {group}', [group, f'{counts[groups == group].sum():.0f}', str(truths[groups == group].sum()), *_percent(means.values())]))
+        rows.append((f'mean of {group}', [group, f'{counts[groups == group].sum():.0f}',
+                                          str(truths[groups == group].sum()),
+                                          *_percent(means.values())]))
     return PredicateTable(*(list(column) for column in zip(*rows)))
 
 # %% ../../nbs/evaluation/01_intervals.ipynb #counts
 def _counts(evaluator):
     "Truths (I, P) and hits (I, 6, P) of every image that `evaluator` kept."
-    if not evaluator.kept: raise ValueError('the evaluator has kept no images; make it with keep=True and update it with some')
+    if not evaluator.kept:
+        raise ValueError('the evaluator has kept no images; make it with keep=True and update it '
+                         'with some')
     truths, hits = (np.stack(arrays).astype(np.float64) for arrays in zip(*evaluator.kept))
     return truths, hits.reshape(len(hits), 6, -1)
 
 def _weighted(weights, truths, hits):
-    "R, mR, microR and F, (n, 6) each, where image i counts `weights[:, i]` times; `weights` (n, I)."
+    """R, mR, microR and F, (n, 6) each, where image i counts `weights[:, i]` times; `weights` (n,
+    I)."""
     shown, total = truths > 0, truths.sum(1, keepdims=True)
     recall = weights @ (hits.sum(2) / total) / weights.sum(1, keepdims=True)
     micro = weights @ hits.sum(2) / (weights @ total)
@@ -75,36 +96,47 @@ def _weighted(weights, truths, hits):
 
 def _named(tables):
     "Tables (n, 6) by kind of figure, taken apart: {'R@20': (n,), 'ng-R@20': ..., ...}."
-    return {column.replace('R@', f'{kind}@'): table[:, i] for kind, table in tables.items() for i, column in enumerate(_COLUMNS)}
+    return {column.replace('R@', f'{kind}@'): table[:, i] for kind, table in tables.items()
+            for i, column in enumerate(_COLUMNS)}
 
 # %% ../../nbs/evaluation/01_intervals.ipynb #resample
 def resample(evaluator,  # `stdg.metrics.Evaluator` made with keep=True
              n:int=1000, seed:int=0):
-    """Figures of `n` test sets drawn with replacement from the images of `evaluator`: {'R@20': (n,) array, 'ng-R@20': ..., 'F@100': ...}.
+    """Figures of `n` test sets drawn with replacement from the images of `evaluator`: {'R@20': (n,)
+    array, 'ng-R@20': ..., 'F@100': ...}.
 
-    The same seed draws the same images, so figures of two models on one test set may be subtracted. Raises `ValueError` if no images were kept."""
+    The same seed draws the same images, so figures of two models on one test set may be subtracted.
+    Raises `ValueError` if no images were kept."""
     if n < 1: raise ValueError(f"n is {n}: at least one resample is needed")
     truths, hits = _counts(evaluator)
     rng, images = np.random.default_rng(seed), len(truths)
-    draw = lambda size: _weighted(rng.multinomial(images, np.full(images, 1 / images), size).astype(np.float64), truths, hits)
-    blocks = [_named(draw(min(100, n - start))) for start in range(0, n, 100)]  # a hundred at a time, for memory's sake
+    draw = lambda size: _weighted(rng.multinomial(images, np.full(images, 1 / images),
+                                                  size).astype(np.float64), truths, hits)
+    # a hundred at a time, for memory's sake
+    blocks = [_named(draw(min(100, n - start))) for start in range(0, n, 100)]
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 def _percentiles(samples, level):
     if not 0 < level < 1: raise ValueError(f"level {level} is no share between 0 and 1")
-    return {name: np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist() for name, values in samples.items()}
+    return {name: np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
+            for name, values in samples.items()}
 
 def intervals(evaluator, n:int=1000, level:float=.95, seed:int=0):
-    "Confidence intervals {'R@20': [low, high], ...} of R, mR, microR and F, with and without constraint, by bootstrap over the images of `evaluator`."
+    """Confidence intervals {'R@20': [low, high], ...} of R, mR, microR and F, with and without
+    constraint, by bootstrap over the images of `evaluator`."""
     return _percentiles(resample(evaluator, n, seed), level)
 
 # %% ../../nbs/evaluation/01_intervals.ipynb #difference
 def difference(evaluator, other, n:int=1000, level:float=.95, seed:int=0):
-    """Confidence intervals of the figures of `evaluator` minus those of `other`, as `intervals` gives them.
+    """Confidence intervals of the figures of `evaluator` minus those of `other`, as `intervals`
+    gives them.
 
-    Both must have seen the same images in the same order. Raises `ValueError` if their truths differ."""
+    Both must have seen the same images in the same order. Raises `ValueError` if their truths
+    differ."""
     mine, theirs = _counts(evaluator)[0], _counts(other)[0]
     if mine.shape != theirs.shape or not (mine == theirs).all():
-        raise ValueError(f"the evaluators have seen other truths ({len(mine)} and {len(theirs)} images); a difference needs the same images in the same order")
+        raise ValueError(f"the evaluators have seen other truths ({len(mine)} and {len(theirs)} "
+                         "images); a difference needs the same images in the same order")
     other = resample(other, n, seed)
-    return _percentiles({name: values - other[name] for name, values in resample(evaluator, n, seed).items()}, level)
+    return _percentiles({name: values - other[name] for name, values in resample(evaluator, n,
+        seed).items()}, level)

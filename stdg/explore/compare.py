@@ -10,15 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..draw.style import HIT, MISS, class_colour
 from ..draw.boxes import titles
-from ..graph import Prediction, SceneGraph, triplets
+from ..draw.style import HIT, MISS, class_colour
 from .graph_layout import PANEL, place_names, place_nodes
-from ..matching import match, same_objects
+from ..graph import Prediction, SceneGraph, triplets
 from ..io.text import one_line
+from ..matching import match, same_objects
 
 # %% ../../nbs/explore/03_compare.ipynb #agreement
-VERDICTS = dict(hit=(HIT, '-', '✓'), miss=(MISS, '--', '○'), wrong=('#9b3d7c', ':', '×'), unwritten=('#00795a', '-.', '+'))  # colour, line and mark
+# colour, line and mark
+VERDICTS = dict(hit=(HIT, '-', '✓'), miss=(MISS, '--', '○'), wrong=('#9b3d7c', ':', '×'),
+                unwritten=('#00795a', '-.', '+'))
 
 @dataclass
 class Agreement:
@@ -26,7 +28,8 @@ class Agreement:
     objects: np.ndarray  # (N, M) bool: true object agrees with predicted one
     relations: np.ndarray  # (R, T) bool: true relation is hit by triplet
     holds: np.ndarray  # (T,) bool: the triplet is true, written down or not
-    stands: np.ndarray  # (N,) the predicted object that stands for a true one in a drawing, -1 for none
+    # (N,) the predicted object that stands for a true one in a drawing, -1 for none
+    stands: np.ndarray
 
 def _one_to_one(agree):
     "For each row of `agree` (N, M) the first column that no row above has taken, or -1."
@@ -44,25 +47,33 @@ def compare(truth:SceneGraph, prediction:Prediction,
     "The `Agreement` of a truth and a prediction, whose objects come best first."
     rows, agree = np.asarray(rows).reshape(-1, 3), same_objects(truth, prediction)
     every = truth if holds is None else SceneGraph(truth.boxes, truth.labels, holds)
-    return Agreement(agree, match(truth, prediction, rows), match(every, prediction, rows).any(0), _one_to_one(agree))
+    return Agreement(agree, match(truth, prediction, rows), match(every, prediction, rows).any(0),
+                     _one_to_one(agree))
 
 # %% ../../nbs/explore/03_compare.ipynb #objects
 MOST = 40  # triplets
 
 def _objects(graph, vocabulary, shown, **more):
-    "Records of the objects of a graph, those of `shown` numbered where a name comes twice; `more` are further entries by name, a value for each object."
-    names, said = [vocabulary.objects[label] for label in graph.labels.tolist()], titles(graph, vocabulary, shown)
-    columns = dict(c=graph.labels.tolist(), box=graph.boxes.tolist(), title=[one_line(said.get(i, name), 24) for i, name in enumerate(names)],
-                   full=[one_line(name, 400) for name in names], colour=[class_colour(name) for name in names], **more)
+    """Records of the objects of a graph, those of `shown` numbered where a name comes twice; `more`
+    are further entries by name, a value for each object."""
+    names, said = [vocabulary.objects[label] for label in graph.labels.tolist()], titles(graph,
+        vocabulary, shown)
+    columns = dict(c=graph.labels.tolist(), box=graph.boxes.tolist(),
+                   title=[one_line(said.get(i, name), 24) for i, name in enumerate(names)],
+                   full=[one_line(name, 400) for name in names],
+                   colour=[class_colour(name) for name in names], **more)
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
-def _triplets(rows, **more): return [dict(s=s, o=o, p=p, **dict(zip(more, values))) for (s, o, p), *values in zip(rows.tolist(), *more.values())]
+def _triplets(rows, **more):
+    return [dict(s=s, o=o, p=p, **dict(zip(more, values)))
+            for (s, o, p), *values in zip(rows.tolist(), *more.values())]
 
 def _where(table): return [np.flatnonzero(row).tolist() for row in table]
 
 # %% ../../nbs/explore/03_compare.ipynb #nodes
 def _nodes(rows, relations, stands):
-    "Number of the node of each predicted object and of each true one, two dictionaries, that takes part in triplets `rows` or `relations`, (., 3) arrays."
+    """Number of the node of each predicted object and of each true one, two dictionaries, that
+    takes part in triplets `rows` or `relations`, (., 3) arrays."""
     number, mine = {}, {}
     for i in rows[:, :2].ravel().tolist(): number.setdefault(('predicted', i), len(number))
     for i in relations[:, :2].ravel().tolist():
@@ -74,39 +85,56 @@ def _nodes(rows, relations, stands):
 FIRST = 10
 
 def _arrange(record, names):
-    "Give `record` the places and widths of its nodes, and each triplet the bend of its edge and the place of its name."
+    """Give `record` the places and widths of its nodes, and each triplet the bend of its edge and
+    the place of its name."""
     sides = [side for side in (record, record['truth']) if side]
     objects = [o for side in reversed(sides) for o in side['objects']]
     node = {o['node']: o for o in objects}
     node = [node[n] for n in range(max(node, default=-1) + 1)]
-    widths = [7.2 * max(len(o['title']) for o in objects if o['node'] == n) + 30 for n in range(len(node))]
-    ends = [[(side['objects'][t['s']]['node'], side['objects'][t['o']]['node'], t['p']) for t in side['triplets']] for side in sides]
-    every = np.array(list(dict.fromkeys(ends[0][:FIRST] + sum(ends[1:], []) + ends[0][FIRST:])), int).reshape(-1, 3)
-    middles = np.array([o['box'] for o in node]).reshape(-1, 2, 2).mean(1) / record['size'][::-1] - .5
+    widths = [7.2 * max(len(o['title']) for o in objects if o['node'] == n) + 30
+              for n in range(len(node))]
+    ends = [[(side['objects'][t['s']]['node'], side['objects'][t['o']]['node'], t['p'])
+             for t in side['triplets']] for side in sides]
+    every = np.array(list(dict.fromkeys(ends[0][:FIRST] + sum(ends[1:], []) + ends[0][FIRST:])),
+                     int).reshape(-1, 3)
+    middles = np.array([o['box'] for o in node]).reshape(-1, 2,
+                                                         2).mean(1) / record['size'][::-1] - .5
     lengths = [6.1 * len(names[p]) + 8 for p in every[:, 2]]
     at = place_nodes(widths, every[:, :2], middles * PANEL, lengths)
     bends, stops = place_names(at, widths, every[:, :2], lengths)
-    line = {tuple(edge): dict(bend=bend, at=stop) for edge, bend, stop in zip(every.tolist(), bends, stops)}
-    for end, t in zip(sum(ends, []), [t for side in sides for t in side['triplets']]): t.update(line[end])
+    line = {tuple(edge): dict(bend=bend, at=stop) for edge, bend, stop in zip(every.tolist(), bends,
+        stops)}
+    for end, t in zip(sum(ends, []), [t for side in sides for t in side['triplets']]):
+        t.update(line[end])
     record.update(places=at.tolist(), widths=widths)
 
 # %% ../../nbs/explore/03_compare.ipynb #record
 def comparison_record(prediction, vocabulary, truth=None, holds=None):
-    "What is drawn of a prediction and, if it is given, of the truth of the same picture and vocabulary: plain lists and numbers. `holds` as in `compare`."
+    """What is drawn of a prediction and, if it is given, of the truth of the same picture and
+    vocabulary: plain lists and numbers.
+
+    `holds` as in `compare`."""
     rows, scores = triplets(prediction, top=MOST)
-    rows, likely = rows.numpy(), set(rows[:, :2].ravel().tolist()) | set((prediction.scores >= .3).nonzero().ravel().tolist())
+    rows, likely = rows.numpy(), set(rows[:,
+                                          :2].ravel().tolist()) | set((prediction.scores
+        >= .3).nonzero().ravel().tolist())
     out = dict(size=list(prediction.size), truth=None, dense=holds is not None)
     relations = np.zeros((0, 3), int)
-    found = Agreement(np.zeros((0, len(prediction)), bool), np.zeros((0, len(rows)), bool), np.zeros(len(rows), bool), [])
+    found = Agreement(np.zeros((0, len(prediction)), bool), np.zeros((0, len(rows)), bool),
+                      np.zeros(len(rows), bool), [])
     if truth is not None:
         relations = np.unique(truth.relations.numpy(), axis=0)
         found = compare(SceneGraph(truth.boxes, truth.labels, relations), prediction, rows, holds)
     predicted, true = _nodes(rows, relations, found.stands)
     node = lambda numbers, graph: [numbers.get(i, -1) for i in range(len(graph))]
-    out['objects'] = _objects(prediction, vocabulary, sorted(likely), score=prediction.scores.tolist(), match=_where(found.objects.T), node=node(predicted, prediction))
-    out['triplets'] = _triplets(rows, score=scores.tolist(), match=_where(found.relations.T), holds=found.holds.tolist())
+    out['objects'] = _objects(prediction, vocabulary, sorted(likely),
+                              score=prediction.scores.tolist(), match=_where(found.objects.T),
+                              node=node(predicted, prediction))
+    out['triplets'] = _triplets(rows, score=scores.tolist(), match=_where(found.relations.T),
+                                holds=found.holds.tolist())
     if truth is not None:
-        objects = _objects(truth, vocabulary, range(len(truth)), match=_where(found.objects), same=found.stands.tolist(), node=node(true, truth))
+        objects = _objects(truth, vocabulary, range(len(truth)), match=_where(found.objects),
+                           same=found.stands.tolist(), node=node(true, truth))
         out['truth'] = dict(objects=objects, triplets=_triplets(relations))
     _arrange(out, [one_line(name, 28) for name in vocabulary.predicates])
     return out

@@ -23,19 +23,23 @@ def _slots():
 SLOTS = _slots()
 
 def _room(at, half, others, other_halves):
-    "Which of the places `at` (K, 2) are free for a box of `half` width and height, beside boxes `others` (M, 2)."
+    """Which of the places `at` (K, 2) are free for a box of `half` width and height, beside boxes
+    `others` (M, 2)."""
     apart = abs(at[:, None] - others) >= half + other_halves + GAP
     return apart.any(2).all(1)
 
 # %% ../../nbs/explore/02_graph_layout.ipynb #geometry
-def _turn(a, b, c): return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (c[..., 0] - a[..., 0])
+def _turn(a, b, c):
+    return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (c[...,
+        0] - a[..., 0])
 
 def crossing(a, b, c, d):
     "Whether segments from `a` to `b` and from `c` to `d`, (..., 2) each, cross inside; broadcast."
     return (_turn(a, b, c) * _turn(a, b, d) < 0) & (_turn(c, d, a) * _turn(c, d, b) < 0)
 
 def through(a, b, centre, half):
-    "Whether segments from `a` to `b` run through the ellipses round boxes of `half` width and height at `centre`, (..., 2) each; broadcast."
+    """Whether segments from `a` to `b` run through the ellipses round boxes of `half` width and
+    height at `centre`, (..., 2) each; broadcast."""
     a, b = (a - centre) / half, (b - centre) / half
     along = b - a
     t = np.clip(-(a * along).sum(-1) / np.maximum((along * along).sum(-1), 1e-9), 0, 1)
@@ -54,24 +58,30 @@ class _Graph:
     placed: np.ndarray  # (n,) bool
 
     def around(self, v):
-        "Placed neighbours of `v`, the numbers of the edges to them, and the other edges (R, 2) between placed nodes."
+        """Placed neighbours of `v`, the numbers of the edges to them, and the other edges (R, 2)
+        between placed nodes."""
         mine = (self.edges == v).any(1)
         other = self.edges.sum(1) - v
         ready = mine & self.placed[np.where(mine, other, 0)]
-        return other[ready], np.flatnonzero(ready), self.edges[~mine & self.placed[self.edges].all(1)]
+        return other[ready], np.flatnonzero(ready), self.edges[~mine
+            & self.placed[self.edges].all(1)]
 
 # %% ../../nbs/explore/02_graph_layout.ipynb #cost
 def _stretch(far, clear, weight, begins):
-    "Cost (K,) of edges to neighbours `far` (K, D, 2) away, with `clear` (K, D) room beside name and nodes; `begins` (D,) says which edges point at them."
+    """Cost (K,) of edges to neighbours `far` (K, D, 2) away, with `clear` (K, D) room beside name
+    and nodes; `begins` (D,) says which edges point at them."""
     steps = np.sqrt(np.square(far / (1.3 * ROW, ROW)).sum(-1))
-    level, upwards = abs(far[..., 1]) < ROW / 2, np.where(begins, far[..., 1], -far[..., 1]) < ROW / 2
-    return ((np.maximum(steps - 1, 0) + 1.3 * upwards + .8 * level + 2 * (level & (clear < 20))) * weight).sum(1)
+    level, upwards = abs(far[..., 1]) < ROW / 2, np.where(begins, far[..., 1],
+                                                          -far[..., 1]) < ROW / 2
+    return ((np.maximum(steps - 1, 0) + 1.3 * upwards + .8 * level + 2
+             * (level & (clear < 20))) * weight).sum(1)
 
 def _cost(graph, v, places):
     "Cost (K,) of node `v` at each of `places` (K, 2)."
     near, mine, rest = graph.around(v)
     weight = graph.weight[mine]
-    total = .6 * np.square(2 * places / PANEL).sum(1) + .3 * np.square(2 * (places - graph.prior[v]) / PANEL).sum(1)
+    total = .6 * np.square(2 * places / PANEL).sum(1) + .3 * np.square(2
+        * (places - graph.prior[v]) / PANEL).sum(1)
     c, d = graph.at[rest].transpose(1, 0, 2)
     total += 4 * through(c, d, places[:, None], 1.2 * graph.half[v] + 5).sum(1)
     if not len(near): return total
@@ -81,7 +91,8 @@ def _cost(graph, v, places):
     total += _stretch(far, clear, weight, graph.edges[mine, 0] == v)
     total += 1.5 * (crossing(start, end, c, d) * weight[:, None]).sum((1, 2))
     others = np.flatnonzero(graph.placed & (np.arange(len(graph.at)) != v))
-    hit = through(start, end, graph.at[others], 1.2 * graph.half[others] + 5) & (others != near[:, None])
+    hit = through(start, end, graph.at[others], 1.2 * graph.half[others] + 5) & (others != near[:,
+        None])
     return total + 4 * hit.sum((1, 2))
 
 # %% ../../nbs/explore/02_graph_layout.ipynb #place-nodes
@@ -104,7 +115,9 @@ def place_nodes(widths,  # (n,)
     names = np.zeros(len(edges)) if name_widths is None else np.asarray(name_widths, float)
     edges, names = edges[loose := edges[:, 0] != edges[:, 1]], names[loose]
     half = np.column_stack([np.asarray(widths, float) / 2, np.full(n, HEIGHT / 2)])
-    graph = _Graph(half, edges, 1 / (1 + np.arange(len(edges)) / 12), names, np.zeros((n, 2)) if prior is None else np.asarray(prior, float), np.zeros((n, 2)), np.zeros(n, bool))
+    graph = _Graph(half, edges, 1 / (1 + np.arange(len(edges)) / 12), names,
+                   np.zeros((n, 2)) if prior is None else np.asarray(prior, float),
+                   np.zeros((n, 2)), np.zeros(n, bool))
     order = list(dict.fromkeys([*edges.ravel().tolist(), *range(n)]))
     for v in 2 * order: graph.at[v], graph.placed[v] = _best(graph, v), True
     return graph.at
@@ -113,9 +126,11 @@ def place_nodes(widths,  # (n,)
 _BENDS, _STOPS = (0, .35, -.35, .7, -.7, 1.05), np.array([.5, .42, .58, .34, .66, .27, .73])
 
 def curve(start, end, bend, t):
-    "Points (T, 2) at `t` (T,), 0 to 1, of the edge from `start` to `end`; a loop, where these are one, rises at its right."
+    """Points (T, 2) at `t` (T,), 0 to 1, of the edge from `start` to `end`; a loop, where these are
+    one, rises at its right."""
     (x1, y1), (x2, y2) = start, end
-    middle = np.array([(x1 + x2) / 2 - bend * (y2 - y1), (y1 + y2) / 2 + bend * (x2 - x1)]) if (x1, y1) != (x2, y2) else np.array([x1 + 90, y1 - 70])
+    middle = np.array([(x1 + x2) / 2 - bend * (y2 - y1), (y1 + y2) / 2 + bend * (x2 - x1)]) if (x1,
+        y1) != (x2, y2) else np.array([x1 + 90, y1 - 70])
     t = np.asarray(t)[:, None]
     return (1 - t)**2 * start + 2 * t * (1 - t) * middle + t**2 * end
 
@@ -131,10 +146,13 @@ def _bends(edges):
 # %% ../../nbs/explore/02_graph_layout.ipynb #place-names
 def _hidden(a, b):
     "Area (K, M) that rectangles `a` (K, 4) and `b` (M, 4) share."
-    return np.maximum(np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2]), 0).prod(2)
+    return np.maximum(np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2]),
+                      0).prod(2)
 
 def place_names(at, widths, edges, name_widths):
-    "The bend of each edge, and the place of its name along it, 0 to 1: two lists. `at` is what `place_nodes` gave."
+    """The bend of each edge, and the place of its name along it, 0 to 1: two lists.
+
+    `at` is what `place_nodes` gave."""
     half = np.column_stack([np.asarray(widths) / 2, np.full(len(at), HEIGHT / 2)])
     taken, stops, bends = np.hstack([at - half, at + half]), [], _bends(edges)
     for (s, o), width, bend in zip(np.asarray(edges).tolist(), name_widths, bends):

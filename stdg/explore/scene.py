@@ -17,14 +17,14 @@ from PIL import Image
 
 from .. import decode, depth
 from ..data import network_input
-from ..draw.figures import HHA_CHANNELS
 from ..depth.depth_file import DepthFile, depth_path
-from ..graph import TASKS, SceneGraph, Vocabulary
-from ..inference.predictor import letterbox, unbox
-from ..io.text import one_line
 from ..depth.hha_file import SOURCES, HHAFile, hha_path
 from ..depth.precompute import hha_of
+from ..draw.figures import HHA_CHANNELS
+from ..graph import TASKS, SceneGraph, Vocabulary
+from ..inference.predictor import letterbox, unbox
 from ..io.archives import read_picture
+from ..io.text import one_line
 
 # %% ../../nbs/explore/01_scene.ipynb #scene
 @dataclass
@@ -37,7 +37,8 @@ class Scene:
     depth: np.ndarray = None  # (H, W) float32, 0 where missing
     unit: str = 'm'  # of the depth
     hha: np.ndarray = None  # (H, W, 3) uint8
-    holds: np.ndarray = None  # (R, 3) subject, object, predicate: every relation that is true, annotated or not
+    # (R, 3) subject, object, predicate: every relation that is true, annotated or not
+    holds: np.ndarray = None
 
     @property
     def size(self): return self.picture.shape[:2]
@@ -46,8 +47,10 @@ class Scene:
 def _hha_of_row(database, row, source, size):
     "HHA (H, W, 3) of one image, from its file or its depth, or None."
     path = hha_path(database, source)
-    if path.exists(): return HHAFile(path, database.image_ids)[row].transpose(1, 2, 0)[:size[0], :size[1]]
-    if source in SOURCES and database.has_depth: return hha_of(database.depth(row), database.camera(row), source, database.image_ids[row])
+    if path.exists():
+        return HHAFile(path, database.image_ids)[row].transpose(1, 2, 0)[:size[0], :size[1]]
+    if source in SOURCES and database.has_depth:
+        return hha_of(database.depth(row), database.camera(row), source, database.image_ids[row])
 
 def _depth_of_row(database, row, source, size):
     "Depth (H, W) of one image and its unit; None if nothing is known of it."
@@ -55,23 +58,33 @@ def _depth_of_row(database, row, source, size):
     path = None if source in SOURCES else depth_path(database.folder, source)
     if path is None or not path.exists(): return None, 'm'
     file = DepthFile(path, database.image_ids)
-    if file.metric: return np.asarray(Image.fromarray(file[row]).resize(size[::-1], Image.Resampling.NEAREST)), 'm'
-    return depth.pseudo_depth(file[row], max(size))[0][:size[0], :size[1]], '(nearest 1, farthest 10)'
+    if file.metric:
+        return np.asarray(Image.fromarray(file[row]).resize(size[::-1],
+            Image.Resampling.NEAREST)), 'm'
+    return depth.pseudo_depth(file[row], max(size))[0][:size[0],
+                                                       :size[1]], '(nearest 1, farthest 10)'
 
 def database_scene(database, row, source='metric'):
-    "The `Scene` of image `row` of a `Database`; `source` is that of `stdg.depth.precompute.prepare_hha`. Raises `ValueError` naming a file that is damaged."
+    """The `Scene` of image `row` of a `Database`; `source` is that of
+    `stdg.depth.precompute.prepare_hha`.
+
+    Raises `ValueError` naming a file that is damaged."""
     truth = database.graph(row)
     metres, unit = _depth_of_row(database, row, source, truth.size)
     try: holds = database.dense(row).numpy()
     except ValueError: holds = None  # only rooms have it
-    return Scene(f'{database.folder.name} {database.image_ids[row]}', database.image(row), truth, database.vocabulary, metres, unit,
+    return Scene(f'{database.folder.name} {database.image_ids[row]}', database.image(row), truth,
+                 database.vocabulary, metres, unit,
                  _hha_of_row(database, row, source, truth.size), holds)
 
 # %% ../../nbs/explore/01_scene.ipynb #upload-scene
 LONGEST = 512  # pixels
 
 def upload_scene(data:bytes, name):
-    "The `Scene` of the bytes of a picture file: RGB alone. Raises `ValueError` naming a picture that is too large, damaged, cut off or of another format."
+    """The `Scene` of the bytes of a picture file: RGB alone.
+
+    Raises `ValueError` naming a picture that is too large, damaged, cut off or of another
+    format."""
     try: picture = read_picture(data)
     except ValueError as error: raise ValueError(f"{one_line(name)}: {error}") from None
     picture.thumbnail((LONGEST, LONGEST))
@@ -88,7 +101,9 @@ class Frame:
 
     def pixels(self, places):
         "`places` (..., 2) x, y in cells from the field's corner, as pixels of the picture."
-        return (self.stride * np.asarray(places, np.float32) - np.float32(self.corner)) / np.float32(self.scale)
+        return (self.stride * np.asarray(places,
+                                         np.float32) - np.float32(self.corner)) / np.float32(
+            self.scale)
 
 # %% ../../nbs/explore/01_scene.ipynb #reading
 @dataclass
@@ -96,62 +111,82 @@ class Reading:
     "What a network made of a scene."
     vocabulary: Vocabulary
     frame: Frame
-    heat: np.ndarray  # (C, h, w) probability that the centre of an object of the class lies in the cell
+    # (C, h, w) probability that the centre of an object of the class lies in the cell
+    heat: np.ndarray
     confidence: np.ndarray  # (P, h, w) probability that the centre of a relation does
-    points: np.ndarray  # (P, h, w, 4) subject x, y, object x, y as the cell sees them, in pixels of the picture
+    # (P, h, w, 4) subject x, y, object x, y as the cell sees them, in pixels of the picture
+    points: np.ndarray
     offsets: dict  # 'student', 'teacher': (2, 36, h, w) in cells, detection head first
     predictions: dict  # {task: `Prediction`}, in pixels of the picture
 
 # %% ../../nbs/explore/01_scene.ipynb #ask
-def _onto_canvas(picture, canvas): return letterbox(torch.from_numpy(np.array(picture)).permute(2, 0, 1), canvas)
+def _onto_canvas(picture, canvas):
+    return letterbox(torch.from_numpy(np.array(picture)).permute(2, 0, 1), canvas)
 
 def _teacher(model, teacher):
-    "The network that teaches, and what it reads: that within `model`, else that of `teacher`, a `STDG` of mode 'depth' or None."
+    """The network that teaches, and what it reads: that within `model`, else that of `teacher`, a
+    `STDG` of mode 'depth' or None."""
     if model.teacher is not None: return model.teacher, model.teacher_reads
     return (None if teacher is None else teacher.network), 'hha'
 
 def _asked(model, teacher, pictures):
-    "Fields (1, ...) of the model and the offsets of all, from `pictures`, {'rgb', 'hha': (3, canvas, canvas)}."
+    """Fields (1, ...) of the model and the offsets of all, from `pictures`, {'rgb', 'hha': (3,
+    canvas, canvas)}."""
     kind = model.reads
     detection, relation, own = model.network(network_input(model, pictures[kind][None], kind))
     offsets = {'teacher' if kind == 'hha' else 'student': own}
     network, kind = _teacher(model, teacher)
-    if network is not None and kind in pictures: offsets['teacher'] = network.offsets(network_input(teacher or model, pictures[kind][None], kind))
-    return detection, relation, {name: torch.cat(pair).float().cpu().numpy() for name, pair in offsets.items()}
+    if network is not None and kind in pictures:
+        offsets['teacher'] = network.offsets(network_input(teacher or model, pictures[kind][None],
+            kind))
+    return detection, relation, {name: torch.cat(pair).float().cpu().numpy()
+                                 for name, pair in offsets.items()}
 
 # %% ../../nbs/explore/01_scene.ipynb #read
 def on_canvas(truth, scale, corner, canvas):
     "`truth` in the pixels of the canvas."
-    return SceneGraph(truth.boxes * torch.tensor([*scale, *scale]) + torch.tensor([*corner, *corner]), truth.labels, truth.relations, (canvas, canvas), truth.ignore)
+    return SceneGraph(truth.boxes * torch.tensor([*scale, *scale])
+                      + torch.tensor([*corner, *corner]), truth.labels, truth.relations,
+                      (canvas, canvas), truth.ignore)
 
 @torch.no_grad()
 def read(scene, model, vocabulary, canvas,
          teacher=None):  # `STDG` of mode 'depth', for a `model` that has no teacher of its own
-    """The `Reading` of a `Scene` by a `STDG` that knows `vocabulary` and was trained on pictures of `canvas` pixels.
+    """The `Reading` of a `Scene` by a `STDG` that knows `vocabulary` and was trained on pictures of
+    `canvas` pixels.
 
-    SGCls and PredCls are there if the scene has a truth of this vocabulary. Raises `ValueError` if the model reads HHA and the scene has none."""
-    if model.mode == 'depth' and scene.hha is None: raise ValueError(f"this network reads HHA, and {scene.name} has no depth: choose a student")
-    seen = {kind: _onto_canvas(picture, canvas) for kind, picture in (('rgb', scene.picture), ('hha', scene.hha)) if picture is not None}
+    SGCls and PredCls are there if the scene has a truth of this vocabulary. Raises `ValueError` if
+    the model reads HHA and the scene has none."""
+    if model.mode == 'depth' and scene.hha is None:
+        raise ValueError(f"this network reads HHA, and {scene.name} has no depth: choose a student")
+    seen = {kind: _onto_canvas(picture, canvas) for kind, picture in (('rgb', scene.picture),
+        ('hha', scene.hha)) if picture is not None}
     _, scale, corner = seen['rgb']
-    detection, relation, offsets = _asked(model, teacher, {kind: picture for kind, (picture, *_) in seen.items()})
+    detection, relation, offsets = _asked(model, teacher,
+                                          {kind: picture for kind, (picture, *_) in seen.items()})
     frame = Frame(tuple(detection.shape[-2:]), model.stride, scale, corner)
     known = scene.truth is not None and scene.vocabulary == vocabulary
     truths = [on_canvas(scene.truth, scale, corner, canvas)] if known else None
-    found = decode.decode_tasks(detection, relation, TASKS[::-1] if known else ('sgdet',), truths, model.stride)
+    found = decode.decode_tasks(detection, relation, TASKS[::-1] if known else ('sgdet',), truths,
+                                model.stride)
     fields = relation[0].cpu().numpy()
-    points = frame.pixels(np.moveaxis(fields[:, 1:5], 1, 3).reshape(*fields.shape[:1], *frame.cells, 2, 2)).reshape(*fields.shape[:1], *frame.cells, 4)
-    return Reading(vocabulary, frame, detection[0, :-4].cpu().numpy(), fields[:, 0], points, offsets,
+    points = frame.pixels(np.moveaxis(fields[:, 1:5], 1, 3).reshape(*fields.shape[:1], *frame.cells,
+        2, 2)).reshape(*fields.shape[:1], *frame.cells, 4)
+    return Reading(vocabulary, frame, detection[0, :-4].cpu().numpy(), fields[:, 0], points,
+                   offsets,
                    {task: unbox(one, scale, corner, scene.size) for task, (one,) in found.items()})
 
 # %% ../../nbs/explore/01_scene.ipynb #votes
 def votes(reading, most=2000):
-    "Confident cells of the relation head as rows (K, 8), the best `most`: predicate, confidence, and x, y in pixels of the cell's centre, of the subject and of the object."
+    """Confident cells of the relation head as rows (K, 8), the best `most`: predicate, confidence,
+    and x, y in pixels of the cell's centre, of the subject and of the object."""
     predicate, row, column = np.nonzero(reading.confidence > decode.FLOOR)
     sure = reading.confidence[predicate, row, column]
     best = np.argsort(-sure, kind='stable')[:most]
     predicate, row, column = predicate[best], row[best], column[best]
     centre = reading.frame.pixels(np.stack([column, row], 1) + .5)
-    return np.column_stack([predicate, sure[best], centre, reading.points[predicate, row, column]]).astype(np.float32)
+    return np.column_stack([predicate, sure[best], centre,
+                            reading.points[predicate, row, column]]).astype(np.float32)
 
 # %% ../../nbs/explore/01_scene.ipynb #layers
 LAYERS = ('RGB', 'depth', *(name for name, *_ in HHA_CHANNELS))
@@ -171,12 +206,16 @@ def _coloured(values, colours):
 
 # %% ../../nbs/explore/01_scene.ipynb #layer
 def layer(scene, name):
-    "The `Layer` of a `Scene`, or None where that is not known. Raises `ValueError` for a name that is none of `LAYERS`."
-    if name not in LAYERS: raise ValueError(f"layer {name!r} is unknown; there are {', '.join(LAYERS)}")
+    """The `Layer` of a `Scene`, or None where that is not known.
+
+    Raises `ValueError` for a name that is none of `LAYERS`."""
+    if name not in LAYERS:
+        raise ValueError(f"layer {name!r} is unknown; there are {', '.join(LAYERS)}")
     if name == 'RGB': return Layer(name, scene.picture)
     if name == 'depth':
         if scene.depth is None: return None
-        values = np.where(np.isfinite(scene.depth) & (scene.depth > 0), scene.depth, np.nan).astype(np.float32)
+        values = np.where(np.isfinite(scene.depth) & (scene.depth > 0), scene.depth,
+                          np.nan).astype(np.float32)
         return Layer(name, _coloured(values, 'viridis_r'), values, scene.unit)
     if scene.hha is None: return None
     channel = LAYERS.index(name) - 2

@@ -15,9 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path as Outline
 
-from .compare import VERDICTS
-from ..draw.style import as_picture
 from ..draw.boxes import draw_boxes
+from ..draw.style import as_picture
+from .compare import VERDICTS
 from .graph_layout import HEIGHT, PANEL, curve
 from ..io.text import one_line
 
@@ -26,22 +26,29 @@ PREDICTION, TRUTH, BOTH = range(3)  # what is shown
 
 def _predicted(record, least_object, least_triplet, count, predicate):
     "Numbers of the objects (set) and triplets (list) of the prediction that are shown."
-    best = [i for i, t in enumerate(record['triplets']) if t['score'] >= least_triplet and predicate in (-1, t['p'])][:count]
+    best = [i for i, t in enumerate(record['triplets']) if t['score'] >= least_triplet
+            and predicate in (-1, t['p'])][:count]
     ends = {record['triplets'][i][end] for i in best for end in 'so'}
     return ends | {i for i, o in enumerate(record['objects']) if o['score'] >= least_object}, best
 
 def _verdict(item): return 'hit' if item['match'] else 'unwritten' if item.get('holds') else 'wrong'
 
 # %% ../../nbs/explore/04_snapshot.ipynb #choose
-def choose_shown(record, show=PREDICTION, least_object=.3, least_triplet=.05, count=10, predicate=-1):
-    "Objects and triplets to draw, {key: entry of the `record` with its 'verdict', None unless both are shown; triplets have keys of objects for `s` and `o`}."
+def choose_shown(record, show=PREDICTION, least_object=.3, least_triplet=.05, count=10,
+                 predicate=-1):
+    """Objects and triplets to draw, {key: entry of the `record` with its 'verdict', None unless
+    both are shown; triplets have keys of objects for `s` and `o`}."""
     truth, objects, triplets = record['truth'], {}, {}
     show = show if truth else PREDICTION
-    seen, best = _predicted(record, least_object, least_triplet, count, predicate) if show != TRUTH else (set(), [])
-    for i in sorted(seen): objects[f'o{i}'] = record['objects'][i] | dict(verdict=_verdict(record['objects'][i]) if show == BOTH else None)
+    seen, best = _predicted(record, least_object, least_triplet, count,
+                            predicate) if show != TRUTH else (set(), [])
+    for i in sorted(seen):
+        objects[f'o{i}'] = record['objects'][i] | dict(verdict=_verdict(record['objects'][i])
+                                                       if show == BOTH else None)
     for i in best:
         t = record['triplets'][i]
-        triplets[f't{i}'] = t | dict(s=f"o{t['s']}", o=f"o{t['o']}", verdict=_verdict(t) if show == BOTH else None)
+        triplets[f't{i}'] = t | dict(s=f"o{t['s']}", o=f"o{t['o']}",
+                                     verdict=_verdict(t) if show == BOTH else None)
     if show == PREDICTION: return objects, triplets
     stands, verdict = {}, 'miss' if show == BOTH else None
     for i, o in enumerate(truth['objects']):
@@ -51,7 +58,8 @@ def choose_shown(record, show=PREDICTION, least_object=.3, least_triplet=.05, co
         elif objects[stands[i]]['node'] < 0: objects[stands[i]]['node'] = o['node']
     hit = {r for i in best for r in record['triplets'][i]['match']}
     for i, t in enumerate(truth['triplets']):
-        if i not in hit and predicate in (-1, t['p']): triplets[f'T{i}'] = t | dict(s=stands[t['s']], o=stands[t['o']], verdict=verdict)
+        if i not in hit and predicate in (-1, t['p']):
+            triplets[f'T{i}'] = t | dict(s=stands[t['s']], o=stands[t['o']], verdict=verdict)
     return objects, triplets
 
 # %% ../../nbs/explore/04_snapshot.ipynb #draw-graph
@@ -64,16 +72,25 @@ def _graph(ax, record, objects, triplets, names):
     for t in triplets.values():
         s, o = (objects[t[end]]['node'] for end in 'so')
         points, (colour, dash, _) = curve(at[s], at[o], t['bend'], np.linspace(0, 1, 41)), _line(t)
-        free = [p for p in points if all((abs(p - at[n]) >= (widths[n] / 2, HEIGHT / 2)).any() for n in (s, o))] or list(points)
+        free = [p for p in points if all((abs(p - at[n]) >= (widths[n] / 2, HEIGHT / 2)).any()
+                                         for n in (s, o))] or list(points)
         ax.add_patch(PathPatch(Outline(free), fc='none', ec=colour, ls=dash, lw=1.3))
-        ax.annotate('', free[-1], free[-2], arrowprops=dict(arrowstyle='-|>', color=colour, shrinkA=0, shrinkB=0, lw=1.3))
-        ax.text(*curve(at[s], at[o], t['bend'], [t['at']])[0], names[t['p']], color=colour, fontsize=8, ha='center', va='center', parse_math=False, zorder=3, bbox=dict(fc='white', ec='none', pad=.6))
+        ax.annotate('', free[-1], free[-2], arrowprops=dict(arrowstyle='-|>', color=colour,
+            shrinkA=0, shrinkB=0, lw=1.3))
+        ax.text(*curve(at[s], at[o], t['bend'], [t['at']])[0], names[t['p']], color=colour,
+                fontsize=8, ha='center', va='center', parse_math=False, zorder=3,
+                bbox=dict(fc='white', ec='none', pad=.6))
     for key in used:
         o = objects[key]
         colour, dash, mark = _line(o) if o['verdict'] else (o['colour'], '-', '')
-        hollow, (x, y) = o['verdict'] in ('miss', 'wrong'), at[o['node']] - (widths[o['node']] / 2, HEIGHT / 2)
-        ax.add_patch(FancyBboxPatch((x, y), widths[o['node']], HEIGHT, boxstyle='round,pad=0,rounding_size=5', fc='white' if hollow else colour, ec=colour, ls=dash, lw=1.4, zorder=4))
-        ax.text(*at[o['node']], f"{mark} {o['title']}".strip(), color=colour if hollow else 'white', fontsize=9, ha='center', va='center', parse_math=False, zorder=5)
+        hollow, (x, y) = o['verdict'] in ('miss', 'wrong'), at[o['node']] - (widths[o['node']] / 2,
+            HEIGHT / 2)
+        ax.add_patch(FancyBboxPatch((x, y), widths[o['node']], HEIGHT,
+                                    boxstyle='round,pad=0,rounding_size=5',
+                                    fc='white' if hollow else colour, ec=colour, ls=dash, lw=1.4,
+                                    zorder=4))
+        ax.text(*at[o['node']], f"{mark} {o['title']}".strip(), color=colour if hollow else 'white',
+                fontsize=9, ha='center', va='center', parse_math=False, zorder=5)
     return at[[objects[key]['node'] for key in used]]
 
 # %% ../../nbs/explore/04_snapshot.ipynb #frame
@@ -82,19 +99,22 @@ def _frame(ax, places):
     places = places if len(places) else np.zeros((1, 2))
     low, high = places.min(0) - (75, 30), places.max(0) + (75, 30)
     middle, reach = (low + high) / 2, PANEL / 2 * max(((high - low) / PANEL).max(), 1)
-    ax.set(xlim=(middle[0] - reach[0], middle[0] + reach[0]), ylim=(middle[1] + reach[1], middle[1] - reach[1]), aspect='equal', xticks=[], yticks=[])
+    ax.set(xlim=(middle[0] - reach[0], middle[0] + reach[0]),
+           ylim=(middle[1] + reach[1], middle[1] - reach[1]), aspect='equal', xticks=[], yticks=[])
     for side in ax.spines.values(): side.set_color('.85')
 
 def _legend(ax, verdicts):
     "Say which line is which verdict, of those that occur."
     said = dict(hit='hit', miss='missed', wrong='wrong', unwritten='holds, not annotated')
     kinds = [kind for kind in VERDICTS if kind in verdicts]
-    lines = [Line2D([], [], color=VERDICTS[kind][0], ls=VERDICTS[kind][1], lw=2, label=f'{VERDICTS[kind][2]} {said[kind]}') for kind in kinds]
+    lines = [Line2D([], [], color=VERDICTS[kind][0], ls=VERDICTS[kind][1], lw=2,
+                    label=f'{VERDICTS[kind][2]} {said[kind]}') for kind in kinds]
     if lines: ax.legend(handles=lines, loc='lower left', ncols=4, fontsize=8, frameon=False)
 
 # %% ../../nbs/explore/04_snapshot.ipynb #still
 def draw_snapshot(picture, record, names, title='', **state):
-    "PNG bytes: `picture` (H, W, 3) uint8 with the boxes of `choose_shown(record, **state)`, and the graph; `names` are the predicates', cut to one line."
+    """PNG bytes: `picture` (H, W, 3) uint8 with the boxes of `choose_shown(record, **state)`, and
+    the graph; `names` are the predicates', cut to one line."""
     objects, triplets = choose_shown(record, **state)
     picture, figure = as_picture(picture), Figure(figsize=(11.4, 5), layout='constrained', dpi=90)
     FigureCanvasAgg(figure)
@@ -104,7 +124,9 @@ def draw_snapshot(picture, record, names, title='', **state):
     left.set_title(one_line(title, 60), fontsize=9, parse_math=False)
     order = sorted(objects.values(), key=lambda o: -o.get('score', 1))
     lines = [_line(o) if o['verdict'] else (o['colour'], '-', '') for o in order]
-    draw_boxes(left, [o['box'] for o in order], [f"{mark} {o['title']}".strip() for o, (*_, mark) in zip(order, lines)], [colour for colour, *_ in lines])
+    draw_boxes(left, [o['box'] for o in order],
+               [f"{mark} {o['title']}".strip() for o, (*_, mark) in zip(order, lines)],
+               [colour for colour, *_ in lines])
     for patch, (_, dash, _) in zip(left.patches, lines): patch.set_linestyle(dash)
     _frame(right, _graph(right, record, objects, triplets, names))
     _legend(right, {item['verdict'] for item in (*objects.values(), *triplets.values())})

@@ -22,12 +22,12 @@ import traitlets
 from IPython.display import display
 
 from .. import checkpoint, train
-from .compare import MOST, comparison_record
-from ..released import trained_size
-from .scene import LAYERS, database_scene, layer, png, read, upload_scene, votes
-from ..io.text import one_line
-from .snapshot import draw_snapshot
 from ..datasets.visual_genome import Database
+from .compare import MOST, comparison_record
+from .scene import LAYERS, database_scene, layer, png, read, upload_scene, votes
+from .snapshot import draw_snapshot
+from ..io.text import one_line
+from ..released import trained_size
 
 # %% ../../nbs/explore/05_widget.ipynb #view
 _STATIC = Path(str(files('stdg')))/'static'
@@ -36,10 +36,12 @@ class View(anywidget.AnyWidget):
     "The part of the explorer that is drawn in the browser; its traits are the protocol."
     _esm, _css = _STATIC/'explorer.js', _STATIC/'explorer.css'
     base, reading, graph = (traitlets.Dict().tag(sync=True) for _ in range(3))
-    palette = traitlets.Bytes((255 * plt.colormaps['inferno'](np.arange(256))[:, :3]).round().astype(np.uint8).tobytes()).tag(sync=True)
+    palette = traitlets.Bytes((255 * plt.colormaps['inferno'](np.arange(256))[:,
+        :3]).round().astype(np.uint8).tobytes()).tag(sync=True)
     message, busy = traitlets.Unicode().tag(sync=True), traitlets.Bool().tag(sync=True)
     pinned = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    show, count, overlay, head, object_class, predicate = (traitlets.Int().tag(sync=True) for _ in range(6))
+    show, count, overlay, head, object_class, predicate = (traitlets.Int().tag(sync=True)
+        for _ in range(6))
     least_object, least_triplet = (traitlets.Float().tag(sync=True) for _ in range(2))
 
 # %% ../../nbs/explore/05_widget.ipynb #base-record
@@ -48,13 +50,15 @@ def _known_layer(scene, name): return layer(scene, name) or layer(scene, 'RGB')
 def base_record(scene, name):
     "The `base` of a scene and the layer of that name; RGB where the layer is not known."
     one = _known_layer(scene, name)
-    out = dict(png=png(one.picture), width=scene.size[1], height=scene.size[0], layer=one.name, name=scene.name)
+    out = dict(png=png(one.picture), width=scene.size[1], height=scene.size[0], layer=one.name,
+               name=scene.name)
     if one.values is None: return out
     known = np.isfinite(one.values)
     low, high = (float(f(one.values[known])) if known.any() else 0. for f in (np.min, np.max))
     step = max(high - low, 1e-6) / 65534
     codes = np.where(known, (np.nan_to_num(one.values) - low) / step, 65535).round().astype('<u2')
-    return out | dict(values=codes.tobytes(), low=low, step=step, unit=one.unit, digits=2 if name == 'depth' else 0)
+    return out | dict(values=codes.tobytes(), low=low, step=step, unit=one.unit,
+                      digits=2 if name == 'depth' else 0)
 
 # %% ../../nbs/explore/05_widget.ipynb #reading-record
 OFFSET_UNIT = 128  # parts of a cell
@@ -63,10 +67,14 @@ def reading_record(reading):
     "The `reading` of a `stdg.explore.scene.Reading`."
     frame, names = reading.frame, reading.vocabulary
     small = lambda field: (255 * field.clip(0, 1)).round().astype(np.uint8).tobytes()
-    offsets = {who: (OFFSET_UNIT * o).round().clip(-32768, 32767).astype('<i2').tobytes() for who, o in reading.offsets.items()}
-    return dict(cells=frame.cells, stride=frame.stride, scale=frame.scale, corner=frame.corner, unit=OFFSET_UNIT, heat=small(reading.heat),
-                confidence=small(reading.confidence), votes=votes(reading).astype('<f4').tobytes(), offsets=offsets,
-                objects=[one_line(name, 28) for name in names.objects], predicates=[one_line(name, 28) for name in names.predicates])
+    offsets = {who: (OFFSET_UNIT * o).round().clip(-32768, 32767).astype('<i2').tobytes()
+               for who, o in reading.offsets.items()}
+    return dict(cells=frame.cells, stride=frame.stride, scale=frame.scale, corner=frame.corner,
+                unit=OFFSET_UNIT, heat=small(reading.heat),
+                confidence=small(reading.confidence), votes=votes(reading).astype('<f4').tobytes(),
+                offsets=offsets,
+                objects=[one_line(name, 28) for name in names.objects],
+                predicates=[one_line(name, 28) for name in names.predicates])
 
 # %% ../../nbs/explore/05_widget.ipynb #networks
 def _teacher_beside(path, model):
@@ -77,26 +85,42 @@ def _teacher_beside(path, model):
     return teacher if teacher.mode == 'depth' and teacher.stride == model.stride else None
 
 def load_network(path):
-    "(network, vocabulary, side of its canvas in pixels, teacher or None) of a checkpoint: what `stdg.explore.scene.read` takes. Raises what `stdg.checkpoint.load` raises."
+    """(network, vocabulary, side of its canvas in pixels, teacher or None) of a checkpoint: what
+    `stdg.explore.scene.read` takes.
+
+    Raises what `stdg.checkpoint.load` raises."""
     model = checkpoint.load(path)
-    return model, checkpoint.vocabulary(path), trained_size(path) or 512, _teacher_beside(path, model)
+    return model, checkpoint.vocabulary(path), trained_size(path) or 512, _teacher_beside(path,
+        model)
 
 # %% ../../nbs/explore/05_widget.ipynb #controls
 SHOW = ('prediction', 'truth', 'both, compared')
 TASK_TITLES = (('SGDet', 'sgdet'), ('SGCls', 'sgcls'), ('PredCls', 'predcls'))
 OVERLAYS = ('nothing', 'class heat-map', 'confidence', 'vectors', 'sampling points')
-KERNELS = ('detection, 1st', 'detection, 2nd', 'relation, 1st', 'relation, 2nd')  # head and block of its pre-head
+# head and block of its pre-head
+KERNELS = ('detection, 1st', 'detection, 2nd', 'relation, 1st', 'relation, 2nd')
 
 def _controls(places=(), networks=('',)):
-    "{name: control}, in the order in which they are shown; names of `places` and `networks` are offered cut to one line."
-    w, wide = widgets, dict(style=dict(description_width='64px'), layout=widgets.Layout(width='auto', margin='1px 0'))
-    drop, slide = lambda text, options: w.Dropdown(options=options, description=text, **wide), dict(readout_format='.2f', step=.01, **wide)
+    """{name: control}, in the order in which they are shown; names of `places` and `networks` are
+    offered cut to one line."""
+    w, wide = widgets, dict(style=dict(description_width='64px'),
+                            layout=widgets.Layout(width='auto', margin='1px 0'))
+    drop, slide = lambda text, options: w.Dropdown(options=options, description=text,
+                                                   **wide), dict(readout_format='.2f', step=.01,
+        **wide)
     offer = lambda names: [(one_line(name), name) for name in names]
-    return dict(place=drop('pictures', [*offer(places), ('own', 'own')]), number=w.BoundedIntText(1, 1, 1, description='number', **wide), network=drop('network', offer(networks)),
-                task=drop('task', TASK_TITLES), show=drop('show', SHOW), layer=drop('picture', LAYERS), overlay=drop('over it', OVERLAYS),
-                object_class=drop('class', ['any']), predicate=drop('predicate', ['any']), head=drop('kernel', KERNELS),
-                least_object=w.FloatSlider(.3, min=.05, max=1, description='objects ≥', **slide), least_triplet=w.FloatSlider(.05, min=0, max=1, description='triplets ≥', **slide),
-                count=w.IntSlider(10, min=1, max=MOST, description='at most', **wide), upload=w.FileUpload(accept='.jpg,.jpeg,.png,.webp,.bmp', description='own picture', layout=w.Layout(width='auto', margin='1px 0 1px 68px')))
+    return dict(place=drop('pictures', [*offer(places), ('own', 'own')]),
+                number=w.BoundedIntText(1, 1, 1, description='number', **wide),
+                network=drop('network', offer(networks)),
+                task=drop('task', TASK_TITLES), show=drop('show', SHOW),
+                layer=drop('picture', LAYERS), overlay=drop('over it', OVERLAYS),
+                object_class=drop('class', ['any']), predicate=drop('predicate', ['any']),
+                head=drop('kernel', KERNELS),
+                least_object=w.FloatSlider(.3, min=.05, max=1, description='objects ≥', **slide),
+                least_triplet=w.FloatSlider(.05, min=0, max=1, description='triplets ≥', **slide),
+                count=w.IntSlider(10, min=1, max=MOST, description='at most', **wide),
+                upload=w.FileUpload(accept='.jpg,.jpeg,.png,.webp,.bmp', description='own picture',
+                                    layout=w.Layout(width='auto', margin='1px 0 1px 68px')))
 
 # %% ../../nbs/explore/05_widget.ipynb #explorer
 class Explorer:
@@ -104,18 +128,25 @@ class Explorer:
     def __init__(self, checkpoints, databases, split, source):
         self.checkpoints, self.databases, self.source, self.own, self._stills, self._timer = checkpoints, databases, source, [], [], None
         self.rows = {name: database.indices(split) for name, database in databases.items()}
-        for name, kept in dict(_load=4, scene=64, reading=32, _base=64, _reading_record=32, _graph=64).items(): setattr(self, name, lru_cache(kept)(getattr(self, name)))
+        for name, kept in dict(_load=4, scene=64, reading=32, _base=64, _reading_record=32,
+                               _graph=64).items():
+            setattr(self, name, lru_cache(kept)(getattr(self, name)))
         self.view, controls = View(), _controls(databases, checkpoints)
         self.__dict__.update(controls)
-        columns = lambda n: widgets.Layout(grid_template_columns=f'repeat(auto-fit, minmax({n}px, 1fr))', grid_gap='0 12px', max_width='1180px', overflow='hidden')
+        columns = lambda n: widgets.Layout(grid_template_columns=f'repeat(auto-fit, minmax({n}px, '
+                                           '1fr))', grid_gap='0 12px', max_width='1180px',
+                                           overflow='hidden')
         controls = tuple(controls.values())
-        self.ui = widgets.VBox([*(widgets.GridBox(controls[rows], layout=columns(n)) for rows, n in ((slice(0, 5), 155), (slice(5, 10), 155), (slice(10, 14), 195))), self.view])
+        self.ui = widgets.VBox([*(widgets.GridBox(controls[rows], layout=columns(n))
+                                  for rows, n in ((slice(0, 5), 155), (slice(5, 10), 155),
+                                                  (slice(10, 14), 195))), self.view])
 
     def _load(self, name): return load_network(self.checkpoints[name])
 
     def scene(self, place, number):
         "The `stdg.explore.scene.Scene` of a place among `pictures` and a number, from 1."
-        return self.own[number - 1] if place == 'own' else database_scene(self.databases[place], int(self.rows[place][number - 1]), self.source)
+        return self.own[number - 1] if place == 'own' else database_scene(self.databases[place],
+            int(self.rows[place][number - 1]), self.source)
 
     def reading(self, place, number, network):
         "The `stdg.explore.scene.Reading` of a scene by a network of that name."
@@ -125,33 +156,44 @@ class Explorer:
         finally: self.view.busy = False
 
     def _base(self, place, number, name): return base_record(self.scene(place, number), name)
-    def _reading_record(self, place, number, network): return reading_record(self.reading(place, number, network))
+    def _reading_record(self, place, number, network):
+        return reading_record(self.reading(place, number, network))
 
 # %% ../../nbs/explore/05_widget.ipynb #graph
 def _graph(self, place, number, network, task):
-    "The `graph` of a scene, network and task; without the truth, if the network does not know its classes."
+    """The `graph` of a scene, network and task; without the truth, if the network does not know its
+    classes."""
     scene, reading = self.scene(place, number), self.reading(place, number, network)
     found = reading.predictions.get(task, reading.predictions['sgdet'])
     known = 'predcls' in reading.predictions
-    return comparison_record(found, reading.vocabulary, scene.truth if known else None, scene.holds if known else None)
+    return comparison_record(found, reading.vocabulary, scene.truth if known else None,
+                             scene.holds if known else None)
 
 def _said(self, scene, reading):
     "A sentence about what is asked and cannot be shown, or ''."
     said = []
-    if scene.truth is not None and 'predcls' not in reading.predictions: said.append('This network knows other classes than these pictures are annotated with: its own finding is shown, without the truth.')
-    elif scene.truth is None and (self.task.value != 'sgdet' or self.show.index): said.append('Nobody has annotated this picture: what the network finds is shown.')
-    if self.view.base['layer'] != self.layer.value: said.append(f'The {self.layer.value} of this picture is not known: RGB is shown.')
-    if self.overlay.index == 4 and 'teacher' not in reading.offsets: said.append('There is no teacher here that could look, or no depth for it to look at.')
+    if scene.truth is not None and 'predcls' not in reading.predictions:
+        said.append('This network knows other classes than these pictures are annotated with: its '
+                    'own finding is shown, without the truth.')
+    elif scene.truth is None and (self.task.value != 'sgdet' or self.show.index):
+        said.append('Nobody has annotated this picture: what the network finds is shown.')
+    if self.view.base['layer'] != self.layer.value:
+        said.append(f'The {self.layer.value} of this picture is not known: RGB is shown.')
+    if self.overlay.index == 4 and 'teacher' not in reading.offsets:
+        said.append('There is no teacher here that could look, or no depth for it to look at.')
     return ' '.join(said)
 
 # %% ../../nbs/explore/05_widget.ipynb #change
 def _change(self, _=None):
     "Show what the controls ask for. What cannot be computed is said, and the view stays as it was."
     at = self.place.value, self.number.value
-    if at[0] == 'own' and not self.own: return self._say('Choose a picture of your own: JPEG, PNG, WebP or BMP.')
+    if at[0] == 'own' and not self.own:
+        return self._say('Choose a picture of your own: JPEG, PNG, WebP or BMP.')
     self.number.max = len(self.own if at[0] == 'own' else self.rows[at[0]])
     at = at[0], min(self.number.value, self.number.max)
-    try: base, reading, graph = self._base(*at, self.layer.value), self._reading_record(*at, self.network.value), self._graph(*at, self.network.value, self.task.value)
+    try:
+        base, reading, graph = self._base(*at, self.layer.value), self._reading_record(*at,
+            self.network.value), self._graph(*at, self.network.value, self.task.value)
     except (ValueError, OSError) as error: return self._say(str(error))
     self._name_options(self.reading(*at, self.network.value).vocabulary)
     with self.view.hold_sync():
@@ -164,13 +206,16 @@ def _say(self, text): self.view.message = text
 
 def _name_options(self, vocabulary):
     "Let the pickers of class and predicate offer the names of `vocabulary`."
-    for control, names in ((self.object_class, vocabulary.objects), (self.predicate, vocabulary.predicates)):
+    for control, names in ((self.object_class, vocabulary.objects),
+                           (self.predicate, vocabulary.predicates)):
         options = ('any', *(one_line(name) for name in names))
         if control.options != options: control.options = options
 
 # %% ../../nbs/explore/05_widget.ipynb #uploaded
 def _uploaded(self, change):
-    "Take in the pictures that a user gives. One that is bad is said to be so, and nothing else changes."
+    """Take in the pictures that a user gives.
+
+    One that is bad is said to be so, and nothing else changes."""
     files, problems = change.new, []
     if not files: return
     self.upload.value = ()
@@ -192,14 +237,18 @@ def _go(self, place, number):
 # %% ../../nbs/explore/05_widget.ipynb #still
 def _state(self):
     "What the controls let `stdg.explore.snapshot.choose_shown` show."
-    return dict(show=self.show.index, least_object=self.least_object.value, least_triplet=self.least_triplet.value, count=self.count.value, predicate=self.predicate.index - 1)
+    return dict(show=self.show.index, least_object=self.least_object.value,
+                least_triplet=self.least_triplet.value, count=self.count.value,
+                predicate=self.predicate.index - 1)
 
 def _still(self):
     "PNG bytes of what is shown."
     at = self.place.value, self.number.value
     one = _known_layer(self.scene(*at), self.layer.value)
-    names = [one_line(name, 28) for name in self.reading(*at, self.network.value).vocabulary.predicates]
-    return draw_snapshot(one.picture, self.view.graph, names, f'{one.name} of {self.scene(*at).name}', **self._state())
+    names = [one_line(name, 28) for name in self.reading(*at,
+                                                         self.network.value).vocabulary.predicates]
+    return draw_snapshot(one.picture, self.view.graph, names, f'{one.name} of '
+                         f'{self.scene(*at).name}', **self._state())
 
 # %% ../../nbs/explore/05_widget.ipynb #display
 _RULE = """<style>
@@ -209,7 +258,8 @@ _RULE = """<style>
 
 def _display(self):
     show = lambda bundle, **options: display(bundle, raw=True, **options)
-    show({'application/vnd.jupyter.widget-view+json': self.ui._repr_mimebundle_()['application/vnd.jupyter.widget-view+json']})
+    show({'application/vnd.jupyter.widget-view+json': self.ui._repr_mimebundle_()[
+        'application/vnd.jupyter.widget-view+json']})
     self._stills.append(show({'image/png': self.still()}, display_id=True))
     show({'text/html': _RULE})
 
@@ -229,10 +279,12 @@ def _renew(self):
 def _close(self):
     "End the explorer: its widgets are gone, its picture stays."
     if self._timer: self._timer.cancel()
-    for widget in (*(getattr(self, name) for name in _controls()), *self.ui.children, self.ui): widget.close()
+    for widget in (*(getattr(self, name) for name in _controls()), *self.ui.children, self.ui):
+        widget.close()
 
 # %% ../../nbs/explore/05_widget.ipynb #link
-_LINKED = ('show', 'least_object', 'least_triplet', 'count', 'overlay', 'object_class', 'predicate', 'head')
+_LINKED = ('show', 'least_object', 'least_triplet', 'count', 'overlay', 'object_class', 'predicate',
+           'head')
 
 def _link(self):
     "Connect the controls with the view, with Python, and with one another."
@@ -242,7 +294,8 @@ def _link(self):
         setattr(self.view, name, getattr(control, source))
         widgets.jsdlink((control, source), (self.view, name))
         control.observe(self._refresh, source)
-    for control in (self.place, self.number, self.network, self.task, self.layer): control.observe(self._change, 'value')
+    for control in (self.place, self.number, self.network, self.task, self.layer):
+        control.observe(self._change, 'value')
     for control in (self.show, self.overlay): control.observe(self._explain, 'index')
     self.upload.observe(self._uploaded, 'value')
 
@@ -254,34 +307,50 @@ def _explain(self, _=None):
     try: self._say(self._said(self.scene(*at), self.reading(*at, self.network.value)))
     except (ValueError, OSError) as error: self._say(str(error))
 
-for f in (_graph, _said, _change, _say, _name_options, _uploaded, _go, _state, _refresh, _renew, _link, _explain): setattr(Explorer, f.__name__, f)
+for f in (_graph, _said, _change, _say, _name_options, _uploaded, _go, _state, _refresh, _renew,
+          _link, _explain):
+    setattr(Explorer, f.__name__, f)
 Explorer.still, Explorer.close, Explorer._ipython_display_ = _still, _close, _display
 
 # %% ../../nbs/explore/05_widget.ipynb #named
 def _named(paths, name):
-    "{short name: path}; `paths` is one path, several, or such a dictionary. A name that comes twice is the whole path."
+    """{short name: path}; `paths` is one path, several, or such a dictionary.
+
+    A name that comes twice is the whole path."""
     if isinstance(paths, dict): return paths
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     short = [name(Path(path)) for path in paths]
     return {str(path) if short.count(text) > 1 else text: path for path, text in zip(paths, short)}
 
-def _networks(checkpoints): return _named(checkpoints, lambda path: f'{path.parent.name}/{path.stem}' if path.parent.name else path.stem)
+def _networks(checkpoints):
+    return _named(checkpoints, lambda path: f'{path.parent.name}/{path.stem}' if path.parent.name
+                  else path.stem)
 
-def _databases(folders): return {name: Database(path) for name, path in _named(folders, lambda path: path.name).items()}
+def _databases(folders):
+    return {name: Database(path) for name, path in _named(folders, lambda path: path.name).items()}
 
-def _pictures(paths): return [upload_scene(Path(path).read_bytes(), Path(path).name) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+def _pictures(paths):
+    return [upload_scene(Path(path).read_bytes(), Path(path).name)
+            for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
 
 # %% ../../nbs/explore/05_widget.ipynb #begin
 def _begin(self, start):
-    "Set the controls to `start`, {name: value}, then link them and show what they ask for. Raises `ValueError` for a control that there is not, or if nothing can be shown."
+    """Set the controls to `start`, {name: value}, then link them and show what they ask for.
+
+    Raises `ValueError` for a control that there is not, or if nothing can be shown."""
     place, number = start.pop('place', self.place.value), start.pop('number', 1)
-    unknown = [name for name in start if not isinstance(getattr(self, name, None), widgets.Widget) or name in ('ui', 'view', 'upload')]
-    if unknown: raise ValueError(f"there is no control {unknown[0]!r}; there are {', '.join(_controls())}")
+    unknown = [name for name in start if not isinstance(getattr(self, name, None), widgets.Widget)
+               or name in ('ui', 'view', 'upload')]
+    if unknown:
+        raise ValueError(f"there is no control {unknown[0]!r}; there are {', '.join(_controls())}")
     first = start.get('network', self.network.value)
     self._name_options(self._load(first)[1])
     least = checkpoint.facts(self.checkpoints[first]).get('thresholds', {})
-    own = {control: least[kind] for control, kind in (('least_object', 'objects'), ('least_triplet', 'triplets')) if kind in least}
-    for name, value in (dict(head=KERNELS[3]) | own | start).items(): getattr(self, name).value = value
+    own = {control: least[kind] for control, kind in (('least_object', 'objects'),
+                                                      ('least_triplet', 'triplets'))
+           if kind in least}
+    for name, value in (dict(head=KERNELS[3]) | own | start).items():
+        getattr(self, name).value = value
     self._link()
     self._go(place, number)
     if not self.view.base: raise ValueError(self.view.message)
@@ -298,9 +367,11 @@ def explore(checkpoints,  # .safetensors: a path, several, or {name: path}
             **start):  # values to begin with, by the name of a control: number=3, overlay='sampling points'
     """An `Explorer`, which shows itself in a notebook.
 
-    Raises `FileNotFoundError` or `ValueError` naming a checkpoint, database or picture that cannot be read, or a control that there is not."""
+    Raises `FileNotFoundError` or `ValueError` naming a checkpoint, database or picture that cannot
+    be read, or a control that there is not."""
     networks, places, own = _networks(checkpoints), _databases(databases), _pictures(pictures)
-    if not networks or not (places or own): raise ValueError('explore needs a checkpoint, and a database or a picture')
+    if not networks or not (places or own):
+        raise ValueError('explore needs a checkpoint, and a database or a picture')
     explorer = Explorer(networks, places, split, source)
     explorer.own += own
     explorer._begin(start)
@@ -308,12 +379,15 @@ def explore(checkpoints,  # .safetensors: a path, several, or {name: path}
 
 # %% ../../nbs/explore/05_widget.ipynb #answer-times
 def answer_times(explorer, repeats=5):
-    "{control: milliseconds}: the median time of an answer of the kernel to a change of each control, when what it shows has been computed before."
+    """{control: milliseconds}: the median time of an answer of the kernel to a change of each
+    control, when what it shows has been computed before."""
     times = {}
     for name in ('number', 'network', 'task', 'layer', *_LINKED):
         control = getattr(explorer, name)
         before = control.value
-        options = [value[1] if isinstance(value, tuple) else value for value in control.options] if hasattr(control, 'options') else [control.min, control.max]
+        options = [value[1] if isinstance(value, tuple) else value
+                   for value in control.options] if hasattr(control, 'options') else [control.min,
+            control.max]
         other = next((value for value in options[::-1] if value != before), before)
         control.value, control.value = other, before
         seconds = []
@@ -329,25 +403,35 @@ NETWORK_ORDER = ('student', 'control', 'teacher')
 
 def _trained(settings):
     "{name: path} of the networks that a run of these settings has left."
-    paths = {f'{settings.name}/{stage}': train.folders(settings)[0]/f'{stage}.safetensors' for stage in NETWORK_ORDER}
+    paths = {f'{settings.name}/{stage}': train.folders(settings)[0]/f'{stage}.safetensors'
+             for stage in NETWORK_ORDER}
     return {name: path for name, path in paths.items() if path.exists()}
 
 def at_hand(run='default', steps=100):
-    "(arguments for `explore`, a sentence): the networks of that run and its test pictures; or, without them, of a small run made now, of so many `steps` a stage, and the rooms it has learnt."
+    """(arguments for `explore`, a sentence): the networks of that run and its test pictures; or,
+    without them, of a small run made now, of so many `steps` a stage, and the rooms it has
+    learnt."""
     path = train.folders(train.Settings(name=run))[0]/'run.yaml'
     found = _trained(train.read_settings(path)) if path.exists() else {}
     if found:
         settings = train.read_settings(path)
-        return dict(checkpoints=found, databases=train.folders(settings)[1], split='test', source=settings.depth_source), f'The networks of runs/{settings.name}, on pictures that they have not learnt.'
-    settings = train.Settings(name=f'explore{steps}', data='rooms_explore', size=128, n_train=8, n_val=0, n_test=1, overfit=8, epochs=steps, decay=[.8 * steps], stages=['teacher', 'student'])
+        return dict(checkpoints=found, databases=train.folders(settings)[1], split='test',
+                    source=settings.depth_source), f'The networks of runs/{settings.name}, on pictures that they have not learnt.'
+    settings = train.Settings(name=f'explore{steps}', data='rooms_explore', size=128, n_train=8,
+                              n_val=0, n_test=1, overfit=8, epochs=steps, decay=[.8 * steps],
+                              stages=['teacher', 'student'])
     prepared = train.prepare_run(settings)
     for stage in settings.stages: train.run_stage(settings, stage, prepared)
     said = f'There are no networks in runs/{run}: make train makes them. Here are a small teacher and student that have just learnt eight rooms by heart, and know nothing else.'
-    return dict(checkpoints=_trained(settings), databases=train.folders(settings)[1], split='train'), said
+    return dict(checkpoints=_trained(settings), databases=train.folders(settings)[1],
+                split='train'), said
 
 # %% ../../nbs/explore/05_widget.ipynb #arguments
 def arguments(run='default', steps=100, checkpoints=(), data='', split='test', source='metric'):
-    "`at_hand`, unless `checkpoints` are given: then these, and the database in `data`, a folder or a name under data/."
+    """`at_hand`, unless `checkpoints` are given: then these, and the database in `data`, a folder
+    or a name under data/."""
     if not checkpoints: return at_hand(run, steps)
     folder = train.folders(train.Settings(data=str(data)))[1]
-    return dict(checkpoints=checkpoints, databases=folder if data else (), split=split, source=source), f'{len(checkpoints)} network{"s" * (len(checkpoints) > 1)}' + (f' on the {split} pictures of {folder}.' if data else '.')
+    return dict(checkpoints=checkpoints, databases=folder if data else (), split=split,
+                source=source), f'{len(checkpoints)} network{"s" * (len(checkpoints) > 1)}' + (
+        f' on the {split} pictures of {folder}.' if data else '.')

@@ -9,12 +9,20 @@ __all__ = ['Model', 'NamedGraph', 'OnnxModel', 'PicturePrediction', 'Predictor',
 
 # %% ../../nbs/inference/00_about_inference.ipynb #face
 from .display import NamedGraph, PicturePrediction
-from stdg.inference.predictor import (
-    Predictor, is_picture, letterbox, load_predictor, pictures_in, predict, read_image, read_member,
-    stream)
-from .video import predict_video, watch, write_video
-from .hub import Model
 from .export import OnnxModel, export_onnx, export_program
+from .hub import Model
+from stdg.inference.predictor import (
+    Predictor,
+    is_picture,
+    letterbox,
+    load_predictor,
+    pictures_in,
+    predict,
+    read_image,
+    read_member,
+    stream,
+)
+from .video import predict_video, watch, write_video
 
 _all_ = ['Model', 'NamedGraph', 'OnnxModel', 'PicturePrediction', 'Predictor', 'export_onnx',
          'export_program', 'is_picture', 'letterbox', 'load_predictor', 'pictures_in', 'predict',

@@ -16,30 +16,35 @@ import networkx as nx
 import torch
 
 from .. import draw
-from ..io.files import atomic_path
 from ..graph import Prediction, SceneGraph, Vocabulary, to_json, triplets
+from ..io.files import atomic_path
 from ..io.text import html_table, one_line
 
 # %% ../../nbs/inference/01_display.ipynb #named-graph
 @dataclass(repr=False)
 class NamedGraph(SceneGraph):
-    "A `SceneGraph` with names and scores, as `PicturePrediction.graph` makes it. It shows itself in Jupyter as a drawn graph."
+    """A `SceneGraph` with names and scores, as `PicturePrediction.graph` makes it.
+
+    It shows itself in Jupyter as a drawn graph."""
     scores: torch.Tensor = None  # (N,) of the objects
     relation_scores: torch.Tensor = None  # (R,) products of subject, predicate and object
     vocabulary: Vocabulary = None
     drawing: draw.GraphPicture = field(default=None, compare=False)
 
-    def __repr__(self): return f"NamedGraph({len(self)} objects, {len(self.relations)} relations, size={self.size})"
+    def __repr__(self):
+        return f"NamedGraph({len(self)} objects, {len(self.relations)} relations, size={self.size})"
     def name(self, i): return self.vocabulary.objects[self.labels[i]]
     def _repr_svg_(self): return self.drawing.svg()
     def _repr_png_(self): return self.drawing.png()
 
     def sentences(self):
         "The relations in words, the surest first: ['cup on table', ...]."
-        return [f'{self.name(s)} {self.vocabulary.predicates[p]} {self.name(o)}' for s, o, p in self.relations.tolist()]
+        return [f'{self.name(s)} {self.vocabulary.predicates[p]} {self.name(o)}'
+                for s, o, p in self.relations.tolist()]
 
     def to_json(self):
-        "Plain values: size (height, width), objects (name, box x1 y1 x2 y2 in pixels, score), relations (subject and object, places in the list of objects; predicate; score)."
+        """Plain values: size (height, width), objects (name, box x1 y1 x2 y2 in pixels, score),
+        relations (subject and object, places in the list of objects; predicate; score)."""
         record = to_json(self, self.vocabulary)
         for kind, scores in (('objects', self.scores), ('relations', self.relation_scores)):
             for item, score in zip(record[kind], scores.tolist()): item['score'] = round(score, 4)
@@ -50,14 +55,17 @@ class NamedGraph(SceneGraph):
         "A `networkx.MultiDiGraph`: nodes with name, box and score, edges with predicate and score."
         record, graph = self.to_json(), nx.MultiDiGraph(size=self.size)
         graph.add_nodes_from(enumerate(record['objects']))
-        graph.add_edges_from((r['subject'], r['object'], dict(predicate=r['predicate'], score=r['score'])) for r in record['relations'])
+        graph.add_edges_from((r['subject'], r['object'],
+                              dict(predicate=r['predicate'], score=r['score']))
+                             for r in record['relations'])
         return graph
 
 # %% ../../nbs/inference/01_display.ipynb #chosen
 DEFAULTS = dict(objects=.3, triplets=.1)  # for networks that bring no thresholds of their own
 
 def _chosen(prediction, min_score, top, min_object):
-    "The part of a `Prediction` that is sure: its objects, best first, and its triplets, a row of `predicates` with one entry for each; with the triplets (T, 3) and their scores."
+    """The part of a `Prediction` that is sure: its objects, best first, and its triplets, a row of
+    `predicates` with one entry for each; with the triplets (T, 3) and their scores."""
     rows, scores = triplets(prediction, top=top, min_score=min_score)
     sure = prediction.scores >= min_object
     sure[rows[:, :2].flatten()] = True
@@ -67,39 +75,51 @@ def _chosen(prediction, min_score, top, min_object):
     rows = torch.cat([place[rows[:, :2]], rows[:, 2:]], 1)
     objects = prediction.boxes[keep], prediction.labels[keep], prediction.scores[keep]
     predicates = torch.zeros(len(rows), prediction.predicates.shape[1])
-    if len(rows): predicates[torch.arange(len(rows)), rows[:, 2]] = scores / objects[2][rows[:, :2]].prod(1)
+    if len(rows):
+        predicates[torch.arange(len(rows)), rows[:, 2]] = scores / objects[2][rows[:, :2]].prod(1)
     return Prediction(*objects, rows[:, :2], predicates, prediction.size), rows, scores
 
 # %% ../../nbs/inference/01_display.ipynb #picture-prediction
 @dataclass(repr=False)
 class PicturePrediction(Prediction):
-    "A `Prediction` that knows its picture and its names. It shows itself in Jupyter: boxes, graph, table."
+    """A `Prediction` that knows its picture and its names.
+
+    It shows itself in Jupyter: boxes, graph, table."""
     picture: torch.Tensor = None  # (3, H, W) uint8 RGB
     vocabulary: Vocabulary = None
-    thresholds: dict = field(default_factory=lambda: dict(DEFAULTS))  # least scores of 'objects' and 'triplets'
+    # least scores of 'objects' and 'triplets'
+    thresholds: dict = field(default_factory=lambda: dict(DEFAULTS))
     name: str = ''  # of the picture
 
-    def __repr__(self): return f"PicturePrediction({self.name + ': ' if self.name else ''}{len(self)} objects, {len(self.pairs)} pairs, size={self.size})"
+    def __repr__(self):
+        return f"PicturePrediction({self.name + ': ' if self.name else ''}{len(self)} objects, {len(self.pairs)} pairs, size={self.size})"
 
     def _sure(self, min_score=None, top=None, min_object=None):
-        given = (self.thresholds['triplets'] if min_score is None else min_score, top, self.thresholds['objects'] if min_object is None else min_object)
+        given = (self.thresholds['triplets'] if min_score is None else min_score, top,
+                 self.thresholds['objects'] if min_object is None else min_object)
         return _chosen(self, *given)
 
     def graph(self, min_score:float=None, top:int=None, min_object:float=None):
-        "The `NamedGraph` of the `top` triplets that score more than `min_score` (default: the network's own threshold) and the objects from `min_object` on."
+        """The `NamedGraph` of the `top` triplets that score more than `min_score` (default: the
+        network's own threshold) and the objects from `min_object` on."""
         part, rows, scores = self._sure(min_score, top, min_object)
         drawing = draw.graph(part, self.vocabulary, min_score=0., top=len(rows))
-        return NamedGraph(part.boxes, part.labels, rows, self.size, scores=part.scores, relation_scores=scores, vocabulary=self.vocabulary, drawing=drawing)
+        return NamedGraph(part.boxes, part.labels, rows, self.size, scores=part.scores,
+                          relation_scores=scores, vocabulary=self.vocabulary, drawing=drawing)
 
     def to_json(self, vocabulary=None):
-        "All of it, also what is not sure, as plain values; `Prediction.from_json` reads it. For what is sure: `.graph().to_json()`."
+        """All of it, also what is not sure, as plain values; `Prediction.from_json` reads it.
+
+        For what is sure: `.graph().to_json()`."""
         return to_json(self, vocabulary or self.vocabulary)
 
-    def to_networkx(self, min_score=None, top=None, min_object=None): return self.graph(min_score, top, min_object).to_networkx()
+    def to_networkx(self, min_score=None, top=None, min_object=None):
+        return self.graph(min_score, top, min_object).to_networkx()
 
 # %% ../../nbs/inference/01_display.ipynb #picture-figure
 def _boxes_figure(self, part):
-    "The picture with the boxes of `part`, a matplotlib figure as high as 4 inches and at most 7 wide."
+    """The picture with the boxes of `part`, a matplotlib figure as high as 4 inches and at most 7
+    wide."""
     h, w = self.picture.shape[1:]
     scale = min(4 / h, 7 / w)
     figure, axes = draw.new_figure(1, 1, max(w * scale, 1.5), max(h * scale, 1.5))
@@ -107,19 +127,24 @@ def _boxes_figure(self, part):
     return figure
 
 _SVG = 'http://www.w3.org/2000/svg'
-for prefix, address in (('', _SVG), ('xlink', 'http://www.w3.org/1999/xlink')): ElementTree.register_namespace(prefix, address)
+for prefix, address in (('', _SVG), ('xlink', 'http://www.w3.org/1999/xlink')):
+    ElementTree.register_namespace(prefix, address)
 
 def _side_svg(left, right, gap=12, most=(620, 420)):
-    "Two SVG texts as one, side by side in points, their middles level, the right one no larger than `most` (width, height)."
+    """Two SVG texts as one, side by side in points, their middles level, the right one no larger
+    than `most` (width, height)."""
     drawings = [ElementTree.fromstring(text.encode()) for text in (left, right)]
-    sizes = [[float(drawing.get(side).removesuffix('pt')) for side in ('width', 'height')] for drawing in drawings]
+    sizes = [[float(drawing.get(side).removesuffix('pt')) for side in ('width', 'height')]
+             for drawing in drawings]
     shrink = min(1, *(m / s for m, s in zip(most, sizes[1])))
     sizes[1] = [s * shrink for s in sizes[1]]
     wide, high = sizes[0][0] + gap + sizes[1][0], max(h for _, h in sizes)
-    both = ElementTree.Element(f'{{{_SVG}}}svg', width=f'{wide:g}pt', height=f'{high:g}pt', viewBox=f'0 0 {wide:g} {high:g}')
+    both = ElementTree.Element(f'{{{_SVG}}}svg', width=f'{wide:g}pt', height=f'{high:g}pt',
+                               viewBox=f'0 0 {wide:g} {high:g}')
     ElementTree.SubElement(both, f'{{{_SVG}}}rect', width='100%', height='100%', fill='white')
     for x, drawing, (w, h) in zip((0, sizes[0][0] + gap), drawings, sizes):
-        for name, value in dict(x=x, y=(high - h) / 2, width=w, height=h).items(): drawing.set(name, f'{value:g}')
+        for name, value in dict(x=x, y=(high - h) / 2, width=w, height=h).items():
+            drawing.set(name, f'{value:g}')
         both.append(drawing)
     return ElementTree.tostring(both, encoding='unicode')
 
@@ -127,13 +152,19 @@ def _side_svg(left, right, gap=12, most=(620, 420)):
 def _svg(self, min_score=None, top=None, min_object=None):
     "Picture with boxes, and graph beside it, as the text of one SVG."
     boxes = _boxes_figure(self, self._sure(min_score, top, min_object)[0])
-    return _side_svg(draw.rendered(boxes, 'svg', bbox_inches='tight', pad_inches=.02).decode(), self.graph(min_score, top, min_object).drawing.svg())
+    return _side_svg(draw.rendered(boxes, 'svg', bbox_inches='tight', pad_inches=.02).decode(),
+                     self.graph(min_score, top, min_object).drawing.svg())
 
 def _save_svg(self, path, min_score=None, top=None, min_object=None):
-    "Write picture, boxes and graph to `path`, whole or not at all; returns it. Raises `ValueError` for a name that does not end in .svg."
+    """Write picture, boxes and graph to `path`, whole or not at all; returns it.
+
+    Raises `ValueError` for a name that does not end in .svg."""
     path = Path(path)
-    if path.suffix.lower() != '.svg': raise ValueError(f"{path}: save_svg writes .svg; for .png or .pdf there are `graph().drawing.save` and `stdg.draw`")
-    with atomic_path(path) as partial: partial.write_text(self.svg(min_score, top, min_object), encoding='utf-8')
+    if path.suffix.lower() != '.svg':
+        raise ValueError(f"{path}: save_svg writes .svg; for .png or .pdf there are "
+                         "`graph().drawing.save` and `stdg.draw`")
+    with atomic_path(path) as partial:
+        partial.write_text(self.svg(min_score, top, min_object), encoding='utf-8')
     return path
 
 PicturePrediction.svg, PicturePrediction.save_svg = _svg, _save_svg
@@ -148,15 +179,20 @@ def _png(self, part):
 def _table(graph, most=12):
     "The best triplets of a `NamedGraph` as HTML."
     rows = list(zip(graph.relations.tolist(), graph.relation_scores.tolist()))[:most]
-    texts = draw.titles(graph, graph.vocabulary, sorted({i for (s, o, _), _ in rows for i in (s, o)}))
-    cells = [[escape(one_line(graph.vocabulary.predicates[p])), escape(texts[o]), f'{score:.2f}'] for (_, o, p), score in rows]
+    texts = draw.titles(graph, graph.vocabulary,
+                        sorted({i for (s, o, _), _ in rows for i in (s, o)}))
+    cells = [[escape(one_line(graph.vocabulary.predicates[p])), escape(texts[o]), f'{score:.2f}']
+             for (_, o, p), score in rows]
     left = f' ({len(graph.relations) - most} more)' if len(graph.relations) > most else ''
-    return html_table('subject', ['predicate', 'object', 'score' + left], [texts[s] for (s, *_), _ in rows], cells, [[False] * 3] * len(rows))
+    return html_table('subject', ['predicate', 'object', 'score' + left],
+                      [texts[s] for (s, *_), _ in rows], cells, [[False] * 3] * len(rows))
 
 def _html(self):
     part, graph = self._sure()[0], self.graph()
     alt = f"{self.name or 'A picture'} with the boxes of {len(part)} objects", f"Scene graph: {'; '.join(graph.sentences()[:12]) or 'no relations'}"
-    pictures = _img(_png(self, part), 'png', one_line(alt[0], 200)) + _img(graph.drawing.svg().encode(), 'svg+xml', one_line(alt[1], 600))
+    pictures = _img(_png(self, part), 'png',
+                    one_line(alt[0], 200)) + _img(graph.drawing.svg().encode(), 'svg+xml',
+                                                  one_line(alt[1], 600))
     said = f"{len(part)} objects of at least {self.thresholds['objects']:.2f}, {len(graph.relations)} triplets above {self.thresholds['triplets']:.2f}; more or fewer with .graph(min_score=..., top=...)"
     return f'<div style="display:flex;gap:12px;align-items:center;flex-wrap:wrap;background:white">{pictures}</div>{_table(graph)}<small>{said}</small>'
 

@@ -21,38 +21,52 @@ from torch import nn
 from .. import decode
 from ..data import network_input
 from ..deform import DeformConv, project_then_gather, sampling_points
-from ..io.files import atomic_path
 from ..graph import Prediction, Vocabulary
-from .predictor import letterbox, on_picture, read_image
 from .hub import check_facts
+from .predictor import letterbox, on_picture, read_image
+from ..io.files import atomic_path
 
 # %% ../../nbs/inference/05_export.ipynb #sample
 def sample_then_project(x, offsets, weight, bias):
-    "Deformable 3x3 convolution of `x` (B, C, H, W) by one `grid_sample` and one 1x1 convolution. Source: method spec 3.2."
+    """Deformable 3x3 convolution of `x` (B, C, H, W) by one `grid_sample` and one 1x1 convolution.
+
+    Source: method spec 3.2."""
     b, c, h, w = x.shape
     row, column = sampling_points(offsets).unbind(2)
-    places = torch.stack([(2 * column + 1) / w - 1, (2 * row + 1) / h - 1], -1).reshape(b, 9 * h, w, 2)
+    places = torch.stack([(2 * column + 1) / w - 1, (2 * row + 1) / h - 1], -1).reshape(b, 9 * h, w,
+        2)
     seen = F.grid_sample(x, places, align_corners=False).view(b, 9 * c, h, w)
     return F.conv2d(seen, weight.reshape(len(weight), 9 * c, 1, 1), bias)
 
 def _portable(model):
-    "A copy of the `STDG` without its teacher, on the CPU, in evaluation mode, its deformable convolutions made of plain operators."
+    """A copy of the `STDG` without its teacher, on the CPU, in evaluation mode, its deformable
+    convolutions made of plain operators."""
     model = copy.deepcopy(model.student()).cpu().float().eval().requires_grad_(False)
     for layer in model.modules():
-        if isinstance(layer, DeformConv): layer.way = project_then_gather if layer.in_channels > layer.out_channels else sample_then_project
+        if isinstance(layer, DeformConv):
+            layer.way = project_then_gather if layer.in_channels > layer.out_channels else sample_then_project
     return model
 
 # %% ../../nbs/inference/05_export.ipynb #surest
 def surest(relation, stride:int, top:int):
-    "Of fields (B, P, 7, h, w) the number of cells above the floor (B,), and the K = `top` surest, or all: predicates and confidences (B, K), points (B, 2, K, 2) of subject and object in pixels. Source: method spec 8.2."
+    """Of fields (B, P, 7, h, w) the number of cells above the floor (B,), and the K = `top` surest,
+    or all: predicates and confidences (B, K), points (B, 2, K, 2) of subject and object in
+    pixels.
+
+    Source: method spec 8.2."""
     h, w = relation.shape[-2:]
     sure = relation[:, :, 0].flatten(1)
     confidences, cell = sure.topk(min(top, sure.shape[1]))
-    places = relation[:, :, 1:5].transpose(1, 2).flatten(2).gather(2, cell[:, None].expand(-1, 4, -1)) * stride
-    return (sure > decode.FLOOR).sum(1), cell // (h * w), confidences, places.unflatten(1, (2, 2)).transpose(2, 3)
+    places = relation[:, :, 1:5].transpose(1, 2).flatten(2).gather(2,
+        cell[:, None].expand(-1, 4, -1)) * stride
+    return (sure > decode.FLOOR).sum(1), cell // (h * w), confidences, places.unflatten(1,
+        (2, 2)).transpose(2, 3)
 
 def nearest(points, confidences, boxes, scores):
-    "The object (B, 2, K), among `boxes` (B, N, 4) with `scores` (B, N), of the points of candidates. Source: method spec 8.3."
+    """The object (B, 2, K), among `boxes` (B, N, 4) with `scores` (B, N), of the points of
+    candidates.
+
+    Source: method spec 8.3."""
     x, y = ((boxes[..., :2] + boxes[..., 2:]) / 2).double()[:, None, None].unbind(-1)
     weight = 1 / (confidences.double()[..., None] * scores.double()[:, None] + 1e-5)[:, None]
     dx, dy = (points[..., k, None].double() - at for k, at in enumerate((x, y)))
@@ -62,9 +76,14 @@ def nearest(points, confidences, boxes, scores):
 def finish(boxes, labels, scores, counts, predicates, confidences, points, ends,  # of one picture, arrays or CPU tensors
            n_predicates:int,  # P
            size=None):  # (height, width) of the picture in pixels
-    """The `Prediction` for SGDet, as `stdg.decode.decode` gives it. Warns when more candidates passed the floor than were kept: then the least sure are missing."""
-    if counts > len(confidences): warnings.warn(f"{int(counts)} candidates, of which {len(confidences)} were kept: the least sure are missing. Export with a larger top")
-    n, q, c, (s, o), p = len(scores), np.asarray(scores), *(np.asarray(t)[..., :counts] for t in (confidences, ends, predicates))
+    """The `Prediction` for SGDet, as `stdg.decode.decode` gives it.
+
+    Warns when more candidates passed the floor than were kept: then the least sure are missing."""
+    if counts > len(confidences):
+        warnings.warn(f"{int(counts)} candidates, of which {len(confidences)} were kept: the least "
+                      "sure are missing. Export with a larger top")
+    n, q, c, (s, o), p = len(scores), np.asarray(scores), *(np.asarray(t)[..., :counts]
+        for t in (confidences, ends, predicates))
     keep = (s != o) & (c > np.minimum(q[s], q[o]) / 2)
     pairs, row = np.unique((s * n + o)[keep], return_inverse=True)
     table = np.zeros((len(pairs), n_predicates), np.float32)
@@ -77,72 +96,107 @@ def finish(boxes, labels, scores, counts, predicates, confidences, points, ends,
 NAMES = ('boxes', 'labels', 'scores', 'counts', 'predicates', 'confidences', 'points', 'ends')
 
 class Deployed(nn.Module):
-    """From bytes (B, 3, H, W) uint8 RGB to the tensors `NAMES`; a copy that shares nothing with the `STDG` that it is made of. `top` is K.
+    """From bytes (B, 3, H, W) uint8 RGB to the tensors `NAMES`; a copy that shares nothing with the
+    `STDG` that it is made of.
+
+    `top` is K.
 
     Raises `ValueError` for a network that reads HHA. Source: method spec 8.1 to 8.3."""
     def __init__(self, network, top=4096):
         super().__init__()
-        if network.mode == 'depth': raise ValueError('this network reads HHA, not RGB: export a student')
+        if network.mode == 'depth':
+            raise ValueError('this network reads HHA, not RGB: export a student')
         self.network, self.top = _portable(network), top
 
     def forward(self, picture):
         detection, relation = self.network(network_input(self.network, picture))
         boxes, labels, scores = decode.detect(detection, self.network.stride)
         counts, predicates, confidences, points = surest(relation, self.network.stride, self.top)
-        return boxes, labels, scores, counts, predicates, confidences, points, nearest(points, confidences, boxes, scores)
+        return boxes, labels, scores, counts, predicates, confidences, points, nearest(points,
+            confidences, boxes, scores)
 
 # %% ../../nbs/inference/05_export.ipynb #export
 def _needed(name):
     "The module `name`. Raises `ImportError` that tells how to install it."
     try: return importlib.import_module(name)
-    except ImportError as error: raise ImportError(f"{error.name or name} is not installed; it comes with pip install 'stdg[onnx]'") from None
+    except ImportError as error:
+        raise ImportError(f"{error.name or name} is not installed; it comes with pip install "
+                          "'stdg[onnx]'") from None
 
 def _traced(model, size, top):
-    "The `Deployed` of a `Model` as a program for any number of pictures of `size` pixels a side, and its facts as JSON."
+    """The `Deployed` of a `Model` as a program for any number of pictures of `size` pixels a side,
+    and its facts as JSON."""
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    program = torch.export.export(Deployed(model.network, top), (example,), dynamic_shapes=({0: torch.export.Dim('batch')},))
-    return program, json.dumps(dict(model.facts, format='stdg', version=1, config=model.network.student().config, size=size), allow_nan=False)
+    program = torch.export.export(Deployed(model.network, top), (example,),
+                                  dynamic_shapes=({0: torch.export.Dim('batch')},))
+    return program, json.dumps(dict(model.facts, format='stdg', version=1,
+                                    config=model.network.student().config, size=size),
+                               allow_nan=False)
 
 def export_program(model, path, size=None, top=4096):
-    "Write a `Model` as a program for `torch.export.load(path).module()`; `size` is the side of its pictures, by default the model's. Raises `ValueError` for a network that reads HHA."
+    """Write a `Model` as a program for `torch.export.load(path).module()`; `size` is the side of
+    its pictures, by default the model's.
+
+    Raises `ValueError` for a network that reads HHA."""
     program, facts = _traced(model, size or model.size, top)
     program.example_inputs = None
-    with atomic_path(path) as partial: torch.export.save(program, partial, extra_files={'stdg.json': facts})
+    with atomic_path(path) as partial:
+        torch.export.save(program, partial, extra_files={'stdg.json': facts})
 
 def export_onnx(model, path, size=None, top=4096):
-    "Write a `Model` as an ONNX graph of opset 20, weights and facts within; else as `export_program`. Raises `ImportError` where the extra is missing."
+    """Write a `Model` as an ONNX graph of opset 20, weights and facts within; else as
+    `export_program`.
+
+    Raises `ImportError` where the extra is missing."""
     for name in ('onnx', 'onnxscript'): _needed(name)
     program, facts = _traced(model, size or model.size, top)
-    graph = torch.onnx.export(program, (), dynamo=True, opset_version=20, external_data=False, verbose=False, input_names=['picture'], output_names=NAMES, dynamic_shapes=({0: 'batch'},))
+    graph = torch.onnx.export(program, (), dynamo=True, opset_version=20, external_data=False,
+                              verbose=False, input_names=['picture'], output_names=NAMES,
+                              dynamic_shapes=({0: 'batch'},))
     graph.model.metadata_props['stdg'] = facts
     with atomic_path(path) as partial: graph.save(partial)
 
 # %% ../../nbs/inference/05_export.ipynb #runner
 class OnnxModel:
-    """A file of `export_onnx`, run by onnxruntime on `threads` (0: all) of the processor, or by other `providers` of it. Called with bytes (B, 3, size, size) it gives the arrays `NAMES`.
+    """A file of `export_onnx`, run by onnxruntime on `threads` (0: all) of the processor, or by
+    other `providers` of it.
 
-    Raises `FileNotFoundError` or `ValueError` naming the file, `ImportError` where the extra is missing."""
+    Called with bytes (B, 3, size, size) it gives the arrays `NAMES`.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file, `ImportError` where the extra is
+    missing."""
     def __init__(self, path, threads=0, providers=('CPUExecutionProvider',)):
         runtime = _needed('onnxruntime')
-        if not Path(path).is_file(): raise FileNotFoundError(f"{path} is missing. stdg.inference.export.export_onnx writes it")
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"{path} is missing. stdg.inference.export.export_onnx writes it")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         try: self.session = runtime.InferenceSession(path, options, providers=list(providers))
-        except Exception as error: raise ValueError(f"{path} is not a whole ONNX file that onnxruntime {runtime.__version__} reads ({error})") from None
+        except Exception as error:
+            raise ValueError(f"{path} is not a whole ONNX file that onnxruntime "
+                             f"{runtime.__version__} reads ({error})") from None
         try:
             self.facts = json.loads(self.session.get_modelmeta().custom_metadata_map['stdg'])
             check_facts(self.facts, self.facts['config'])
-        except (KeyError, TypeError, ValueError) as error: raise ValueError(f"{path} was not written by stdg.inference.export.export_onnx ({error!r})") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} was not written by stdg.inference.export.export_onnx "
+                             f"({error!r})") from None
         self.size, self.n_predicates = self.facts['size'], self.facts['config']['n_predicates']
 
     @property
-    def vocabulary(self): return Vocabulary.from_json(self.facts['vocabulary']) if 'vocabulary' in self.facts else None
+    def vocabulary(self):
+        return Vocabulary.from_json(
+            self.facts['vocabulary']) if 'vocabulary' in self.facts else None
 
     def __call__(self, pictures): return self.session.run(None, dict(picture=np.asarray(pictures)))
 
     def predict(self, image):
-        "The `PicturePrediction` for a picture (path, PIL image or array), in its own pixels, as `stdg.predict`."
+        """The `PicturePrediction` for a picture (path, PIL image or array), in its own pixels, as
+        `stdg.predict`."""
         picture = read_image(image)
         canvas, *place = letterbox(picture, self.size)
         found = [array[0] for array in self(canvas[None])]
-        return on_picture(finish(*found, n_predicates=self.n_predicates), *place, picture, self.facts, self.facts['config'], str(image) if isinstance(image, (str, Path)) else '')
+        return on_picture(finish(*found, n_predicates=self.n_predicates), *place, picture,
+                          self.facts, self.facts['config'],
+                          str(image) if isinstance(image, (str, Path)) else '')

@@ -15,9 +15,9 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_do
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from .. import checkpoint
-from ..io.files import atomic_path, read_json, write_json
 from ..graph import Vocabulary
 from .predictor import SHARED, Predictor, predict
+from ..io.files import atomic_path, read_json, write_json
 from ..io.text import one_line
 
 # %% ../../nbs/inference/04_hub.ipynb #check-facts
@@ -27,40 +27,59 @@ def check_facts(facts, config):
     "Raise `ValueError` for `facts` that do not fit a network of this `config`."
     if 'vocabulary' in facts:
         try: vocabulary = Vocabulary.from_json(facts['vocabulary'])
-        except (KeyError, TypeError) as error: raise ValueError(f"the vocabulary needs lists of objects and predicates ({error!r})") from None
-        named, known = (len(vocabulary.objects), len(vocabulary.predicates)), (config['n_objects'], config['n_predicates'])
-        if named != known: raise ValueError(f"{named[0]} objects and {named[1]} predicates are named, the network knows {known[0]} and {known[1]}")
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"the vocabulary needs lists of objects and predicates ({error!r})") from None
+        named, known = (len(vocabulary.objects), len(vocabulary.predicates)), (config['n_objects'],
+            config['n_predicates'])
+        if named != known:
+            raise ValueError(f"{named[0]} objects and {named[1]} predicates are named, the network "
+                             f"knows {known[0]} and {known[1]}")
     size = facts.get('size', 512)
-    if type(size) is not int or not 1 <= size <= LARGEST: raise ValueError(f"size is {one_line(size)}; it is the side of the pictures in pixels, 1 to {LARGEST}")
+    if type(size) is not int or not 1 <= size <= LARGEST:
+        raise ValueError(f"size is {one_line(size)}; it is the side of the pictures in pixels, 1 "
+                         f"to {LARGEST}")
     for name in ('training', 'metrics'):
-        if not isinstance(facts.get(name, {}), dict): raise ValueError(f"{name} must be an object of names and values")
+        if not isinstance(facts.get(name, {}), dict):
+            raise ValueError(f"{name} must be an object of names and values")
     limits = facts.get('thresholds', {})
-    if not isinstance(limits, dict) or not all(isinstance(value := limits.get(kind, 0), (int, float)) and 0 <= value <= 1 for kind in ('objects', 'triplets')):
+    if not isinstance(limits, dict) or not all(isinstance(value := limits.get(kind, 0),
+                                                          (int, float)) and 0 <= value <= 1
+                                               for kind in ('objects', 'triplets')):
         raise ValueError('thresholds must be numbers from 0 to 1 for objects and triplets')
 
 # %% ../../nbs/inference/04_hub.ipynb #model
 class Model(ModelHubMixin, library_name='stdg', pipeline_tag='object-detection',
             tags=['scene-graph-generation', 'visual-relationship-detection', 'pytorch']):
-    """A `STDG` and the facts of its checkpoint (`vocabulary`, `size`, `training`, `metrics`, `license`, or any other that is JSON).
+    """A `STDG` and the facts of its checkpoint (`vocabulary`, `size`, `training`, `metrics`,
+    `license`, or any other that is JSON).
 
-    `save_pretrained(folder)` and `push_to_hub('owner/name')` share it, `Model.from_pretrained(folder or 'owner/name')` reads it again.
-    Raises `ValueError` for facts that do not fit the network."""
+    `save_pretrained(folder)` and `push_to_hub('owner/name')` share it,
+    `Model.from_pretrained(folder or 'owner/name')` reads it again. Raises `ValueError` for facts
+    that do not fit the network."""
     def __init__(self, network, facts=None):
-        self.network, self.facts = network, {k: v for k, v in (facts or {}).items() if k not in ('format', 'version', 'config')}
+        self.network, self.facts = network, {k: v for k, v in (facts or {}).items()
+                                             if k not in ('format', 'version', 'config')}
         check_facts(self.facts, network.config)
 
     @classmethod
     def load(cls, path):
-        "The model of a checkpoint, its network in evaluation mode. Raises `FileNotFoundError` or `ValueError` naming the file."
+        """The model of a checkpoint, its network in evaluation mode.
+
+        Raises `FileNotFoundError` or `ValueError` naming the file."""
         try: return cls(checkpoint.load(path), checkpoint.facts(path))
-        except TypeError as error: raise ValueError(f"{Path(path).with_suffix('.json')} does not describe a network of this package ({error})") from None
+        except TypeError as error:
+            raise ValueError(f"{Path(path).with_suffix('.json')} does not describe a network of "
+                             f"this package ({error})") from None
 
     def save(self, path):
         "Write a checkpoint: `path` (.safetensors) and the JSON beside it."
         self.network.save(path, **self.facts)
 
     @property
-    def vocabulary(self): return Vocabulary.from_json(self.facts['vocabulary']) if 'vocabulary' in self.facts else None
+    def vocabulary(self):
+        return Vocabulary.from_json(
+            self.facts['vocabulary']) if 'vocabulary' in self.facts else None
 
     @property
     def size(self): return self.facts.get('size', 512)
@@ -73,11 +92,13 @@ class Model(ModelHubMixin, library_name='stdg', pipeline_tag='object-detection',
 def escaped(text, longest=40):
     "`text` from outside as one line of Markdown in which nothing is markup."
     line = one_line(text, longest) or '?'
-    return ''.join(escape(c) if c in '<>&"\'' else f'\\{c}' if c in string.punctuation else c for c in line)
+    return ''.join(escape(c) if c in '<>&"\'' else f'\\{c}' if c in string.punctuation else c
+                   for c in line)
 
 def _listed(names, most=1000):
     "Names one after the other, escaped; of more than `most` the first."
-    return ', '.join(map(escaped, names[:most])) + (f' and {len(names) - most} more' if len(names) > most else '')
+    return ', '.join(map(escaped, names[:most])) + (f' and {len(names) - most} more'
+                                                    if len(names) > most else '')
 
 # %% ../../nbs/inference/04_hub.ipynb #sections
 CITATION = """@inproceedings{stdg2024,
@@ -89,39 +110,51 @@ CITATION = """@inproceedings{stdg2024,
 def _classes(model):
     "What the network can find."
     config, names = model.network.config, model.vocabulary
-    if names is None: return f"It knows {config['n_objects']} classes of objects and {config['n_predicates']} predicates; their names were not recorded."
+    if names is None:
+        return f"It knows {config['n_objects']} classes of objects and {config['n_predicates']} predicates; their names were not recorded."
     return f"**{len(names.objects)} classes of objects:** {_listed(names.objects)}\n\n**{len(names.predicates)} predicates:** {_listed(names.predicates)}"
 
 def _training(model):
     "How the network was built and trained, as a list."
-    described = dict(model.network.config, size=model.size, **{k: v for k, v in model.facts.items() if k in ('pretrained', 'notes')}, **model.facts.get('training', {}))
+    described = dict(model.network.config, size=model.size,
+                     **{k: v for k, v in model.facts.items() if k in ('pretrained', 'notes')},
+                     **model.facts.get('training', {}))
     said = lambda value: value if isinstance(value, (int, float)) else escaped(value, 200)
-    return '\n'.join(f'- {escaped(name)}: {said(value)}' for name, value in described.items() if value not in ([], '', None))
+    return '\n'.join(f'- {escaped(name)}: {said(value)}' for name, value in described.items()
+                     if value not in ([], '', None))
 
 def _figures(model):
     "The figures on record, as a table."
-    values = {name: value for name, value in model.facts.get('metrics', {}).items() if type(value) in (int, float)}
-    if not values: return 'None are on record. `nbs/evaluate.ipynb` of the package measures them on any database.'
+    values = {name: value for name, value in model.facts.get('metrics', {}).items()
+              if type(value) in (int, float)}
+    if not values:
+        return 'None are on record. `nbs/evaluate.ipynb` of the package measures them on any database.'
     return 'Measured in training on validation data; 1 is perfect.\n\n| figure | value |\n|---|---:|\n' + '\n'.join(f'| {escaped(name)} | {value:.4g} |' for name, value in values.items())
 
 def _licence(model):
     "The licence of the weights. Raises `ValueError` for one that cannot be an identifier."
     licence = model.facts.get('license')
     if licence is None: return 'Whoever shared these weights has not said under which licence.'
-    if not re.fullmatch('[a-z0-9][a-z0-9.-]{1,40}', str(licence)): raise ValueError(f"license is {one_line(licence)!r}; an identifier of the Hub is needed, such as 'apache-2.0'")
+    if not re.fullmatch('[a-z0-9][a-z0-9.-]{1,40}', str(licence)):
+        raise ValueError(f"license is {one_line(licence)!r}; an identifier of the Hub is needed, "
+                         "such as 'apache-2.0'")
     return f'{licence}, for the weights.'
 
 # %% ../../nbs/inference/04_hub.ipynb #use
 def _opening(model):
     "What the network does and what it reads."
     sees = 'It reads HHA pictures, made of depth, and is meant to teach networks that see colours.' if model.network.mode == 'depth' else 'It reads RGB alone.'
-    taught = model.network.mode != 'depth' and model.facts.get('training', {}).get('stage') == 'student'
-    return ('Finds the objects in a picture and how they stand to one another (*cup, on, table*) in one pass over the picture. '
-            + sees + (' In training it was taught where to look by a teacher network, which is needed no more.' if taught else ''))
+    taught = model.network.mode != 'depth' and model.facts.get('training',
+        {}).get('stage') == 'student'
+    return ('Finds the objects in a picture and how they stand to one another (*cup, on, table*) '
+            'in one pass over the picture. '
+            + sees + (' In training it was taught where to look by a teacher network, which is '
+                      'needed no more.' if taught else ''))
 
 def _use(model):
     "How the network is fetched and asked."
-    asked = ("fields = model.network(pictures)  # HHA, as stdg.data.network_input gives it" if model.network.mode == 'depth' else "prediction = model.predict('photo.jpg')")
+    asked = ("fields = model.network(pictures)  # HHA, as stdg.data.network_input gives it"
+             if model.network.mode == 'depth' else "prediction = model.predict('photo.jpg')")
     return f"""```python
 from stdg.inference.hub import Model
 model = Model.from_pretrained('owner/name')  # or the path of this folder
@@ -133,15 +166,22 @@ The folder holds tensors (safetensors) and JSON; opening it runs no code."""
 # %% ../../nbs/inference/04_hub.ipynb #card-text
 def _limits(model):
     "What not to expect."
-    return ('It knows the classes above and nothing else, and gives every picture a hundred boxes, most of them faint: the scores say which to believe, and they are not probabilities. '
-            'It has learnt the pictures, the habits and the gaps of its training data; other pictures may go worse, and what was seldom annotated is seldom found. '
-            f'A picture is scaled to {model.size} pixels, and what is tiny there is lost. It must not decide anything about people.')
+    return ('It knows the classes above and nothing else, and gives every picture a hundred boxes, '
+            'most of them faint: the scores say which to believe, and they are not probabilities. '
+            'It has learnt the pictures, the habits and the gaps of its training data; other '
+            'pictures may go worse, and what was seldom annotated is seldom found. '
+            f'A picture is scaled to {model.size} pixels, and what is tiny there is lost. It must '
+            'not decide anything about people.')
 
 def card_text(model):
-    "The model card, without its YAML header, as Markdown. Raises `ValueError` for a licence that cannot be one."
+    """The model card, without its YAML header, as Markdown.
+
+    Raises `ValueError` for a licence that cannot be one."""
     title = f"# Scene graphs by STDG ({escaped(model.network.config['backbone'])})\n\n{_opening(model)}"
-    sections = {'Use': _use(model), 'What it finds': _classes(model), 'How it was made': _training(model), 'Figures': _figures(model),
-                'Limits': _limits(model), 'Licence': _licence(model), 'Citation': f'```bibtex\n{CITATION}\n```'}
+    sections = {'Use': _use(model), 'What it finds': _classes(model),
+                'How it was made': _training(model), 'Figures': _figures(model),
+                'Limits': _limits(model), 'Licence': _licence(model),
+                'Citation': f'```bibtex\n{CITATION}\n```'}
     return '\n\n'.join([title, *(f'## {name}\n\n{text}' for name, text in sections.items())]) + '\n'
 
 # %% ../../nbs/inference/04_hub.ipynb #card
@@ -153,7 +193,8 @@ class Card(ModelCard):
 def _generate_model_card(self):
     "The card of this model, from its facts."
     licence, text = self.facts.get('license'), card_text(self)
-    data = ModelCardData(**self._hub_mixin_info.model_card_data.to_dict(), **(dict(license=licence) if licence else {}))
+    data = ModelCardData(**self._hub_mixin_info.model_card_data.to_dict(),
+                         **(dict(license=licence) if licence else {}))
     return Card(f'---\n{data.to_yaml()}\n---\n\n{text}')
 
 Model.generate_model_card = _generate_model_card
@@ -175,31 +216,45 @@ def _check_folder(folder):
     folder, pickled = Path(folder), ('.bin', '.pt', '.pth', '.pkl', '.pickle', '.ckpt')
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in pickled)
     if pickles and not (folder/WEIGHTS).is_file():
-        raise ValueError(f"{folder} holds {one_line(pickles[0])}, a pickle, which can run code when it is opened, and no {WEIGHTS}. Ask for safetensors; a released checkpoint becomes one by python -m stdg.released")
+        raise ValueError(f"{folder} holds {one_line(pickles[0])}, a pickle, which can run code "
+                         f"when it is opened, and no {WEIGHTS}. Ask for safetensors; a released "
+                         "checkpoint becomes one by python -m stdg.released")
     for name in (WEIGHTS, FACTS, CONFIG):
-        if not (folder/name).is_file(): raise FileNotFoundError(f"{folder/name} is missing. A shared model has {WEIGHTS}, {FACTS} and {CONFIG}, all in one folder")
-    if not isinstance(read_json(folder/CONFIG), dict): raise ValueError(f"{folder/CONFIG} is not the JSON of a model")
+        if not (folder/name).is_file():
+            raise FileNotFoundError(f"{folder/name} is missing. A shared model has {WEIGHTS}, "
+                                    f"{FACTS} and {CONFIG}, all in one folder")
+    if not isinstance(read_json(folder/CONFIG), dict):
+        raise ValueError(f"{folder/CONFIG} is not the JSON of a model")
 
-def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, network=None, facts=None):
-    "The model in the folder `model_id`. (What a config.json may say of `network` and `facts` does not count.)"
+def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, local_files_only, token,
+                     network=None, facts=None):
+    """The model in the folder `model_id`. (What a config.json may say of `network` and `facts` does
+    not count.)"""
     return cls.load(Path(model_id)/WEIGHTS)
 
 Model._from_pretrained = classmethod(_from_pretrained)
 
 # %% ../../nbs/inference/04_hub.ipynb #from-pretrained
 def _folder(place, **how):
-    "The folder `place`, or the one into which three files of that name on the Hub are fetched. Raises what `Model.from_pretrained` does."
+    """The folder `place`, or the one into which three files of that name on the Hub are fetched.
+
+    Raises what `Model.from_pretrained` does."""
     if Path(place).is_dir(): return Path(place)
-    if isinstance(place, Path) or place.count('/') > 1 or place.startswith(('.', '/', '~')): raise FileNotFoundError(f"{place} is no folder. Is the path right?")
+    if isinstance(place, Path) or place.count('/') > 1 or place.startswith(('.', '/', '~')):
+        raise FileNotFoundError(f"{place} is no folder. Is the path right?")
     try: return Path(snapshot_download(place, allow_patterns=[WEIGHTS, FACTS, CONFIG], **how))
-    except HFValidationError as error: raise ValueError(f"{place} is neither a folder nor a name on the Hub ({error})") from None
-    except (FileNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error: raise FileNotFoundError(f"{place} is no folder here, and nothing of that name could be read from the Hub ({one_line(error, 200)})") from error
+    except HFValidationError as error:
+        raise ValueError(f"{place} is neither a folder nor a name on the Hub ({error})") from None
+    except (FileNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+        raise FileNotFoundError(f"{place} is no folder here, and nothing of that name could be "
+                                f"read from the Hub ({one_line(error, 200)})") from error
 
 def _from(cls, place, **how):
     """The model in a folder, or of a name 'owner/name' on the Hub, its network in evaluation mode.
 
-    `revision` pins a branch, tag or commit of the Hub, `local_files_only` takes what was fetched before; also `cache_dir`, `force_download`, `token`.
-    Raises `FileNotFoundError` or `ValueError` naming the place or file, and why."""
+    `revision` pins a branch, tag or commit of the Hub, `local_files_only` takes what was fetched
+    before; also `cache_dir`, `force_download`, `token`. Raises `FileNotFoundError` or `ValueError`
+    naming the place or file, and why."""
     folder = _folder(place, **how)
     _check_folder(folder)
     return super(Model, cls).from_pretrained(folder, **how)

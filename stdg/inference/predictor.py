@@ -17,23 +17,27 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as T
 
-from ..io.devices import choose_device
 from .. import checkpoint, decode
 from ..data import centred, network_input
 from ..graph import Prediction, Vocabulary
-from ..model import STDG
 from .display import DEFAULTS, PicturePrediction
 from ..io.archives import FORMATS, MAX_PIXELS, FolderSource, read_picture
+from ..io.devices import choose_device
+from ..model import STDG
 from ..released import any_network
 
 # %% ../../nbs/inference/02_predictor.ipynb #read-image
 def _file_picture(path):
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing. Is the path right?")
     try: return read_picture(path.read_bytes())
-    except (ValueError, OSError) as error: raise ValueError(f"{path}: {error}. Is it whole, and one of {', '.join(FORMATS)}?") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{path}: {error}. Is it whole, and one of {', '.join(FORMATS)}?") from None
 
 def read_image(image):
-    """`image` as (3, H, W) uint8 RGB, upright. It is a path, a PIL picture, or an array or tensor: (H, W, 3), (H, W) or (3, H, W), uint8.
+    """`image` as (3, H, W) uint8 RGB, upright.
+
+    It is a path, a PIL picture, or an array or tensor: (H, W, 3), (H, W) or (3, H, W), uint8.
 
     Raises `FileNotFoundError`, or `ValueError` naming the file or what is wrong with the array."""
     if isinstance(image, (str, Path)): image = _file_picture(Path(image))
@@ -42,13 +46,17 @@ def read_image(image):
     if array.ndim == 2: array = array[..., None].expand(-1, -1, 3)
     if array.ndim == 3 and array.shape[2] == 3: array = array.permute(2, 0, 1)
     if array.ndim != 3 or array.shape[0] != 3 or array.dtype != torch.uint8 or not array.numel():
-        raise ValueError(f"a picture is (H, W, 3) uint8, or a path or a PIL picture; this is {tuple(array.shape)} {str(array.dtype).removeprefix('torch.')}")
-    if array.shape[1] * array.shape[2] > MAX_PIXELS: raise ValueError(f"{array.shape[2]} x {array.shape[1]} pixels are more than {MAX_PIXELS / 1e6:g} megapixels, the bound")
+        raise ValueError("a picture is (H, W, 3) uint8, or a path or a PIL picture; this is "
+                         f"{tuple(array.shape)} {str(array.dtype).removeprefix('torch.')}")
+    if array.shape[1] * array.shape[2] > MAX_PIXELS:
+        raise ValueError(f"{array.shape[2]} x {array.shape[1]} pixels are more than "
+                         f"{MAX_PIXELS / 1e6:g} megapixels, the bound")
     return array
 
 # %% ../../nbs/inference/02_predictor.ipynb #letterbox
 def letterbox(picture, canvas):
-    "`picture` (3, H, W) on a square canvas: (3, canvas, canvas), the scale (x, y) and the corner (x, y) of the picture in it."
+    """`picture` (3, H, W) on a square canvas: (3, canvas, canvas), the scale (x, y) and the corner
+    (x, y) of the picture in it."""
     h, w = picture.shape[1:]
     k = canvas / max(h, w)
     new_h, new_w = max(round(h * k), 1), max(round(w * k), 1)
@@ -58,43 +66,57 @@ def letterbox(picture, canvas):
 
 # %% ../../nbs/inference/02_predictor.ipynb #unbox
 def unbox(prediction, scale, corner, size):
-    "`prediction` from the pixels of the canvas to those of the picture of `size` (height, width); boxes are cut at its border."
+    """`prediction` from the pixels of the canvas to those of the picture of `size` (height, width);
+    boxes are cut at its border."""
     boxes = (prediction.boxes - torch.tensor([*corner, *corner])) / torch.tensor([*scale, *scale])
-    boxes[:, 0::2], boxes[:, 1::2] = boxes[:, 0::2].clamp(0, size[1]), boxes[:, 1::2].clamp(0, size[0])
-    return Prediction(boxes, prediction.labels, prediction.scores, prediction.pairs, prediction.predicates, size)
+    boxes[:, 0::2], boxes[:, 1::2] = boxes[:, 0::2].clamp(0, size[1]), boxes[:, 1::2].clamp(0,
+        size[0])
+    return Prediction(boxes, prediction.labels, prediction.scores, prediction.pairs,
+                      prediction.predicates, size)
 
 # %% ../../nbs/inference/02_predictor.ipynb #facts
 SHARED = 'model.safetensors'  # the weights in the folder of a shared model
 
 def names_of(facts, config):
-    "The `Vocabulary` in `facts`; without one, Visual Genome's names if the numbers of classes are its own, else numbers for names."
+    """The `Vocabulary` in `facts`; without one, Visual Genome's names if the numbers of classes are
+    its own, else numbers for names."""
     if 'vocabulary' in facts: return Vocabulary.from_json(facts['vocabulary'])
     genome, numbers = Vocabulary.visual_genome(), (config['n_objects'], config['n_predicates'])
     if numbers == (len(genome.objects), len(genome.predicates)): return genome
-    return Vocabulary([f'class {i}' for i in range(numbers[0])], [f'predicate {i}' for i in range(numbers[1])])
+    return Vocabulary([f'class {i}' for i in range(numbers[0])],
+                      [f'predicate {i}' for i in range(numbers[1])])
 
-def thresholds_of(facts): return DEFAULTS | {kind: value for kind, value in facts.get('thresholds', {}).items() if kind in DEFAULTS}
+def thresholds_of(facts):
+    return DEFAULTS | {kind: value for kind, value in facts.get('thresholds', {}).items()
+                       if kind in DEFAULTS}
 
 def on_picture(prediction, scale, corner, picture, facts, config, name=''):
-    "The `PicturePrediction` of a `Prediction` on the canvas and of its `picture` (3, H, W), with names and thresholds from `facts`."
+    """The `PicturePrediction` of a `Prediction` on the canvas and of its `picture` (3, H, W), with
+    names and thresholds from `facts`."""
     own = unbox(prediction, scale, corner, tuple(picture.shape[1:]))
-    return PicturePrediction(own.boxes, own.labels, own.scores, own.pairs, own.predicates, own.size, picture, names_of(facts, config), thresholds_of(facts), name)
+    return PicturePrediction(own.boxes, own.labels, own.scores, own.pairs, own.predicates, own.size,
+                             picture, names_of(facts, config), thresholds_of(facts), name)
 
 # %% ../../nbs/inference/02_predictor.ipynb #predictor
 def _file_of(network): return Path(network)/SHARED if Path(network).is_dir() else Path(network)
 
 class Predictor:
-    """A network made ready for pictures: call it with a list of (3, H, W) uint8 tensors, get a list of `PicturePrediction`.
+    """A network made ready for pictures: call it with a list of (3, H, W) uint8 tensors, get a list
+    of `PicturePrediction`.
 
-    `network` is a checkpoint's path (.safetensors, a shared folder, or a released file), or an `STDG` with the `facts` of its checkpoint. Raises `FileNotFoundError` or
-    `ValueError` naming the file; a depth teacher needs HHA and is refused."""
+    `network` is a checkpoint's path (.safetensors, a shared folder, or a released file), or an
+    `STDG` with the `facts` of its checkpoint. Raises `FileNotFoundError` or `ValueError` naming the
+    file; a depth teacher needs HHA and is refused."""
     def __init__(self, network, size=None, device=None, facts=None):
         self.path = None if isinstance(network, STDG) else _file_of(network)
         ours = self.path is not None and self.path.suffix == '.safetensors'
         self.facts = checkpoint.facts(self.path) if ours else facts or {}
-        self.model = network if self.path is None else checkpoint.load(self.path) if ours else any_network(self.path, Vocabulary.visual_genome())
-        if self.model.mode == 'depth': raise ValueError(f"{self.path or 'this network'} reads HHA, not RGB: use a student")
-        if self.model.mode == 'combine': self.model = self.model.student()  # the teacher is not needed any more
+        self.model = network if self.path is None else checkpoint.load(
+            self.path) if ours else any_network(self.path, Vocabulary.visual_genome())
+        if self.model.mode == 'depth':
+            raise ValueError(f"{self.path or 'this network'} reads HHA, not RGB: use a student")
+        # the teacher is not needed any more
+        if self.model.mode == 'combine': self.model = self.model.student()
         self.model.to(choose_device(device), memory_format=torch.channels_last).eval()
         self.size = size or self.facts.get('size', 512)
 
@@ -109,8 +131,10 @@ def _call(self, pictures, names=None):
     "Predictions for `pictures`, a list of (3, H, W) uint8, together as one batch."
     if not pictures: return []
     canvases, *places = zip(*(letterbox(picture, self.size) for picture in pictures))
-    found = decode.decode_batch(*self.model(network_input(self.model, torch.stack(canvases))), stride=self.model.stride)
-    return [on_picture(*one, self.facts, self.model.config, name) for *one, name in zip(found, *places, pictures, names or [''] * len(pictures))]
+    found = decode.decode_batch(*self.model(network_input(self.model, torch.stack(canvases))),
+                                stride=self.model.stride)
+    return [on_picture(*one, self.facts, self.model.config, name) for *one, name in zip(found,
+        *places, pictures, names or [''] * len(pictures))]
 
 Predictor.__call__ = _call
 
@@ -118,11 +142,13 @@ Predictor.__call__ = _call
 def _loaded(path, changed, size, device): return Predictor(path, size, device)
 
 def load_predictor(network, size=None, device=None):
-    "The `Predictor` of `network`; for a path it is kept, and made anew when one of its files has changed."
+    """The `Predictor` of `network`; for a path it is kept, and made anew when one of its files has
+    changed."""
     if isinstance(network, Predictor): return network
     if isinstance(network, STDG): return Predictor(network, size, device)
     path = _file_of(network)
-    changed = tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in (path, path.with_suffix('.json')))
+    changed = tuple(file.stat().st_mtime_ns if file.exists() else 0
+                    for file in (path, path.with_suffix('.json')))
     return _loaded(str(path), changed, size, device)
 
 # %% ../../nbs/inference/02_predictor.ipynb #stream
@@ -135,9 +161,11 @@ def _tried(read, item):
     except (ValueError, OSError) as error: return error
 
 def stream(items, network, read=read_image, batch_size=8, names=str, **options):
-    """Yield (item, `PicturePrediction`, or the `ValueError` or `OSError` that `read` raised) for each of `items`, in order.
+    """Yield (item, `PicturePrediction`, or the `ValueError` or `OSError` that `read` raised) for
+    each of `items`, in order.
 
-    `read` makes an item a (3, H, W) uint8 picture, `names` its name; `options` are those of `load_predictor`."""
+    `read` makes an item a (3, H, W) uint8 picture, `names` its name; `options` are those of
+    `load_predictor`."""
     ready = load_predictor(network, **options)
     with ThreadPoolExecutor(min(4, batch_size)) as pool:
         ahead = None
@@ -152,7 +180,8 @@ def _finish(ready, reading, names):
     read = [(item, task.result()) for item, task in reading]
     sound = [(item, picture) for item, picture in read if not isinstance(picture, Exception)]
     found = iter(ready([picture for _, picture in sound], [names(item) for item, _ in sound]))
-    for item, picture in read: yield item, picture if isinstance(picture, Exception) else next(found)
+    for item, picture in read:
+        yield item, picture if isinstance(picture, Exception) else next(found)
 
 # %% ../../nbs/inference/02_predictor.ipynb #pictures-in
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
@@ -160,8 +189,11 @@ ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 def is_picture(name): return str(name).lower().endswith(ENDINGS)
 
 def pictures_in(source):
-    "Names of the pictures in a `FolderSource` or `ZipSource`, sorted; and what was refused, {name: why}."
-    return sorted(filter(is_picture, source.names())), {name: why for name, why in source.refused.items() if is_picture(name)}
+    """Names of the pictures in a `FolderSource` or `ZipSource`, sorted; and what was refused,
+    {name: why}."""
+    return sorted(filter(is_picture, source.names())), {name: why
+                                                        for name, why in source.refused.items()
+                                                        if is_picture(name)}
 
 def read_member(source, name):
     "The picture `name` of a folder or archive as (3, H, W) uint8. Raises `ValueError` naming it."
@@ -175,18 +207,29 @@ def predict(image,  # a picture (path, PIL picture, (H, W, 3) uint8 array), a li
             batch_size:int=8,  # pictures at a time
             device:str=None,  # 'cpu' or 'cuda'; by default a GPU if there is one
            ):
-    """The `PicturePrediction` for one RGB picture, in its own pixels; for several a list of them, a folder's in the order of names. Also as `stdg.predict`.
+    """The `PicturePrediction` for one RGB picture, in its own pixels; for several a list of them, a
+    folder's in the order of names.
 
-    Raises `FileNotFoundError` or `ValueError` naming the picture or checkpoint that cannot be read; a depth teacher needs HHA and is refused."""
-    options, read, names = dict(size=size, device=device), read_image, lambda item: str(item) if isinstance(item, (str, Path)) else ''
+    Also as `stdg.predict`.
+
+    Raises `FileNotFoundError` or `ValueError` naming the picture or checkpoint that cannot be read;
+    a depth teacher needs HHA and is refused."""
+    options, read, names = dict(size=size,
+                                device=device), read_image, lambda item: str(item) if isinstance(
+        item, (str, Path)) else ''
     if folder := isinstance(image, (str, Path)) and Path(image).is_dir():
         source = FolderSource(image)
         (items, refused), read = pictures_in(source), lambda name: read_member(source, name)
-        if refused: raise ValueError(f"{image}: " + '; '.join(f'{name!r} is refused: {why}' for name, why in list(refused.items())[:3]))
-        if not items: raise ValueError(f"{image} holds no pictures: their names end in {', '.join(ENDINGS)}")
-    several = folder or not isinstance(image, (str, Path, Image.Image)) and getattr(image, 'ndim', 4) == 4
+        if refused:
+            raise ValueError(f"{image}: " + '; '.join(f'{name!r} is refused: {why}'
+                                                      for name, why in list(refused.items())[:3]))
+        if not items:
+            raise ValueError(f"{image} holds no pictures: their names end in {', '.join(ENDINGS)}")
+    several = folder or not isinstance(image, (str, Path, Image.Image)) and getattr(image, 'ndim',
+        4) == 4
     found = []
-    for _, one in stream(items if folder else image if several else [image], network, read, batch_size, names, **options):
+    for _, one in stream(items if folder else image if several else [image], network, read,
+                         batch_size, names, **options):
         if isinstance(one, Exception): raise one
         found.append(one)
     return found if several else found[0]

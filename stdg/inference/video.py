@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from IPython.display import Image as Shown, display
+from IPython.display import Image as Shown
+from IPython.display import display
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import linear_sum_assignment
@@ -23,19 +24,21 @@ from torchvision.ops import box_iou
 from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
-from . import predictor as inference
-from ..draw.style import class_colour
 from ..draw.boxes import titles
-from ..io.files import atomic_path
+from ..draw.style import class_colour
 from ..graph import Prediction
-from ..io.text import one_line
+from . import predictor as inference
 from .display import PicturePrediction
 from ..io.archives import MAX_PIXELS
+from ..io.files import atomic_path
+from ..io.text import one_line
 
 # %% ../../nbs/inference/03_video.ipynb #follow
 def _matched(boxes, labels, other_boxes, other_labels, least=.3):
-    "Places of the same objects in both, two index tensors: one to one, same label, overlap of at least `least`."
-    overlap = box_iou(boxes, other_boxes).nan_to_num() * (labels[:, None] == other_labels)  # of boxes without area none
+    """Places of the same objects in both, two index tensors: one to one, same label, overlap of at
+    least `least`."""
+    # of boxes without area none
+    overlap = box_iou(boxes, other_boxes).nan_to_num() * (labels[:, None] == other_labels)
     ours, theirs = (torch.from_numpy(i) for i in linear_sum_assignment(-overlap))
     good = overlap[ours, theirs] >= least
     return ours[good], theirs[good]
@@ -48,23 +51,30 @@ def _table(prediction, place, n):
 
 def _ranked(boxes, labels, scores, table, size, least):
     "The `Prediction` of objects and their table of predicate scores (N, N, P)."
-    pairs = (table.amax(2) > least).nonzero() if table.numel() else torch.zeros(0, 2, dtype=torch.int64)
+    pairs = (table.amax(2) > least).nonzero() if table.numel() else torch.zeros(0, 2,
+        dtype=torch.int64)
     predicates = table[tuple(pairs.T)]
-    order = (predicates.amax(1) * scores[pairs].prod(1) if len(pairs) else scores[:0]).argsort(descending=True, stable=True)
+    order = (predicates.amax(1) * scores[pairs].prod(1) if len(pairs)
+             else scores[:0]).argsort(descending=True, stable=True)
     return Prediction(boxes, labels, scores, pairs[order], predicates[order], size)
 
 # %% ../../nbs/inference/03_video.ipynb #smoother
 class Smoother:
-    "Averages the predictions of a film. Call it with each frame's `Prediction` and its time in seconds; get a `Prediction` that does not flicker."
+    """Averages the predictions of a film.
+
+    Call it with each frame's `Prediction` and its time in seconds; get a `Prediction` that does not
+    flicker."""
     def __init__(self, over:float=.3,  # time over which is averaged, seconds; 0: none
                  least:float=.02,  # objects and predicates that have faded below this are forgotten
                  most:int=100):  # objects kept
-        if not 0 <= over < math.inf: raise ValueError(f"a film is averaged over some seconds, or 0; not over {over}")
+        if not 0 <= over < math.inf:
+            raise ValueError(f"a film is averaged over some seconds, or 0; not over {over}")
         self.over, self.least, self.most, self.now = over, least, most, None
 
     def __call__(self, new, seconds):
         if not self.over: return new
-        if self.now is None or seconds < self.now[-1]: state = new.boxes, new.labels, new.scores, _table(new, torch.arange(len(new)), len(new))
+        if self.now is None or seconds < self.now[-1]:
+            state = new.boxes, new.labels, new.scores, _table(new, torch.arange(len(new)), len(new))
         else: state = self._mixed(new, seconds - self.now[-1])
         keep = state[2].argsort(descending=True, stable=True)[:self.most]
         keep = keep[state[2][keep] >= self.least]
@@ -74,7 +84,8 @@ class Smoother:
 
 # %% ../../nbs/inference/03_video.ipynb #mixed
 def _mixed(self, new, passed):
-    "Boxes, labels, scores and predicate table after a frame with the objects `new`, `passed` seconds after the last."
+    """Boxes, labels, scores and predicate table after a frame with the objects `new`, `passed`
+    seconds after the last."""
     boxes, labels, scores, table, _ = self.now
     a, a_box = (1 - math.exp(-passed / time) for time in (self.over, self.over / 3))
     ours, theirs = _matched(boxes, labels, new.boxes, new.labels)
@@ -96,7 +107,8 @@ def _mixed(self, new, passed):
 Smoother._mixed = _mixed
 
 # %% ../../nbs/inference/03_video.ipynb #frames
-_BEGINNINGS = ((4, b'ftyp'), (4, b'moov'), (0, b'\x1aE\xdf\xa3'), (8, b'AVI '))  # MP4 and QuickTime, Matroska and WebM, AVI
+# MP4 and QuickTime, Matroska and WebM, AVI
+_BEGINNINGS = ((4, b'ftyp'), (4, b'moov'), (0, b'\x1aE\xdf\xa3'), (8, b'AVI '))
 
 def _opencv():
     try: import cv2
@@ -104,26 +116,44 @@ def _opencv():
     return cv2
 
 def _open_film(source):
-    "The open `cv2.VideoCapture` of a file's path, or of a webcam's number. Raises `FileNotFoundError` or `ValueError` naming it."
+    """The open `cv2.VideoCapture` of a file's path, or of a webcam's number.
+
+    Raises `FileNotFoundError` or `ValueError` naming it."""
     cv2 = _opencv()
     if not isinstance(source, int):
-        if not Path(source).is_file(): raise FileNotFoundError(f"{source} is missing. Is the path right?")
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"{source} is missing. Is the path right?")
         with open(source, 'rb') as file: first = file.read(16)
-        if not any(first[i:].startswith(mark) for i, mark in _BEGINNINGS): raise ValueError(f"{source} is no film: MP4, QuickTime, Matroska, WebM and AVI are read")
-    film = cv2.VideoCapture(source) if isinstance(source, int) else cv2.VideoCapture(str(Path(source).resolve()), cv2.CAP_FFMPEG)
-    if not film.isOpened(): raise ValueError(f"webcam {source} does not answer" if isinstance(source, int) else f"{source} is not read: damaged, cut off, or of a kind that OpenCV does not know")
+        if not any(first[i:].startswith(mark) for i, mark in _BEGINNINGS):
+            raise ValueError(
+                f"{source} is no film: MP4, QuickTime, Matroska, WebM and AVI are read")
+    film = cv2.VideoCapture(source) if isinstance(source,
+                                                  int) else cv2.VideoCapture(
+        str(Path(source).resolve()), cv2.CAP_FFMPEG)
+    if not film.isOpened():
+        raise ValueError(f"webcam {source} does not answer" if isinstance(source, int)
+                         else f"{source} is not read: damaged, cut off, or of a kind that OpenCV "
+                         "does not know")
     return film
 
 def frames(source, every:int=1):
-    "Yield (seconds, picture (3, H, W) uint8 RGB) of every n-th frame of a film (path) or webcam (number). Raises `ImportError` without OpenCV, `FileNotFoundError` or `ValueError` naming the film."
+    """Yield (seconds, picture (3, H, W) uint8 RGB) of every n-th frame of a film (path) or webcam
+    (number).
+
+    Raises `ImportError` without OpenCV, `FileNotFoundError` or `ValueError` naming the film."""
     cv2, film = _opencv(), _open_film(source)
     try:
-        wide, high, rate = (film.get(key) for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FPS))
-        if wide * high > MAX_PIXELS: raise ValueError(f"{source}: frames of {wide:.0f} x {high:.0f} pixels are more than {MAX_PIXELS / 1e6:g} megapixels, the bound")
+        wide, high, rate = (film.get(key) for key in (cv2.CAP_PROP_FRAME_WIDTH,
+                                                      cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FPS))
+        if wide * high > MAX_PIXELS:
+            raise ValueError(f"{source}: frames of {wide:.0f} x {high:.0f} pixels are more than "
+                             f"{MAX_PIXELS / 1e6:g} megapixels, the bound")
         number = 0
         while film.grab():
             seconds = film.get(cv2.CAP_PROP_POS_MSEC) / 1000 or number / (rate or 30)
-            if number % every == 0 and (read := film.retrieve())[0]: yield seconds, torch.from_numpy(cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)).permute(2, 0, 1)
+            if number % every == 0 and (read := film.retrieve())[0]:
+                yield seconds, torch.from_numpy(cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)).permute(2,
+                    0, 1)
             number += 1
         if not number: raise ValueError(f"{source} holds no frame that OpenCV reads")
     finally: film.release()
@@ -135,65 +165,90 @@ def predict_video(source,  # a film's path, or a webcam's number
                  every:int=1,  # take each n-th frame
                  batch_size:int=1,  # frames at a time; more is quicker on a GPU, and later
                  **options):  # size and device, as in `stdg.predict`
-    "Yield (seconds, `PicturePrediction`) for the frames of a film. Raises as `frames` and `stdg.predict`."
-    ready, smooth, read = inference.load_predictor(network, **options), Smoother(over), frames(source, every)
+    """Yield (seconds, `PicturePrediction`) for the frames of a film.
+
+    Raises as `frames` and `stdg.predict`."""
+    ready, smooth, read = inference.load_predictor(network,
+                                                   **options), Smoother(over), frames(source, every)
     while batch := list(islice(read, batch_size)):
         for (seconds, picture), found in zip(batch, ready([picture for _, picture in batch])):
             one = smooth(found, seconds)
-            yield seconds, PicturePrediction(one.boxes, one.labels, one.scores, one.pairs, one.predicates, found.size, picture, found.vocabulary, found.thresholds, found.name)
+            yield seconds, PicturePrediction(one.boxes, one.labels, one.scores, one.pairs,
+                                             one.predicates, found.size, picture, found.vocabulary,
+                                             found.thresholds, found.name)
 
 # %% ../../nbs/inference/03_video.ipynb #draw-frame
 _FONT = str(Path(get_data_path())/'fonts'/'ttf'/'DejaVuSans.ttf')
 
 def draw_frame(found, most=6, **options):
-    "A frame's `PicturePrediction` painted into its pixels, (3, H, W) uint8; `options` as in `PicturePrediction.graph`, `most` triplets in words."
+    """A frame's `PicturePrediction` painted into its pixels, (3, H, W) uint8; `options` as in
+    `PicturePrediction.graph`, `most` triplets in words."""
     graph, size = found.graph(**options), max(found.size[0] // 36, 11)
     picture = found.picture
     if len(graph):
         texts = titles(graph, graph.vocabulary, range(len(graph)))
         colours = [class_colour(graph.name(i)) for i in range(len(graph))]
-        picture = draw_bounding_boxes(picture, graph.boxes, [texts[i] for i in range(len(graph))], colours, width=max(size // 8, 2), font=_FONT, font_size=size)
+        picture = draw_bounding_boxes(picture, graph.boxes, [texts[i] for i in range(len(graph))],
+                                      colours, width=max(size // 8, 2), font=_FONT, font_size=size)
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     words = '\n'.join(one_line(sentence, 60) for sentence in graph.sentences()[:most])
     if words:
         brush, font = ImageDraw.Draw(image, 'RGBA'), ImageFont.truetype(_FONT, size)
-        brush.rectangle(brush.multiline_textbbox((size // 2, size // 2), words, font), fill=(0, 0, 0, 150))
+        brush.rectangle(brush.multiline_textbbox((size // 2, size // 2), words, font),
+                        fill=(0, 0, 0, 150))
         brush.multiline_text((size // 2, size // 2), words, (255, 255, 255), font)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 # %% ../../nbs/inference/03_video.ipynb #write-film
 def _writer(cv2, path, source, every, size):
-    "A `cv2.VideoWriter` of frames of `size` (height, width), as fast as the film is, or 30 frames a second for a webcam."
-    rate = 30. if isinstance(source, int) else cv2.VideoCapture(str(Path(source).resolve()), cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FPS) or 30.
+    """A `cv2.VideoWriter` of frames of `size` (height, width), as fast as the film is, or 30 frames
+    a second for a webcam."""
+    rate = 30. if isinstance(source, int) else cv2.VideoCapture(str(Path(source).resolve()),
+        cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FPS) or 30.
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'mp4v'), rate / every, size[::-1])
     if not writer.isOpened(): raise ValueError(f"{path}: OpenCV cannot write such a film")
     return writer
 
-def write_video(source, network, lines=None, drawing=None, every=1, shown={}, progress=True, **options):
-    """Write a film's graphs with their seconds as JSON `lines`, and the film with boxes to `drawing` (.mp4), each whole or not at all; returns the number of frames.
+def write_video(source, network, lines=None, drawing=None, every=1, shown={}, progress=True,
+                **options):
+    """Write a film's graphs with their seconds as JSON `lines`, and the film with boxes to
+    `drawing` (.mp4), each whole or not at all; returns the number of frames.
 
-    `shown` are options of `PicturePrediction.graph`, `options` those of `predict_video`. Raises what that raises, and `ValueError` for another ending."""
-    if drawing and Path(drawing).suffix.lower() != '.mp4': raise ValueError(f"{drawing}: a film is written as .mp4")
+    `shown` are options of `PicturePrediction.graph`, `options` those of `predict_video`. Raises
+    what that raises, and `ValueError` for another ending."""
+    if drawing and Path(drawing).suffix.lower() != '.mp4':
+        raise ValueError(f"{drawing}: a film is written as .mp4")
     cv2, writer, number = _opencv(), None, 0
     with ExitStack() as files:
-        text = files.enter_context(open(files.enter_context(atomic_path(lines)), 'w', encoding='utf-8')) if lines else None
+        text = files.enter_context(open(files.enter_context(atomic_path(lines)), 'w',
+                                        encoding='utf-8')) if lines else None
         film = files.enter_context(atomic_path(drawing)) if drawing else None
-        for number, (seconds, found) in enumerate(tqdm(predict_video(source, network, every=every, **options), 'frames', disable=not progress), 1):
-            if text: text.write(json.dumps(dict(seconds=round(seconds, 3), **found.graph(**shown).to_json()), ensure_ascii=False) + '\n')
+        for number, (seconds, found) in enumerate(tqdm(predict_video(source, network, every=every,
+            **options), 'frames', disable=not progress), 1):
+            if text:
+                text.write(json.dumps(dict(seconds=round(seconds, 3),
+                                           **found.graph(**shown).to_json()), ensure_ascii=False)
+                           + '\n')
             if film and not writer:
                 writer = _writer(cv2, film, source, every, found.size)
                 files.callback(writer.release)
-            if film: writer.write(cv2.cvtColor(draw_frame(found, **shown).permute(1, 2, 0).contiguous().numpy(), cv2.COLOR_RGB2BGR))
+            if film:
+                writer.write(cv2.cvtColor(draw_frame(found, **shown).permute(1, 2,
+                    0).contiguous().numpy(), cv2.COLOR_RGB2BGR))
     return number
 
 # %% ../../nbs/inference/03_video.ipynb #watch
 def watch(source, network, **options):
-    "Show a film or a webcam with boxes and triplets, frame after frame, until it ends or is interrupted; `options` are those of `predict_video`. Returns the last `PicturePrediction`."
+    """Show a film or a webcam with boxes and triplets, frame after frame, until it ends or is
+    interrupted; `options` are those of `predict_video`.
+
+    Returns the last `PicturePrediction`."""
     place, found = None, None
     try:
         for _, found in predict_video(source, network, **options):
             buffer = BytesIO()
-            Image.fromarray(draw_frame(found).permute(1, 2, 0).contiguous().numpy()).save(buffer, 'JPEG', quality=85)
+            Image.fromarray(draw_frame(found).permute(1, 2, 0).contiguous().numpy()).save(buffer,
+                'JPEG', quality=85)
             shown = Shown(data=buffer.getvalue(), format='jpeg')
             if place: place.update(shown)
             else: place = display(shown, display_id=True)

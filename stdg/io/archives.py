@@ -21,7 +21,8 @@ from PIL import ExifTags, Image
 from .files import PerProcess
 
 # %% ../../nbs/io/03_archives.ipynb #name-problem
-MAX_BYTES = 2 ** 28  # of a picture file, unpacked: an uncompressed picture of 64 megapixels has 192 MB
+# of a picture file, unpacked: an uncompressed picture of 64 megapixels has 192 MB
+MAX_BYTES = 2 ** 28
 MAX_RATIO = 200  # unpacked to packed bytes of a zip member; photographs hardly shrink at all
 
 def name_problem(name):
@@ -34,17 +35,23 @@ def name_problem(name):
 def _zip_problem(info, max_bytes, max_ratio):
     "Why this member of an archive (`ZipInfo`) is not read, or None."
     name, mode = info.filename, info.external_attr >> 16
-    if name.startswith('/') or '\\' in name or name[1:2] == ':' or '..' in name.split('/'): return 'its name leads out of the archive'
+    if name.startswith('/') or '\\' in name or name[1:2] == ':' or '..' in name.split('/'):
+        return 'its name leads out of the archive'
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG): return 'it is a link or a device'
     if info.flag_bits & 1: return 'it is encrypted'
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): return f'it is packed by method {info.compress_type}; stored and deflated are read'
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f'it is packed by method {info.compress_type}; stored and deflated are read'
     if info.file_size > max_bytes: return f'it unpacks to {info.file_size:,} bytes'
-    if info.file_size > max_ratio * max(info.compress_size, 1): return f'it unpacks to {info.file_size / max(info.compress_size, 1):.0f} times its size'
+    if info.file_size > max_ratio * max(info.compress_size, 1):
+        return f'it unpacks to {info.file_size / max(info.compress_size, 1):.0f} times its size'
     return name_problem(name)
 
 # %% ../../nbs/io/03_archives.ipynb #zip-source
 class ZipSource(PerProcess):
-    """The members of a zip archive, each of at most `max_bytes`, unpacked, and `max_ratio` times its packed size. Safe with threads.
+    """The members of a zip archive, each of at most `max_bytes`, unpacked, and `max_ratio` times
+    its packed size.
+
+    Safe with threads.
 
     Raises `FileNotFoundError`, or `ValueError` when it is cut off or no zip archive."""
     def __init__(self, path, max_bytes=MAX_BYTES, max_ratio=MAX_RATIO):
@@ -57,20 +64,30 @@ class ZipSource(PerProcess):
     def _open(self): return self._opened(self._archive)
 
     def _archive(self):
-        if not self.path.is_file(): raise FileNotFoundError(f"{self.path} is missing. Is the path right?")
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path} is missing. Is the path right?")
         try: return zipfile.ZipFile(self.path)
         except PermissionError: raise
-        except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError, struct.error) as error:
-            raise ValueError(f"{self.path} is not a whole zip archive ({error}). Was the download cut off? Fetch it again") from None
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError,
+                struct.error) as error:
+            raise ValueError(f"{self.path} is not a whole zip archive ({error}). Was the download "
+                             "cut off? Fetch it again") from None
 
-    def names(self): return (info.filename for info in self._open().infolist() if not info.is_dir() and info.filename not in self.refused)
+    def names(self):
+        return (info.filename for info in self._open().infolist() if not info.is_dir()
+                and info.filename not in self.refused)
 
 # %% ../../nbs/io/03_archives.ipynb #zip-read
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, struct.error)  # what reading a broken member may raise
+# what reading a broken member may raise
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError,
+           struct.error)
 
 def _open_member(self, name):
-    "One member, open for reading bytes a few at a time. Raises `ValueError` for one that is refused or absent, and one of `DAMAGED`, also later."
-    if name in self.refused: raise ValueError(f"{self.path}: {name!r} is refused: {self.refused[name]}")
+    """One member, open for reading bytes a few at a time.
+
+    Raises `ValueError` for one that is refused or absent, and one of `DAMAGED`, also later."""
+    if name in self.refused:
+        raise ValueError(f"{self.path}: {name!r} is refused: {self.refused[name]}")
     try: return self._open().open(name)
     except KeyError: raise ValueError(f"{self.path} has no member {name!r}") from None
 
@@ -78,7 +95,8 @@ def _read_member(self, name):
     "The bytes of one member. Raises `ValueError` for one that is refused, absent or damaged."
     try:
         with self.open(name) as member: return member.read(self._open().getinfo(name).file_size + 1)
-    except DAMAGED as error: raise ValueError(f"{self.path}: member {name!r} is damaged ({error})") from None
+    except DAMAGED as error:
+        raise ValueError(f"{self.path}: member {name!r} is damaged ({error})") from None
 
 def _stamp_member(self, name):
     info = self._open().getinfo(name)
@@ -88,19 +106,25 @@ ZipSource.open, ZipSource.read, ZipSource.stamp = _open_member, _read_member, _s
 
 # %% ../../nbs/io/03_archives.ipynb #folder-source
 class FolderSource:
-    "The files of a folder and of all folders below it, by their path in it. Raises `FileNotFoundError` when it is missing."
+    """The files of a folder and of all folders below it, by their path in it.
+
+    Raises `FileNotFoundError` when it is missing."""
     def __init__(self, path):
         self.path, self.refused, self._names = Path(path).resolve(), {}, []
-        if not self.path.is_dir(): raise FileNotFoundError(f"{path} is not a folder. Is the path right?")
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{path} is not a folder. Is the path right?")
         for where, folders, files in os.walk(self.path, onerror=self._not_listed):
             folders.sort()
-            for name in sorted(files) + [f for f in folders if os.path.islink(os.path.join(where, f))]:
+            for name in sorted(files) + [f for f in folders
+                                         if os.path.islink(os.path.join(where, f))]:
                 name = os.path.relpath(os.path.join(where, name), self.path).replace(os.sep, '/')
                 problem = self._problem(name)
                 if problem: self.refused[name] = problem
                 else: self._names.append(name)
 
-    def _not_listed(self, error): self.refused[os.path.relpath(error.filename, self.path)] = f'it cannot be listed ({error.strerror})'
+    def _not_listed(self, error):
+        self.refused[os.path.relpath(error.filename,
+                                     self.path)] = f'it cannot be listed ({error.strerror})'
 
     def _problem(self, name):
         "Why this file is not read, or None."
@@ -119,7 +143,8 @@ def _read_file(self, name):
     if problem: raise ValueError(f"{self.path}: {name!r} is refused: {problem}")
     try:
         with open(self.path/name, 'rb') as file: return file.read(MAX_BYTES)
-    except OSError as error: raise ValueError(f"{self.path}: {name!r} cannot be read ({error.strerror})") from None
+    except OSError as error:
+        raise ValueError(f"{self.path}: {name!r} cannot be read ({error.strerror})") from None
 
 def _stamp_file(self, name):
     state = (self.path/name).stat()
@@ -129,7 +154,9 @@ FolderSource.read, FolderSource.stamp = _read_file, _stamp_file
 
 # %% ../../nbs/io/03_archives.ipynb #open-sources
 def open_sources(paths):  # -> list of ZipSource, FolderSource
-    "Open archives and folders, in order. Raises `FileNotFoundError` or `ValueError` naming the one that is missing or broken."
+    """Open archives and folders, in order.
+
+    Raises `FileNotFoundError` or `ValueError` naming the one that is missing or broken."""
     return [FolderSource(path) if Path(path).is_dir() else ZipSource(path) for path in paths]
 
 # %% ../../nbs/io/03_archives.ipynb #open-picture
@@ -144,14 +171,17 @@ def _open_picture(data, max_pixels):
     if reader is None: raise ValueError(f"it is none of {', '.join(FORMATS)}")
     too_many = f"pixels are more than {max_pixels / 1e6:g} megapixels, the bound"
     try: picture = reader(io.BytesIO(data), '')
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning): raise ValueError(f"its {too_many}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"its {too_many}") from None
     w, h = picture.size
     if w * h > max_pixels: raise ValueError(f"{w} x {h} {too_many}")
     return picture
 
 # %% ../../nbs/io/03_archives.ipynb #orientation
-_TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-                         Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), 2))
+_TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+                         Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                         Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                         Image.Transpose.ROTATE_90), 2))
 
 def _turn(picture):
     "How the picture is to be turned (`Image.Transpose`), or None."
@@ -160,7 +190,8 @@ def _turn(picture):
 
 # %% ../../nbs/io/03_archives.ipynb #read-picture
 def _to_rgb(picture):
-    if picture.mode.startswith('I'): picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode.startswith('I'):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert('RGBA')
         picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
@@ -168,13 +199,17 @@ def _to_rgb(picture):
 
 def read_picture(data:bytes,
                  max_pixels=MAX_PIXELS):  # width times height, checked before decoding
-    "A JPEG, PNG, WebP or BMP as PIL picture, RGB, turned as its EXIF tag asks. Raises `ValueError` when it is too large, damaged or cut off."
+    """A JPEG, PNG, WebP or BMP as PIL picture, RGB, turned as its EXIF tag asks.
+
+    Raises `ValueError` when it is too large, damaged or cut off."""
     try:
         picture = _open_picture(data, max_pixels)
         picture.load()
         turn = _turn(picture)
         picture = _to_rgb(picture)
-    except Exception as error: raise ValueError(f"the picture is not read: {error or type(error).__name__}") from None  # decoders fail in many ways
+    # decoders fail in many ways
+    except Exception as error:
+        raise ValueError(f"the picture is not read: {error or type(error).__name__}") from None
     return picture.transpose(turn) if turn is not None else picture
 
 # %% ../../nbs/io/03_archives.ipynb #picture-size
@@ -186,5 +221,7 @@ def picture_size(data, max_pixels=MAX_PIXELS):  # -> (height, width), pixels, af
         if picture.format == 'JPEG': picture.draft('L', (1, 1))
         picture.load()
         turn = _turn(picture)
-    except Exception as error: raise ValueError(f"the picture is not read: {error or type(error).__name__}") from None
-    return (w, h) if turn in (Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270) else (h, w)
+    except Exception as error:
+        raise ValueError(f"the picture is not read: {error or type(error).__name__}") from None
+    return (w, h) if turn in (Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE,
+                              Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270) else (h, w)

@@ -10,5 +10,6 @@ import torch
 
 # %% ../../nbs/io/05_devices.ipynb #device
 def choose_device(device=None):
-    "`device` as a `torch.device`; if it is None or empty, the first GPU where there is one, else the CPU."
+    """`device` as a `torch.device`; if it is None or empty, the first GPU where there is one, else
+    the CPU."""
     return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))

@@ -19,20 +19,27 @@ import numpy as np
 
 # %% ../../nbs/io/01_files.ipynb #folder
 def writable_folder(folder):
-    "The folder as a `Path`, made if absent. Raises `OSError` that names it when nothing can be written there."
+    """The folder as a `Path`, made if absent.
+
+    Raises `OSError` that names it when nothing can be written there."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder/f'.write-test-{os.getpid()}'
-        probe.touch(); probe.unlink()
+        probe.touch()
+        probe.unlink()
     except OSError as error:
-        raise OSError(error.errno, f"nothing can be written in {folder}: {error.strerror}. Choose another folder or change its permissions") from None
+        raise OSError(error.errno, f"nothing can be written in {folder}: {error.strerror}. Choose "
+                      "another folder or change its permissions") from None
     return folder
 
 # %% ../../nbs/io/01_files.ipynb #atomic-path
 @contextmanager
 def atomic_path(path):
-    "Yields a temporary path beside `path`; afterwards it is flushed and renamed to `path`, or removed on any error. Raises `OSError` naming `path`."
+    """Yields a temporary path beside `path`; afterwards it is flushed and renamed to `path`, or
+    removed on any error.
+
+    Raises `OSError` naming `path`."""
     path = Path(path)
     partial = writable_folder(path.parent)/f'.{os.getpid()}.partial.{path.name}'
     try:
@@ -41,21 +48,29 @@ def atomic_path(path):
         os.replace(partial, path)
     except FileNotFoundError: raise  # something that the block wanted to read
     except OSError as error:
-        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}. Is the disk full? What was there before is untouched") from error
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}. Is "
+                      "the disk full? What was there before is untouched") from error
     finally: partial.unlink(missing_ok=True)
 
 # %% ../../nbs/io/01_files.ipynb #write-json
 def write_json(path, record, indent=1):
-    "Write `record` as JSON, atomically. `NaN` is refused (`ValueError`), since other readers choke on it."
+    """Write `record` as JSON, atomically.
+
+    `NaN` is refused (`ValueError`), since other readers choke on it."""
     text = json.dumps(record, indent=indent, allow_nan=False, ensure_ascii=False)
     with atomic_path(path) as partial: partial.write_text(text + '\n', encoding='utf-8')
 
 # %% ../../nbs/io/01_files.ipynb #read-json
 def read_json(path, hint='Is the path right?'):
-    "The JSON in `path`. Raises `FileNotFoundError` or `ValueError` naming the file, with the `hint` that the caller knows."
+    """The JSON in `path`.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file, with the `hint` that the caller
+    knows."""
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {hint}") from None
-    except (ValueError, RecursionError) as error: raise ValueError(f"{path} is not whole JSON ({error}). {hint}") from None  # also of numbers too long and brackets too deep
+    # also of numbers too long and brackets too deep
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not whole JSON ({error}). {hint}") from None
 
 # %% ../../nbs/io/01_files.ipynb #shallow
 MAX_DEPTH = 1000
@@ -70,7 +85,8 @@ class _Shallow:
         data = self._file.read(n)
         if data:
             depth = self._depth + np.cumsum(_STEP[np.frombuffer(data, np.uint8)], dtype=np.int32)
-            if depth.max() > MAX_DEPTH: raise ijson.JSONError(f'more than {MAX_DEPTH} brackets are open')
+            if depth.max() > MAX_DEPTH:
+                raise ijson.JSONError(f'more than {MAX_DEPTH} brackets are open')
             self._depth = int(depth[-1])
         return data
 
@@ -81,30 +97,42 @@ def _reason(error):
     return text.decode('utf-8', 'replace').split('\n')[0].strip()
 
 def stream_json(file, read, *prefix):
-    "What `read`, a function of `ijson`, yields of an open binary `file`. Raises `ijson.JSONError` with a plain reason, also for brackets that are too deep."
+    """What `read`, a function of `ijson`, yields of an open binary `file`.
+
+    Raises `ijson.JSONError` with a plain reason, also for brackets that are too deep."""
     try: yield from read(_Shallow(file), *prefix, use_float=True)
     except ijson.JSONError as error: raise ijson.JSONError(_reason(error)) from None
 
 # %% ../../nbs/io/01_files.ipynb #check-dataset
 def _problem(file, name, dims):
     "What is wrong with dataset `name` of an open HDF5 file, or None."
-    if name not in file and file.get(name, getlink=True) is None: return f" has no dataset '{name}' (it has {sorted(file)[:12]}): this is another kind of file"
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink): return f": '{name}' is a link; datasets that lie elsewhere are not followed"
+    if name not in file and file.get(name, getlink=True) is None:
+        return f" has no dataset '{name}' (it has {sorted(file)[:12]}): this is another kind of file"
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        return f": '{name}' is a link; datasets that lie elsewhere are not followed"
     data = file[name]
-    if not isinstance(data, h5py.Dataset): return f" has no dataset '{name}' (it is a group): this is another kind of file"
-    if data.dtype.hasobject: return f": dataset '{name}' holds objects ({h5py.check_string_dtype(data.dtype) or h5py.check_vlen_dtype(data.dtype) or data.dtype}); plain numbers are needed"
-    if data.external or data.is_virtual: return f": dataset '{name}' has its numbers in another file; they are not followed"
-    if data.ndim != dims: return f": dataset '{name}' has shape {data.shape}, {dims} dimensions are needed"
+    if not isinstance(data, h5py.Dataset):
+        return f" has no dataset '{name}' (it is a group): this is another kind of file"
+    if data.dtype.hasobject:
+        return f": dataset '{name}' holds objects ({h5py.check_string_dtype(data.dtype) or h5py.check_vlen_dtype(data.dtype) or data.dtype}); plain numbers are needed"
+    if data.external or data.is_virtual:
+        return f": dataset '{name}' has its numbers in another file; they are not followed"
+    if data.ndim != dims:
+        return f": dataset '{name}' has shape {data.shape}, {dims} dimensions are needed"
 
 # %% ../../nbs/io/01_files.ipynb #open-h5
 def open_h5(path,
             needs:dict,  # name of a dataset to its number of dimensions
             hint='Is the path right?'):  # -> h5py.File, open for reading
-    "Open `path` for reading. Raises `FileNotFoundError` or `ValueError` naming the file and what is wrong with it."
+    """Open `path` for reading.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file and what is wrong with it."""
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing. {hint}")
     try: file = h5py.File(path, 'r')
-    except OSError as error: raise ValueError(f"{path} is not a whole HDF5 file ({error}). Was it cut off while it was copied? {hint}") from None
+    except OSError as error:
+        raise ValueError(f"{path} is not a whole HDF5 file ({error}). Was it cut off while it was "
+                         f"copied? {hint}") from None
     for name, dims in needs.items():
         problem = _problem(file, name, dims)
         if problem:
@@ -116,7 +144,8 @@ def open_h5(path,
 _holders = weakref.WeakSet()
 
 class PerProcess:
-    "Keeps one file open, each process its own; `close` lets go of it, and the next read opens it again."
+    """Keeps one file open, each process its own; `close` lets go of it, and the next read opens it
+    again."""
     _handle = (None, None)  # the process that opened it, and the file
 
     def _opened(self, open):
@@ -138,4 +167,5 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(before=_close_all)
 def project_folder():
     "The nearest folder from here upwards that holds settings.ini, else the working folder."
     here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder/'settings.ini').is_file()), here)
+    return next((folder for folder in (here, *here.parents) if (folder/'settings.ini').is_file()),
+                here)

@@ -29,18 +29,25 @@ def extend(dataset, values):
     dataset[start:] = values
 
 class PackedWriter:
-    "Appends 1-D pieces of `dtype` to dataset `name` of an open HDF5 `file`. `close` writes what is left and where each piece ends."
+    """Appends 1-D pieces of `dtype` to dataset `name` of an open HDF5 `file`.
+
+    `close` writes what is left and where each piece ends."""
     def __init__(self, file, name, dtype=np.uint8, compress=False):
         self.ends, self._waiting, self._size, self._dtype = [0], [], 0, np.dtype(dtype)
         how = dict(compression='lzf', shuffle=True) if compress else {}
-        self._data = file.create_dataset(name, (0,), self._dtype, maxshape=(None,), chunks=(CHUNK,), **how)
+        self._data = file.create_dataset(name, (0,), self._dtype, maxshape=(None,), chunks=(CHUNK,),
+                                         **how)
         self._file, self._name = file, name
 
     def add(self, piece):
-        piece = np.frombuffer(piece, np.uint8) if isinstance(piece, (bytes, bytearray, memoryview)) else np.asarray(piece)
-        if piece.ndim != 1 or piece.dtype != self._dtype: raise ValueError(f"{self._name}: a piece is 1-D {self._dtype}, this is {piece.shape} {piece.dtype}")
+        piece = np.frombuffer(piece, np.uint8) if isinstance(piece,
+            (bytes, bytearray, memoryview)) else np.asarray(piece)
+        if piece.ndim != 1 or piece.dtype != self._dtype:
+            raise ValueError(f"{self._name}: a piece is 1-D {self._dtype}, this is {piece.shape} "
+                             f"{piece.dtype}")
         self.ends.append(self.ends[-1] + len(piece))
-        self._waiting.append(piece); self._size += piece.nbytes
+        self._waiting.append(piece)
+        self._size += piece.nbytes
         if self._size > 2 ** 23: self._flush()
 
     def _flush(self):
@@ -63,23 +70,31 @@ def write_packed(path,
         for piece in pieces: writer.add(piece)
         writer.close()
         for key, values in columns.items():
-            if len(values) != len(writer.ends) - 1: raise ValueError(f"{path}: {key} has {len(values)} rows for {len(writer.ends) - 1} pieces")
+            if len(values) != len(writer.ends) - 1:
+                raise ValueError(f"{path}: {key} has {len(values)} rows for {len(writer.ends) - 1} "
+                                 "pieces")
             file[key] = values
 
 # %% ../../nbs/io/02_packed.ipynb #packed
 class Packed(PerProcess):
-    "The pieces `name` of a packed file, by position. Raises what `open_h5` raises, and `ValueError` when ends and data disagree."
+    """The pieces `name` of a packed file, by position.
+
+    Raises what `open_h5` raises, and `ValueError` when ends and data disagree."""
     def __init__(self, path, name, hint='Is the path right?'):
         self.path, self.name, self.hint = Path(path), name, hint
         file = self._open()
         self.ends = np.concatenate([[0], file[f'{name}_end'][:]])
         if (np.diff(self.ends) < 0).any() or self.ends[-1] != len(file[name]):
-            raise ValueError(f"{path}: {name}_end tells of {self.ends[-1]} elements, there are {len(file[name])}. {hint}")
+            raise ValueError(f"{path}: {name}_end tells of {self.ends[-1]} elements, there are "
+                             f"{len(file[name])}. {hint}")
 
-    def _open(self): return self._opened(lambda: open_h5(self.path, {self.name: 1, f'{self.name}_end': 1}, self.hint))
+    def _open(self):
+        return self._opened(lambda: open_h5(self.path, {self.name: 1, f'{self.name}_end': 1},
+                                            self.hint))
     def __len__(self): return len(self.ends) - 1
     def __getitem__(self, i):
-        if not -len(self) <= i < len(self): raise IndexError(f"{self.path}: piece {i} of {len(self)}")
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"{self.path}: piece {i} of {len(self)}")
         i %= len(self)
         return self._open()[self.name][self.ends[i]:self.ends[i + 1]]
 
@@ -90,20 +105,28 @@ class Packed(PerProcess):
 
 # %% ../../nbs/io/02_packed.ipynb #parts
 class Parts:
-    """The parts of `path`, a packed file of `name`, in the folder beside it; `keys` (N,) int64 names its pieces, in order.
+    """The parts of `path`, a packed file of `name`, in the folder beside it; `keys` (N,) int64
+    names its pieces, in order.
 
     Raises `ValueError` when the folder holds parts of other keys or other `settings`."""
     def __init__(self, path, name, keys, size=32, dtype=np.uint8, compress=False, **settings):
-        self.path, self.name, self.keys, self.dtype, self.compress = Path(path), name, np.asarray(keys, np.int64), dtype, compress
-        if len(np.unique(self.keys)) != len(self.keys): raise ValueError(f"{path}: a key occurs twice")
+        self.path, self.name, self.keys, self.dtype, self.compress = Path(path), name, np.asarray(
+            keys, np.int64), dtype, compress
+        if len(np.unique(self.keys)) != len(self.keys):
+            raise ValueError(f"{path}: a key occurs twice")
         self.folder = writable_folder(self.path.with_name(self.path.stem + '-parts'))
-        wanted = dict(settings, n=len(self.keys), keys=int(np.bitwise_xor.reduce((self.keys + 1) * np.arange(1, len(self.keys) + 1))))
-        if not (self.folder/'parts.json').exists(): write_json(self.folder/'parts.json', dict(wanted, size=size))
+        wanted = dict(settings, n=len(self.keys),
+                      keys=int(np.bitwise_xor.reduce((self.keys + 1) * np.arange(1,
+            len(self.keys) + 1))))
+        if not (self.folder/'parts.json').exists():
+            write_json(self.folder/'parts.json', dict(wanted, size=size))
         known = read_json(self.folder/'parts.json', f'Remove {self.folder} and begin again.')
         self.size = known.pop('size')
         if known != wanted:
-            differ = ', '.join(f'{k} {known.get(k)} (asked: {wanted.get(k)})' for k in sorted({*known, *wanted}) if known.get(k) != wanted.get(k))
-            raise ValueError(f"{self.folder} holds parts of something else: {differ}. Go on with the old settings, or remove that folder")
+            differ = ', '.join(f'{k} {known.get(k)} (asked: {wanted.get(k)})'
+                               for k in sorted({*known, *wanted}) if known.get(k) != wanted.get(k))
+            raise ValueError(f"{self.folder} holds parts of something else: {differ}. Go on with "
+                             "the old settings, or remove that folder")
 
     def __len__(self): return -(-len(self.keys) // self.size)
     def rows(self, k): return range(k * self.size, min((k + 1) * self.size, len(self.keys)))
@@ -112,46 +135,60 @@ class Parts:
     def todo(self, shard=(0, 1)):
         "Numbers of the parts not yet there, of worker `shard` = (i, n)."
         i, n = shard
-        if not 0 <= i < n: raise ValueError(f"shard {i}/{n}: the first number goes from 0 to {n - 1}")
+        if not 0 <= i < n:
+            raise ValueError(f"shard {i}/{n}: the first number goes from 0 to {n - 1}")
         return [k for k in range(i, len(self), n) if not self.part(k).exists()]
 
     def write(self, k, pieces, **columns):
         "Write part `k`, whole or not at all."
-        write_packed(self.part(k), self.name, pieces, self.dtype, self.compress, keys=self.keys[self.rows(k)], **columns)
+        write_packed(self.part(k), self.name, pieces, self.dtype, self.compress,
+                     keys=self.keys[self.rows(k)], **columns)
 
 # %% ../../nbs/io/02_packed.ipynb #merge
 def _merge(self, **columns):
-    """Join all parts to `path`, with `columns` that hold one row a piece, and remove them. Returns `path`.
+    """Join all parts to `path`, with `columns` that hold one row a piece, and remove them.
 
-    Raises `ValueError` that names the parts which are missing, or one that holds other pieces than it should: nothing is missing or double afterwards."""
+    Returns `path`.
+
+    Raises `ValueError` that names the parts which are missing, or one that holds other pieces than
+    it should: nothing is missing or double afterwards."""
     missing = self.todo()
     if missing:
-        raise ValueError(f"{self.path}: {len(missing)} of {len(self)} parts are missing (part {missing[0]}, pieces {self.keys[self.rows(missing[0])][:3].tolist()}..., is the first). "
+        raise ValueError(f"{self.path}: {len(missing)} of {len(self)} parts are missing (part "
+                         f"{missing[0]}, pieces "
+                         f"{self.keys[self.rows(missing[0])][:3].tolist()}..., is the first). "
                          f"Run the step again, for every shard, then merge")
     with atomic_path(self.path) as partial, h5py.File(partial, 'w') as file:
         writer, found, count = PackedWriter(file, self.name, self.dtype, self.compress), {}, 0
         for k in range(len(self)): count += _append_part(self, k, writer, found)
         writer.close()
-        for key, values in {**{key: np.concatenate(v) for key, v in found.items()}, **columns}.items(): file[key] = values
+        for key, values in {**{key: np.concatenate(v) for key, v in found.items()},
+                            **columns}.items():
+            file[key] = values
     shutil.rmtree(self.folder)
     return self.path
 
 def _append_part(self, k, writer, found):
-    "Move the pieces of part `k` to `writer`, its columns to the lists in `found`; the number of pieces."
+    """Move the pieces of part `k` to `writer`, its columns to the lists in `found`; the number of
+    pieces."""
     hint = 'Remove it and run the step again.'
     part = Packed(self.part(k), self.name, hint)
     with part._open() as file:
-        if not np.array_equal(part.column('keys'), self.keys[self.rows(k)]): raise ValueError(f"{part.path} holds other pieces than it should: {part.column('keys')[:3].tolist()}... {hint}")
+        if not np.array_equal(part.column('keys'), self.keys[self.rows(k)]):
+            raise ValueError(f"{part.path} holds other pieces than it should: "
+                             f"{part.column('keys')[:3].tolist()}... {hint}")
         whole = file[self.name][:]
         for a, b in zip(part.ends, part.ends[1:]): writer.add(whole[a:b])
-        for key in set(file) - {self.name, f'{self.name}_end', 'keys'}: found.setdefault(key, []).append(file[key][:])
+        for key in set(file) - {self.name, f'{self.name}_end', 'keys'}:
+            found.setdefault(key, []).append(file[key][:])
     return len(part)
 
 Parts.merge = _merge
 
 # %% ../../nbs/io/02_packed.ipynb #ahead
 def ahead(function, items, workers=None, waiting=None):
-    "`function` of each item, in order, in `workers` threads (None: one a core); at most `waiting` results (None: four a worker) wait to be taken."
+    """`function` of each item, in order, in `workers` threads (None: one a core); at most `waiting`
+    results (None: four a worker) wait to be taken."""
     workers, results = workers or os.cpu_count() or 1, deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -163,24 +200,33 @@ def ahead(function, items, workers=None, waiting=None):
 
 # %% ../../nbs/io/02_packed.ipynb #run-parts
 def run_parts(parts, load, make, shard=(0, 1), progress=True, title='', workers=4):
-    """Write those parts of worker `shard` that are not yet there. `make(rows, [load(row), ...])` gives the pieces of a part and a dict of columns;
-    `load` runs in threads, a part ahead."""
+    """Write those parts of worker `shard` that are not yet there.
+
+    `make(rows, [load(row), ...])` gives the pieces of a part and a dict of columns; `load` runs in
+    threads, a part ahead."""
     todo = parts.todo(shard)
     loaded = ahead(load, chain.from_iterable(map(parts.rows, todo)), workers, 2 * parts.size)
     try:
-        with tqdm(total=sum(len(parts.rows(k)) for k in todo), desc=title, unit=' images', disable=not progress) as bar:
+        with tqdm(total=sum(len(parts.rows(k)) for k in todo), desc=title, unit=' images',
+                  disable=not progress) as bar:
             for k in todo:
                 rows = list(parts.rows(k))
                 pieces, columns = make(rows, list(islice(loaded, len(rows))))
                 parts.write(k, pieces, **columns)
                 bar.update(len(rows))
     except BaseException:
-        if shard[1] == 1 and not any(parts.folder.glob('part-*')): shutil.rmtree(parts.folder, ignore_errors=True)
+        if shard[1] == 1 and not any(parts.folder.glob('part-*')):
+            shutil.rmtree(parts.folder, ignore_errors=True)
         raise
     finally: loaded.close()
 
 # %% ../../nbs/io/02_packed.ipynb #started-parts
 def started_parts(path, name, keys, **how):
-    "The `Parts` of `path` with the settings of the run that began them. Raises `FileNotFoundError` if none has."
-    record = read_json(Path(path).with_name(f'{Path(path).stem}-parts')/'parts.json', f'Nothing has been started for {path}: run the step first.')
-    return Parts(path, name, keys, **how, **{key: value for key, value in record.items() if key not in ('n', 'keys', 'size')})
+    """The `Parts` of `path` with the settings of the run that began them.
+
+    Raises `FileNotFoundError` if none has."""
+    record = read_json(Path(path).with_name(f'{Path(path).stem}-parts')/'parts.json',
+                       f'Nothing has been started for {path}: run the step first.')
+    return Parts(path, name, keys, **how,
+                 **{key: value for key, value in record.items() if key not in ('n', 'keys',
+        'size')})

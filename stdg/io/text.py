@@ -14,19 +14,25 @@ def one_line(name, longest=40):
     name = ' '.join(''.join(c if c.isprintable() else ' ' for c in str(name)).split())
     return name if len(name) <= longest else name[:longest - 1] + '…'
 
-def _markdown(name): return ''.join('\\' + c if c in '\\`*_[]|~#!' else escape(c) for c in one_line(name))
+def _markdown(name):
+    return ''.join('\\' + c if c in '\\`*_[]|~#!' else escape(c) for c in one_line(name))
 
 # %% ../../nbs/io/04_text.ipynb #tables
 def markdown_table(title, columns, names, cells, best):
-    "Markdown of a table of texts `cells` with a row for each of `names`; all but the cells is escaped; bold where `best` is true."
-    lines = [f"| {_markdown(title)} | {' | '.join(map(_markdown, columns))} |", '|---|' + '---:|' * len(columns)]
+    """Markdown of a table of texts `cells` with a row for each of `names`; all but the cells is
+    escaped; bold where `best` is true."""
+    lines = [f"| {_markdown(title)} | {' | '.join(map(_markdown, columns))} |",
+             '|---|' + '---:|' * len(columns)]
     for name, row, marks in zip(names, cells, best):
-        lines.append(f"| {_markdown(name)} | {' | '.join(f'**{c}**' if m else c for c, m in zip(row, marks))} |")
+        lines.append(f"| {_markdown(name)} | "
+                     f"{' | '.join(f'**{c}**' if m else c for c, m in zip(row, marks))} |")
     return '\n'.join(lines) + '\n'
 
 def html_table(title, columns, names, cells, best):
     "The same as HTML."
     head = ''.join(f'<th>{escape(one_line(c))}</th>' for c in [title, *columns])
-    rows = [''.join(f'<td>{f"<b>{c}</b>" if m else c}</td>' for c, m in zip(row, marks)) for row, marks in zip(cells, best)]
-    body = ''.join(f'<tr><td style="text-align:left">{escape(one_line(name))}</td>{row}</tr>' for name, row in zip(names, rows))
+    rows = [''.join(f'<td>{f"<b>{c}</b>" if m else c}</td>' for c, m in zip(row, marks))
+            for row, marks in zip(cells, best)]
+    body = ''.join(f'<tr><td style="text-align:left">{escape(one_line(name))}</td>{row}</tr>'
+                   for name, row in zip(names, rows))
     return f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'

@@ -17,16 +17,18 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
+
 import numpy as np
 from tqdm import tqdm
-from ..io.files import atomic_path, read_json, writable_folder, write_json
+
+from ..datasets.visual_genome import write_annotations, write_images
 from ..graph import SceneGraph, Vocabulary
+from ..io.files import atomic_path, read_json, writable_folder, write_json
+from .catalogue import CATEGORIES, make
 from .layout import arrange, extent
 from .relations import PREDICATES, Bodies, annotate, footprints, heights, relations
 from .render import Camera, Light, RayScene, amodal_pixels, render
-from .catalogue import CATEGORIES, make
 from .solids import Material, Part
-from ..datasets.visual_genome import write_annotations, write_images
 
 # %% ../../nbs/rooms/09_build.ipynb #vocabulary
 VOCABULARY = Vocabulary(tuple(sorted(CATEGORIES)), PREDICATES)
@@ -43,7 +45,8 @@ def viewpoint(layout, rng):
     bodies = layout.bodies()
     middles = _corners(bodies).mean(1)
     target = middles.mean(0) + rng.normal(0, .06, 3)
-    side, tilt, fov = np.clip(rng.normal(0, .35), -.7, .7), rng.uniform(.08, .55), rng.uniform(45, 65)
+    side, tilt, fov = np.clip(rng.normal(0, .35), -.7, .7), rng.uniform(.08, .55), rng.uniform(45,
+        65)
     back = np.array([np.sin(side) * np.cos(tilt), -np.cos(side) * np.cos(tilt), np.sin(tilt)])
     right = np.array([np.cos(side), np.sin(side), 0])
     up = np.cross(right, -back)
@@ -65,7 +68,8 @@ def _pose(x, y, z, yaw):
     return np.array([[cos, -sin, 0, x], [sin, cos, 0, y], [0, 0, 1, z], [0, 0, 0, 1.]])
 
 def _flattened(shape, scale, lying):
-    "Matrix 4x4 that presses a shape flat, back against the plane y = 0, or lying on the plane z = 0."
+    """Matrix 4x4 that presses a shape flat, back against the plane y = 0, or lying on the plane z =
+    0."""
     thin = FLAT / np.ptp(shape.bounds, axis=0)[1]
     press = np.diag([scale, thin, scale, 1.])
     press[1, 3] = -thin * shape.bounds[1][1] - .0005
@@ -73,7 +77,8 @@ def _flattened(shape, scale, lying):
     return lay @ press if lying else press
 
 # %% ../../nbs/rooms/09_build.ipynb #background
-def _quad(corners, material): return Part(np.array(corners, float), np.array([[0, 1, 2], [0, 2, 3]]), material)
+def _quad(corners, material):
+    return Part(np.array(corners, float), np.array([[0, 1, 2], [0, 2, 3]]), material)
 
 def _plain(rng):
     "A quiet material for a wall or a floor: pale to middling, hardly coloured."
@@ -81,10 +86,13 @@ def _plain(rng):
     return Material('noise', [base, base * .92], .3, int(rng.integers(2 ** 31)))
 
 def shell(layout, rng, clutter):
-    "Floor and three walls as `Part`s; with `clutter` they more often wear the material of some object, but never its light."
+    """Floor and three walls as `Part`s; with `clutter` they more often wear the material of some
+    object, but never its light."""
     w, far, tall = layout.width / 2 + .001, -6, 3.2
-    materials = [replace(part.material, gloss=0, emission=0) for shape in layout.shapes for part in shape.parts]
-    dress = lambda: materials[rng.integers(len(materials))] if rng.random() < clutter else _plain(rng)
+    materials = [replace(part.material, gloss=0, emission=0) for shape in layout.shapes
+                 for part in shape.parts]
+    dress = lambda: materials[rng.integers(len(materials))] if rng.random() < clutter else _plain(
+        rng)
     walls = dress()
     return [_quad([(-w, far, 0), (w, far, 0), (w, 0, 0), (-w, 0, 0)], dress()),
             _quad([(-w, 0, 0), (w, 0, 0), (w, 0, tall), (-w, 0, tall)], walls),
@@ -101,7 +109,8 @@ def prints(layout, rng, clutter, most=24):
         lying, side = rng.random() < .4, rng.choice([-1, 0, 1], p=(.2, .6, .2))
         x, y = rng.uniform(-.5, .5) * layout.width, rng.uniform(-2, -.1)
         if lying: place = _pose(x, y, 0, rng.uniform(-.5, .5))
-        elif side: place = _pose(side * layout.width / 2, y, rng.uniform(.1, 1.6), -side * np.pi / 2)
+        elif side:
+            place = _pose(side * layout.width / 2, y, rng.uniform(.1, 1.6), -side * np.pi / 2)
         else: place = _pose(x, 0, rng.uniform(.1, 1.7), 0)
         found.append((shape.parts, place @ _flattened(shape, scale, lying)))
     return found
@@ -110,7 +119,8 @@ def prints(layout, rng, clutter, most=24):
 LEAST_PIXELS, LEAST_SHARE, LEAST_OBJECTS, MOST_OBJECTS = 40, .25, 6, 20
 
 def visible_boxes(instance, n):
-    "Tight boxes `(n,4)` (xyxy, right and bottom exclusive, 0 where unseen) and pixel counts `(n,)` of instances 1 to n."
+    """Tight boxes `(n,4)` (xyxy, right and bottom exclusive, 0 where unseen) and pixel counts
+    `(n,)` of instances 1 to n."""
     rows, columns = np.nonzero(instance > 0)
     number = instance[rows, columns] - 1
     low, high = np.full((n, 2), np.iinfo(np.int64).max), np.zeros((n, 2), np.int64)
@@ -137,7 +147,8 @@ def build_scene(layout, rng, clutter):
     scene = RayScene()
     scene.add(shell(layout, rng, clutter), np.eye(4), 0)
     for parts, place in prints(layout, rng, clutter): scene.add(parts, place, 0)
-    for i, (shape, pose) in enumerate(zip(layout.shapes, layout.poses)): scene.add(shape.parts, _pose(*pose), i + 1)
+    for i, (shape, pose) in enumerate(zip(layout.shapes, layout.poses)):
+        scene.add(shape.parts, _pose(*pose), i + 1)
     return scene.build()
 
 # %% ../../nbs/rooms/09_build.ipynb #describe
@@ -167,7 +178,10 @@ def _describe(layout, camera, instance, whole, rng, mean_relations):
     sparse = annotate(dense, pairs, boxes, rng, mean_relations)
     labels = [VOCABULARY.object_index(name) for name, kept in zip(layout.names, keep) if kept]
     graph = SceneGraph(boxes[keep], labels, renumber(sparse), size=instance.shape)
-    return graph, renumber(dense), np.append(0, np.where(keep, number + 1, 0))[instance.clip(0)].astype(np.int32), _kept(bodies, keep)
+    return graph, renumber(dense), np.append(0,
+                                             np.where(keep, number + 1,
+                                                      0))[instance.clip(0)].astype(np.int32), _kept(
+        bodies, keep)
 
 # %% ../../nbs/rooms/09_build.ipynb #room
 def room(
@@ -177,7 +191,9 @@ def room(
     mean_relations=6.,  # mean number of annotated relations
     samples=2,  # the picture is averaged over samples x samples rays a pixel
 ):
-    "Lay out, render and annotate one `Room`. Raises `ValueError` for a clutter outside 0 to 1 or a size below 64."
+    """Lay out, render and annotate one `Room`.
+
+    Raises `ValueError` for a clutter outside 0 to 1 or a size below 64."""
     if not 0 <= clutter <= 1: raise ValueError(f'clutter must be between 0 and 1, not {clutter}')
     if size < 64: raise ValueError(f'size must be at least 64 pixels, not {size}')
     for attempt in range(50):
@@ -188,11 +204,14 @@ def room(
         shape = (size, size)
         picture = render(scene, camera, shape, light, samples)
         whole = amodal_pixels(scene, camera, shape)[1:len(layout) + 1]
-        described = _describe(layout, camera, picture['instance'], whole, streams[4], mean_relations)
+        described = _describe(layout, camera, picture['instance'], whole, streams[4],
+                              mean_relations)
         if described is None: continue
         graph, dense, instance, bodies = described
-        return Room(picture['image'], picture['depth'], camera.matrix(shape), graph, dense, instance, bodies)
-    raise RuntimeError(f'no room with {LEAST_OBJECTS} visible objects came out of seed {seed} in 50 attempts')
+        return Room(picture['image'], picture['depth'], camera.matrix(shape), graph, dense,
+                    instance, bodies)
+    raise RuntimeError(f'no room with {LEAST_OBJECTS} visible objects came out of seed {seed} in '
+                       '50 attempts')
 
 # %% ../../nbs/rooms/09_build.ipynb #shard
 SHARD, VERSION = 50, 4
@@ -207,30 +226,36 @@ def _render_shard(folder, settings, k, progress=lambda: None):
     "Render and write shard `k`; `progress` is called after each room."
     rooms = []
     for i in _shard_rooms(settings, k):
-        rooms.append(room((settings['seed'], i), settings['size'], settings['clutter'], settings['mean_relations'], settings['samples']))
+        rooms.append(room((settings['seed'], i), settings['size'], settings['clutter'],
+                          settings['mean_relations'], settings['samples']))
         progress()
     column = lambda values, kind: np.concatenate([np.asarray(v, kind) for v in values])
     with atomic_path(_shard_path(folder, k)) as partial, open(partial, 'wb') as file:
         np.savez(file, settings=json.dumps(settings, sort_keys=True), shard=k,
-                 image=np.stack([r.image for r in rooms]), depth=np.stack([r.depth for r in rooms]).astype(np.float16),
+                 image=np.stack([r.image for r in rooms]),
+                 depth=np.stack([r.depth for r in rooms]).astype(np.float16),
                  camera=np.stack([r.camera for r in rooms]),
                  counts=[(len(r.graph), len(r.graph.relations), len(r.dense)) for r in rooms],
-                 boxes=column([r.graph.boxes for r in rooms], np.float32), labels=column([r.graph.labels for r in rooms], np.int64),
-                 relations=column([r.graph.relations for r in rooms], np.int64), dense=column([r.dense for r in rooms], np.int64))
+                 boxes=column([r.graph.boxes for r in rooms], np.float32),
+                 labels=column([r.graph.labels for r in rooms], np.int64),
+                 relations=column([r.graph.relations for r in rooms], np.int64),
+                 dense=column([r.dense for r in rooms], np.int64))
 
 # %% ../../nbs/rooms/09_build.ipynb #read-shard
 def _read_shard(folder, settings, k):
     "The arrays of shard `k` as a dict, or None if it is missing, torn or of other settings."
     try:
         with np.load(_shard_path(folder, k), allow_pickle=False) as file: shard = dict(file)
-        whole = str(shard['settings']) == json.dumps(settings, sort_keys=True) and int(shard['shard']) == k
+        whole = str(shard['settings']) == json.dumps(settings,
+                                                     sort_keys=True) and int(shard['shard']) == k
         return shard if whole and len(shard['image']) == len(_shard_rooms(settings, k)) else None
     except Exception:  # whatever is wrong with it, it is rendered again
         return None
 
 # %% ../../nbs/rooms/09_build.ipynb #workers
 def _work():
-    "Body of a worker process: reads a folder and settings, then shard numbers; writes one JSON value a line."
+    """Body of a worker process: reads a folder and settings, then shard numbers; writes one JSON
+    value a line."""
     answers, sys.stdout = sys.stdout, sys.stderr
     def answer(value): print(json.dumps(value), file=answers, flush=True)
     try:
@@ -245,7 +270,8 @@ def _hire():
     home = str(Path(find_spec('stdg').origin).resolve().parents[1])
     paths = os.pathsep.join(filter(None, [home, os.environ.get('PYTHONPATH')]))
     one = {name: '1' for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')}
-    return subprocess.Popen([sys.executable, '-c', 'from stdg.rooms.build import _work; _work()'], text=True, stdin=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, '-c', 'from stdg.rooms.build import _work; _work()'],
+                            text=True, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, env={**os.environ, **one, 'PYTHONPATH': paths})
 
 def _oversee(worker, folder, settings, todo, progress):
@@ -259,7 +285,8 @@ def _oversee(worker, folder, settings, todo, progress):
         while (said := worker.stdout.readline()) != '"shard"\n':
             if said != '"room"\n':
                 why = json.loads(said)['error'] if said else f'it ended with code {worker.wait()}'
-                raise RuntimeError(f'rendering shard {k} in {folder} failed; a new call goes on from there: {why}')
+                raise RuntimeError(f'rendering shard {k} in {folder} failed; a new call goes on '
+                                   f'from there: {why}')
             progress()
 
 # %% ../../nbs/rooms/09_build.ipynb #render-all
@@ -286,7 +313,9 @@ def _render_all(folder, settings, missing, workers, progress):
 
 # %% ../../nbs/rooms/09_build.ipynb #claim
 def _claim(folder, settings):
-    "Write the settings into `folder`, or check those that are there. Returns whether the database is complete."
+    """Write the settings into `folder`, or check those that are there.
+
+    Returns whether the database is complete."""
     path = writable_folder(folder) / 'rooms.json'
     if not path.exists():
         write_json(path, {**settings, 'complete': False})
@@ -294,9 +323,12 @@ def _claim(folder, settings):
     known = read_json(path, 'Delete it and the rooms will be rendered again.')
     done = known.pop('complete', False)
     if known != settings:
-        differ = ', '.join(f'{key} {known.get(key)} (asked: {settings[key]})' for key in settings if known.get(key) != settings[key])
-        raise ValueError(f'{folder} holds rooms with other settings: {differ}. Choose another folder, or delete this one')
-    files = (folder / 'VG-SGG.h5', folder / 'VG-SGG-dicts.json', folder / f"imdb_{settings['size']}.h5")
+        differ = ', '.join(f'{key} {known.get(key)} (asked: {settings[key]})' for key in settings
+                           if known.get(key) != settings[key])
+        raise ValueError(f'{folder} holds rooms with other settings: {differ}. Choose another '
+                         'folder, or delete this one')
+    files = (folder / 'VG-SGG.h5', folder / 'VG-SGG-dicts.json',
+             folder / f"imdb_{settings['size']}.h5")
     return done and all(file.exists() for file in files)
 
 def _records(folder, settings, n_shards, graphs, dense):
@@ -306,22 +338,27 @@ def _records(folder, settings, n_shards, graphs, dense):
         ends = shard['counts'].cumsum(0)
         for j, (counts, end) in enumerate(zip(shard['counts'], ends)):
             boxes, rows, all_rows = (slice(e - c, e) for c, e in zip(counts, end))
-            graphs.append(SceneGraph(shard['boxes'][boxes], shard['labels'][boxes], shard['relations'][rows], size=shard['image'].shape[1:3]))
+            graphs.append(SceneGraph(shard['boxes'][boxes], shard['labels'][boxes],
+                                     shard['relations'][rows], size=shard['image'].shape[1:3]))
             dense.append(shard['dense'][all_rows])
-            yield dict(image=shard['image'][j], depth=shard['depth'][j], camera=shard['camera'][j], image_id=k * settings['shard'] + j + 1)
+            yield dict(image=shard['image'][j], depth=shard['depth'][j], camera=shard['camera'][j],
+                       image_id=k * settings['shard'] + j + 1)
 
 # %% ../../nbs/rooms/09_build.ipynb #assemble
 def _assemble(folder, settings, n_shards):
     "Make the database of complete shards, mark it complete and remove the shards."
     graphs, dense = [], []
-    write_images(folder, _records(folder, settings, n_shards, graphs, dense), sum(settings['images']), settings['size'])
-    write_annotations(folder, graphs, np.repeat([0, 1, 2], settings['images']), VOCABULARY, settings['size'], dense)
+    write_images(folder, _records(folder, settings, n_shards, graphs, dense),
+                 sum(settings['images']), settings['size'])
+    write_annotations(folder, graphs, np.repeat([0, 1, 2], settings['images']), VOCABULARY,
+                      settings['size'], dense)
     write_json(folder / 'rooms.json', {**settings, 'complete': True})
     for k in range(n_shards): _shard_path(folder, k).unlink()
     (folder / 'shards').rmdir()
 
 # %% ../../nbs/rooms/09_build.ipynb #make-rooms
-def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 def make_rooms(
     folder,  # where the database goes
@@ -333,15 +370,19 @@ def make_rooms(
     samples=2,  # antialiasing, rays a side of a pixel
     workers=None,  # processes; default one for each core
 ):
-    """Render the benchmark into `folder`: `VG-SGG.h5`, `VG-SGG-dicts.json`, `imdb_<size>.h5`, for `stdg.datasets.visual_genome.Database`.
+    """Render the benchmark into `folder`: `VG-SGG.h5`, `VG-SGG-dicts.json`, `imdb_<size>.h5`, for
+    `stdg.datasets.visual_genome.Database`.
 
     Goes on where an interrupted call stopped; returns at once if all is there. Returns the folder.
-    Raises `ValueError` if the folder holds rooms with other settings, `OSError` if it cannot be written.
-    Source: method spec 1.2, 1.3 for the format."""
+    Raises `ValueError` if the folder holds rooms with other settings, `OSError` if it cannot be
+    written. Source: method spec 1.2, 1.3 for the format."""
     folder, total = Path(folder), int(n_train) + int(n_val) + int(n_test)
-    if total < 1: raise ValueError('make_rooms: at least one room is needed, n_train + n_val + n_test is 0')
-    settings = dict(images=[int(n_train), int(n_val), int(n_test)], size=int(size), clutter=float(clutter), seed=int(seed),
-                    mean_relations=float(mean_relations), samples=int(samples), shard=SHARD, version=VERSION)
+    if total < 1:
+        raise ValueError('make_rooms: at least one room is needed, n_train + n_val + n_test is 0')
+    settings = dict(images=[int(n_train), int(n_val), int(n_test)], size=int(size),
+                    clutter=float(clutter), seed=int(seed),
+                    mean_relations=float(mean_relations), samples=int(samples), shard=SHARD,
+                    version=VERSION)
     if _claim(folder, settings): return folder
     writable_folder(folder / 'shards')
     shards = range(-(-total // SHARD))

@@ -9,61 +9,97 @@ __all__ = ['OBJECTS', 'CATEGORIES', 'plant', 'pillow', 'bear', 'hat', 'bag', 'sh
 # %% ../../nbs/rooms/04_catalogue.ipynb #imports
 import numpy as np
 
-from .solids import (
-    Material, any_color, arc, assemble, ball, block, color, cushion, dark, join, lathe, metal,
-    mirror, on_top, paint, patterned, picture, plain, rectangle, sheet, shift, slab, stretch,
-    tube, turn, white, wood)
 from .furniture import FURNITURE
 from .kitchen import KITCHEN, SMALL, glazed
+from stdg.rooms.solids import (
+    Material,
+    any_color,
+    arc,
+    assemble,
+    ball,
+    block,
+    color,
+    cushion,
+    dark,
+    join,
+    lathe,
+    metal,
+    mirror,
+    on_top,
+    paint,
+    patterned,
+    picture,
+    plain,
+    rectangle,
+    sheet,
+    shift,
+    slab,
+    stretch,
+    tube,
+    turn,
+    white,
+    wood,
+)
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #leaves
 def _leaf(length, width, rise, droop, material):
     "A leaf that grows along x, rises and droops."
     u, v = np.meshgrid(np.linspace(0, 1, 6), [-1, 0, 1])
     fat = width * np.sin(np.pi * np.clip(u, .04, .96)**.8)
-    return sheet(np.stack([u * length, v * fat, rise * u - droop * u**2 + np.abs(v) * width * .3], 2), material)
+    return sheet(np.stack([u * length, v * fat, rise * u - droop * u**2 + np.abs(v) * width * .3],
+                          2), material)
 
 def _leaves(rng, n, length, steep, green):
     "A tuft of leaves around the vertical, of two shades of green; as two parts."
-    blades = [turn([_leaf(length * rng.uniform(.7, 1), rng.uniform(.022, .035), length * rng.uniform(*steep), length * rng.uniform(.3, .9),
+    blades = [turn([_leaf(length * rng.uniform(.7, 1), rng.uniform(.022, .035),
+                          length * rng.uniform(*steep), length * rng.uniform(.3, .9),
                           plain(green * (1, 1.5)[k % 2], .2))], 2, k * 137.5)[0] for k in range(n)]
     return [join(blades[::2]), join(blades[1::2])]
 
 def _flower(x, y, z, petals):
     "A flower of six petals that looks forwards and up."
-    outline = arc((0, 0), 1, 0, 345, 16) * (.028 + .014 * np.cos(6 * np.linspace(0, 2 * np.pi, 16)))[:, None]
-    return shift([*turn([slab(outline, .008, petals)], 0, 35), ball(.014, (0, -.006, .008), plain(color(.13, .9, 1)), 0)], (x, y, z))
+    outline = arc((0, 0), 1, 0, 345,
+                  16) * (.028 + .014 * np.cos(6 * np.linspace(0, 2 * np.pi, 16)))[:, None]
+    return shift([*turn([slab(outline, .008, petals)], 0, 35),
+                  ball(.014, (0, -.006, .008), plain(color(.13, .9, 1)), 0)], (x, y, z))
 
 def _cactus(rng, green):
     ribs = Material('stripes', [green, green * .6], .02, 0, 0)
     body = lathe([(.04, 0), (.055, .06), (.055, .17), *arc((0, .18), .055, 20, 90, 4)], ribs)
-    arms = [tube([(side * .04, 0, z), (side * .1, 0, z + .01), (side * .105, 0, z + .09)], [.022, .026, .02], plain(green, .2))
+    arms = [tube([(side * .04, 0, z), (side * .1, 0, z + .01), (side * .105, 0, z + .09)],
+                 [.022, .026, .02], plain(green, .2))
             for side, z in ((1, .08), (-1, .05))]
-    return turn([body, *arms, ball(.022, (0, 0, .245), plain(color(.93, .7, .95)), 1)], 2, rng.uniform(-35, 35))
+    return turn([body, *arms, ball(.022, (0, 0, .245), plain(color(.93, .7, .95)), 1)], 2,
+                rng.uniform(-35, 35))
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #plant
 def _bush(rng, green):
     size = rng.uniform(.13, .17)
     leaves = Material('noise', [green * 1.5, green * .5], .03, int(rng.integers(1 << 30)))
-    balls = [ball(size * .5, spot + [0, 0, .08 + size * .8], leaves, 1) for spot in rng.normal(size=(9, 3)) * size * .42]
+    balls = [ball(size * .5, spot + [0, 0, .08 + size * .8], leaves, 1)
+             for spot in rng.normal(size=(9, 3)) * size * .42]
     return [tube([(0, 0, -.01), (0, 0, .12)], .014, plain(color(.07, .5, .35)), 6), join(balls)]
 
 def _flowers(rng, green):
     angles = rng.uniform(0, 2 * np.pi) + np.arange(5) * 1.26 + rng.uniform(-.4, .4, 5)
     heads = [(.09 * np.cos(a), .09 * np.sin(a), rng.uniform(.12, .22)) for a in angles]
-    stems = [tube([(0, 0, 0), (x * .5, y * .5, z * .6), (x, y, z)], .005, plain(green, .2), 5) for x, y, z in heads]
+    stems = [tube([(0, 0, 0), (x * .5, y * .5, z * .6), (x, y, z)], .005, plain(green, .2), 5)
+             for x, y, z in heads]
     petals = plain(any_color(rng, (.6, .9), (.85, 1)))
     flowers = [_flower(*head, petals) for head in heads]
-    return [*_leaves(rng, 7, .12, (.3, .9), green), join(stems), join([f[0] for f in flowers]), join([f[1] for f in flowers])]
+    return [*_leaves(rng, 7, .12, (.3, .9), green), join(stems), join([f[0] for f in flowers]),
+            join([f[1] for f in flowers])]
 
 def plant(rng):
     "A flowerpot with long leaves, a bush, a cactus or flowers."
     radius, high = rng.uniform(.07, .1), rng.uniform(.11, .15)
     clay = plain(color(.04, .7, .7)) if rng.random() < .5 else glazed(rng)
-    pot = lathe([(radius * .7, 0), (radius * .92, high * .8), (radius * 1.08, high * .8), (radius * 1.08, high), (radius * .9, high)], clay, 18)
+    pot = lathe([(radius * .7, 0), (radius * .92, high * .8), (radius * 1.08, high * .8),
+                 (radius * 1.08, high), (radius * .9, high)], clay, 18)
     earth = lathe([(radius * .92, high - .01), (0, high - .01)], plain(color(.07, .5, .2)), 14)
     green = color(rng.uniform(.26, .38), rng.uniform(.6, .85), rng.uniform(.35, .6))
-    grown = (lambda: _leaves(rng, 13, rng.uniform(.2, .3), (.7, 1.7), green), lambda: _bush(rng, green), lambda: _cactus(rng, green),
+    grown = (lambda: _leaves(rng, 13, rng.uniform(.2, .3), (.7, 1.7), green),
+             lambda: _bush(rng, green), lambda: _cactus(rng, green),
              lambda: _flowers(rng, green))[rng.integers(4)]()
     return assemble('plant', [pot, earth, *shift(grown, (0, 0, high - .01))], SMALL)
 
@@ -76,7 +112,8 @@ def pillow(rng):
     dome = ((1 - x**4) * (1 - y**4))**.6 * thick
     waist = [x * (1 - .13 * (1 - y**2)) * size[0] / 2, y * (1 - .13 * (1 - x**2)) * size[1] / 2]
     halves = [sheet(np.stack([*waist, side * dome], 2), cloth) for side in (-1, 1)]
-    return assemble('pillow', turn(halves, 0, 0 if rng.random() < .6 else rng.uniform(55, 70)), SMALL)
+    return assemble('pillow', turn(halves, 0, 0 if rng.random() < .6 else rng.uniform(55, 70)),
+                    SMALL)
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #bear
 def bear(rng):
@@ -84,16 +121,22 @@ def bear(rng):
     brown = color(rng.uniform(.05, .1), rng.uniform(.35, .7), rng.uniform(.35, .8))
     fur, ink = Material('noise', [brown, brown * .75], .02, int(rng.integers(1 << 30))), dark(rng)
     pale = plain(np.clip(brown * 1.9 + .08, 0, .9))
-    arm = turn([ball((.03, .034, .07), (.1, -.03, .135), fur, 1)], 1, -rng.uniform(10, 35), (.08, 0, .16))
+    arm = turn([ball((.03, .034, .07), (.1, -.03, .135), fur, 1)], 1, -rng.uniform(10, 35),
+               (.08, 0, .16))
     body = [ball((.085, .075, .1), (0, 0, .1), fur), ball((.085, .075, .075), (0, -.01, .235), fur)]
-    body += mirror([ball((.032, .018, .032), (.065, 0, .3), fur, 1), *arm, ball((.038, .085, .038), (.075, -.08, .038), fur, 1)])
-    light = [ball((.04, .03, .032), (0, -.077, .222), pale, 1), ball((.055, .02, .065), (0, -.064, .1), pale, 1)]
-    light += mirror([ball((.026, .012, .028), (.078, -.158, .04), pale, 0), ball((.018, .01, .018), (.066, -.013, .301), pale, 0)])
-    face = [ball((.016, .012, .012), (0, -.106, .236), ink, 0), *mirror([ball(.0115, (.034, -.076, .262), ink, 0)])]
+    body += mirror([ball((.032, .018, .032), (.065, 0, .3), fur, 1), *arm,
+                    ball((.038, .085, .038), (.075, -.08, .038), fur, 1)])
+    light = [ball((.04, .03, .032), (0, -.077, .222), pale, 1),
+             ball((.055, .02, .065), (0, -.064, .1), pale, 1)]
+    light += mirror([ball((.026, .012, .028), (.078, -.158, .04), pale, 0),
+                     ball((.018, .01, .018), (.066, -.013, .301), pale, 0)])
+    face = [ball((.016, .012, .012), (0, -.106, .236), ink, 0),
+            *mirror([ball(.0115, (.034, -.076, .262), ink, 0)])]
     parts = [join(body), join(light), join(face)]
     if rng.random() < .5:
         bow = paint(rng)
-        parts.append(join([*mirror([ball((.034, .012, .022), (.034, -.078, .166), bow, 0)]), ball(.014, (0, -.084, .166), bow, 0)]))
+        parts.append(join([*mirror([ball((.034, .012, .022), (.034, -.078, .166), bow, 0)]),
+                           ball(.014, (0, -.084, .166), bow, 0)]))
     return assemble('bear', stretch(parts, rng.uniform(.9, 1.25)), SMALL)
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #hat
@@ -101,11 +144,14 @@ def _felt(rng, kind):
     "Cloth, radius of the brim and profile of the crown of a hat."
     if kind == 'top':
         high = rng.uniform(.15, .2)
-        return dark(rng) if rng.random() < .7 else paint(rng, .1), .165, [(.095, .012), (.09, high * .5), (.1, high), (0, high)]
+        return dark(rng) if rng.random() < .7 else paint(rng, .1), .165, [(.095, .012),
+            (.09, high * .5), (.1, high), (0, high)]
     if kind == 'straw':
         h, plaited = rng.uniform(.1, .13), rng.random() < .7
-        straw = Material('stripes', [color(h, .5, .95), color(h, .6, .75)], .014) if plaited else patterned(rng, kinds=('plain', 'noise'))
-        return straw, rng.uniform(.2, .23), [(.1, .012), (.095, .07), (.075, .1), (.035, .115), (0, .118)]
+        straw = Material('stripes', [color(h, .5, .95), color(h, .6, .75)],
+                         .014) if plaited else patterned(rng, kinds=('plain', 'noise'))
+        return straw, rng.uniform(.2, .23), [(.1, .012), (.095, .07), (.075, .1), (.035, .115),
+                                             (0, .118)]
     felt = plain(color(rng.uniform(.05, .1), rng.uniform(.4, .7), rng.uniform(.3, .7)))
     return felt, .19, [(.1, .012), (.09, .09), (.07, .125), (.035, .118), (0, .11)]
 
@@ -115,79 +161,102 @@ def hat(rng):
     felt, rim, crown = _felt(rng, kind)
     t, out = np.linspace(0, 2 * np.pi, 25), np.linspace(0, 1, 4)[:, None]
     lift = out**1.5 * (.07 * np.cos(t)**2 if kind == 'cowboy' else .006 * np.cos(2 * t))
-    r = (crown[0][0] + out * (rim - crown[0][0])) * (1.1 - .2 * np.cos(t)**2 if kind == 'cowboy' else 1)
+    r = (crown[0][0] + out * (rim - crown[0][0])) * (1.1 - .2 * np.cos(t)**2 if kind == 'cowboy'
+                                                     else 1)
     (r0, z0), (r1, z1) = crown[:2]
     band = [(r0 + f * (r1 - r0) + .002, z0 + f * (z1 - z0)) for f in (.02, .42)]
     brim = sheet(np.stack([r * np.cos(t), r * np.sin(t), .012 + lift], 2), felt)
-    return assemble('hat', stretch([brim, lathe(crown, felt, 20), lathe(band, paint(rng, .1), 20)], rng.uniform(.9, 1.1)), SMALL)
+    return assemble('hat', stretch([brim, lathe(crown, felt, 20), lathe(band, paint(rng, .1), 20)],
+                                   rng.uniform(.9, 1.1)), SMALL)
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #bag-kinds
 def _loop(width, height, z, y, radius, material):
     "A carrying handle: half an oval in the xz-plane."
     t = np.linspace(0, np.pi, 11)
-    return tube(np.stack([width / 2 * np.cos(t), np.full(11, y), z + height * np.sin(t)], 1), radius, material, 6)
+    return tube(np.stack([width / 2 * np.cos(t), np.full(11, y), z + height * np.sin(t)], 1),
+                radius, material, 6)
 
 def _handbag(rng, cloth, trim):
     w, h, d = rng.uniform(.28, .34), rng.uniform(.18, .23), .12
     flap = block((w * .84, d * .72, .07), (0, -.006, h * .72), trim, (.92, .82))
     clasp = ball((.018, .01, .018), (0, -d * .42, h * .74), plain([.6, .42, .1], .9), 1)
-    return [block((w, d, h), (0, 0, 0), cloth, (.8, .6)), flap, clasp, _loop(w * .5, rng.uniform(.12, .17), h - .005, 0, .011, trim)]
+    return [block((w, d, h), (0, 0, 0), cloth, (.8, .6)), flap, clasp,
+            _loop(w * .5, rng.uniform(.12, .17), h - .005, 0, .011, trim)]
 
 def _shopping_bag(rng, cloth, trim):
     w, h, d = rng.uniform(.24, .3), rng.uniform(.27, .34), .13
-    body = [block((w, d, h), (0, 0, 0), cloth, 1.05), block((w * 1.03, d * .95, .004), (0, 0, h - .001), dark(rng))]
+    body = [block((w, d, h), (0, 0, 0), cloth, 1.05),
+            block((w * 1.03, d * .95, .004), (0, 0, h - .001), dark(rng))]
     loops = [_loop(w * .4, .11, h - .005, y, .007, trim) for y in (-d / 2, d / 2)]
-    return [*body, *loops, block((w * .55, .004, h * .35), (0, -d * .52, h * .32), picture(rng, .04))]
+    return [*body, *loops, block((w * .55, .004, h * .35), (0, -d * .52, h * .32),
+                                 picture(rng, .04))]
 
 def _rucksack(rng, cloth, trim):
     w, h, d = rng.uniform(.27, .31), rng.uniform(.34, .4), .16
-    body = [cushion((w, d, h), (0, 0, 0), cloth, power=4), cushion((w * .72, .09, h * .42), (0, -d * .42, .03), trim, power=4)]
+    body = [cushion((w, d, h), (0, 0, 0), cloth, power=4),
+            cushion((w * .72, .09, h * .42), (0, -d * .42, .03), trim, power=4)]
     zip_ = block((w * .5, .01, .012), (0, -d * .5 - .037, h * .36), plain([.7, .7, .7], .6))
-    strap = np.array([[w * .28, d * .4, h * .9], [w * .3, d * .78, h * .7], [w * .3, d * .7, h * .3], [w * .36, d * .42, .06]])
-    return [*body, zip_, *mirror([tube(strap, .016, trim, 6)]), _loop(.08, .05, h - .01, d * .2, .009, trim)]
+    strap = np.array([[w * .28, d * .4, h * .9], [w * .3, d * .78, h * .7],
+                      [w * .3, d * .7, h * .3], [w * .36, d * .42, .06]])
+    return [*body, zip_, *mirror([tube(strap, .016, trim, 6)]),
+            _loop(.08, .05, h - .01, d * .2, .009, trim)]
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #bag
 def bag(rng):
     "A handbag, a shopping bag or a rucksack."
-    cloth, trim = patterned(rng, kinds=('plain', 'plain', 'checks', 'stripes', 'dots')), dark(rng) if rng.random() < .5 else paint(rng)
-    return assemble('bag', (_handbag, _shopping_bag, _rucksack)[rng.integers(3)](rng, cloth, trim), SMALL)
+    cloth, trim = patterned(rng, kinds=('plain', 'plain', 'checks', 'stripes',
+                                        'dots')), dark(rng) if rng.random() < .5 else paint(rng)
+    return assemble('bag', (_handbag, _shopping_bag, _rucksack)[rng.integers(3)](rng, cloth, trim),
+                    SMALL)
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #shoe-form
 def _sole(length, width, n=24):
     "Outline of a foot whose toe points to -y."
     t = np.linspace(0, 2 * np.pi, n, endpoint=False)
     y = -np.cos(t)
-    return np.stack([width / 2 * np.sin(t) * (1 - .16 * y - .22 * np.exp(-((y - .15) / .35)**2)), y * length / 2], 1)
+    return np.stack([width / 2 * np.sin(t) * (1 - .16 * y - .22 * np.exp(-((y - .15) / .35)**2)),
+                     y * length / 2], 1)
 
 def _upper(foot, length, high):
     "Rings `(8,n,3)` from the sole to the opening, low at the toe and high at the heel."
     f = np.linspace(0, 1, 8)[:, None]
-    z = high * f * np.interp(foot[:, 1], np.array([-.5, -.3, 0, .15, .5]) * length, [.38, .48, .85, 1, 1])
-    return np.stack([foot[:, 0] * (1 - .55 * f**2.2), foot[:, 1] * (1 - .5 * f**2) + length * .2 * f**1.6, z], 2)
+    z = high * f * np.interp(foot[:, 1], np.array([-.5, -.3, 0, .15, .5]) * length,
+                             [.38, .48, .85, 1, 1])
+    return np.stack([foot[:, 0] * (1 - .55 * f**2.2),
+                     foot[:, 1] * (1 - .5 * f**2) + length * .2 * f**1.6, z], 2)
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #shoe
 def shoe(rng):
     "A sneaker or a leather shoe, with laces."
     length, width, sneaker = rng.uniform(.27, .31), rng.uniform(.105, .12), rng.random() < .65
-    skin = paint(rng, .1) if sneaker else plain(color(rng.uniform(.03, .08), .7, rng.uniform(.15, .5)), .8)
+    skin = paint(rng, .1) if sneaker else plain(color(rng.uniform(.03, .08), .7,
+                                                      rng.uniform(.15, .5)), .8)
     rubber, lace = (white(rng, .1), white(rng, 0)) if sneaker else (dark(rng), dark(rng))
     thick, high = (.028, rng.uniform(.098, .12)) if sneaker else (.016, rng.uniform(.085, .105))
     foot = _sole(length, width)
     rings = _upper(foot, length, high) + [0, 0, thick]
     inside = np.stack([rings[-1], rings[-1] * [.2, .6, 1] + [0, length * .08, -.02]])
-    parts = [slab(foot * 1.06, thick, rubber), sheet(rings, skin, True), sheet(inside, dark(rng), True)]
-    if sneaker: parts.append(sheet(rings[:3, [*range(20, 24), *range(5)]] * [1.03, 1.02, 1] + [0, -.001, .001], rubber))
-    else: parts.append(block((width * .75, length * .22, thick + .012), (0, length * .36, 0), rubber))
+    parts = [slab(foot * 1.06, thick, rubber), sheet(rings, skin, True),
+             sheet(inside, dark(rng), True)]
+    if sneaker:
+        parts.append(sheet(rings[:3, [*range(20, 24), *range(5)]] * [1.03, 1.02, 1] + [0, -.001,
+            .001], rubber))
+    else:
+        parts.append(block((width * .75, length * .22, thick + .012), (0, length * .36, 0), rubber))
     y = np.linspace(-.14, .03, 4) * length
     height = thick + high * np.interp(y / length, [-.15, .05], [.4, .72])
-    laces = [tube([(-.026, a, b), (0, a - .004, b + .012), (.026, a, b)], .0055, lace, 5) for a, b in zip(y, height)]
-    return assemble('shoe', turn([*parts, join(laces)], 2, rng.uniform(25, 110) * rng.choice([-1, 1])), SMALL)
+    laces = [tube([(-.026, a, b), (0, a - .004, b + .012), (.026, a, b)], .0055, lace, 5)
+             for a, b in zip(y, height)]
+    return assemble('shoe',
+                    turn([*parts, join(laces)], 2, rng.uniform(25, 110) * rng.choice([-1, 1])),
+                    SMALL)
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #umbrella-form
 def _hook(z, grip):
     "The handle: a straight piece and a hook below `z`."
     bend = arc((.04, z), .04, 180, 360, 7)
-    return tube(np.stack([np.append(0, bend[:, 0]), np.zeros(8), np.append(z + .12, bend[:, 1])], 1), .013, grip, 6)
+    return tube(np.stack([np.append(0, bend[:, 0]), np.zeros(8), np.append(z + .12, bend[:, 1])],
+                         1), .013, grip, 6)
 
 def _canopy(radius, ribs, one, two):
     "The open roof, in panels of two colours; as two parts."
@@ -207,59 +276,80 @@ def umbrella(rng):
     two = one if rng.random() < .4 else color(0, 0, .95) if rng.random() < .5 else any_color(rng)
     if rng.random() < .3:
         fold = 1 + .18 * np.cos(np.arange(24) * 2 * np.pi / 24 * 8)
-        cloth = lathe([(.02, .2), (.065, .32), (.05, .6), (.012, .82)], plain(one, .1), 24, wave=fold)
-        parts = [_hook(.06, grip), tube([(0, 0, .1), (0, 0, .9)], .008, steel, 6), cloth, lathe([(.062, .42), (.06, .45)], plain(two), 12)]
+        cloth = lathe([(.02, .2), (.065, .32), (.05, .6), (.012, .82)], plain(one, .1), 24,
+                      wave=fold)
+        parts = [_hook(.06, grip), tube([(0, 0, .1), (0, 0, .9)], .008, steel, 6), cloth,
+                 lathe([(.062, .42), (.06, .45)], plain(two), 12)]
         return assemble('umbrella', turn(parts, 1, 180))
-    parts = [*_canopy(rng.uniform(.36, .44), 8, one, two), tube([(0, 0, .05), (0, 0, .7)], .009, steel, 6), _hook(0, grip)]
-    return assemble('umbrella', turn(turn(parts, 0, rng.uniform(48, 62)), 2, rng.choice([-1, 1]) * rng.uniform(75, 125)))
+    parts = [*_canopy(rng.uniform(.36, .44), 8, one, two),
+             tube([(0, 0, .05), (0, 0, .7)], .009, steel, 6), _hook(0, grip)]
+    return assemble('umbrella', turn(turn(parts, 0, rng.uniform(48, 62)), 2,
+                                     rng.choice([-1, 1]) * rng.uniform(75, 125)))
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #box-kinds
 def _open_box(w, d, h, card, rng):
     t = .006
-    walls = [block((w, t, h), (0, y, 0), card) for y in (-(d - t) / 2, (d - t) / 2)] + mirror([block((t, d, h), ((w - t) / 2, 0, 0), card)])
+    walls = [block((w, t, h), (0, y, 0), card) for y in (-(d - t) / 2,
+                                                         (d - t) / 2)] + mirror([block((t, d, h),
+        ((w - t) / 2, 0, 0), card)])
     angle = rng.uniform(50, 125, 4)
-    long, short = block((w - .01, t, d * .42), (0, d / 2, h), card), block((t, d - .01, w * .36), (w / 2, 0, h), card)
+    long, short = block((w - .01, t, d * .42), (0, d / 2, h), card), block((t, d - .01, w * .36),
+        (w / 2, 0, h), card)
     for side in (0, 1):
         walls += turn(turn([long], 0, -angle[side], (0, d / 2, h)), 2, 180 * side)
         walls += turn(turn([short], 1, angle[2 + side], (w / 2, 0, h)), 2, 180 * side)
     bottom = block((w - .012, d - .012, .012), (0, 0, 0), plain(card.colors[1] * .75))
-    return assemble('box', [join(walls), bottom], SMALL, container=(.012, -w / 2 + .02, -d / 2 + .02, w / 2 - .02, d / 2 - .02))
+    return assemble('box', [join(walls), bottom], SMALL,
+                    container=(.012, -w / 2 + .02, -d / 2 + .02, w / 2 - .02, d / 2 - .02))
 
 def _closed_box(w, d, h, card, rng):
     body, tape = block((w, d, h), (0, 0, 0), card), plain(color(.1, .3, .9), .5)
-    tapes = [block((w + .002, .05, .001), (0, 0, h), tape), block((w + .003, .05, .06), (0, 0, h - .06), tape)]
-    return assemble('box', [body, *tapes, block((.09, .002, .06), (w * .2, -d / 2 - .001, h * .3), white(rng, 0))], SMALL, support=[on_top(body)])
+    tapes = [block((w + .002, .05, .001), (0, 0, h), tape),
+             block((w + .003, .05, .06), (0, 0, h - .06), tape)]
+    return assemble('box',
+                    [body, *tapes, block((.09, .002, .06), (w * .2, -d / 2 - .001, h * .3),
+                                         white(rng, 0))], SMALL, support=[on_top(body)])
 
 def _present(w, d, h, card, rng):
-    paper, ribbon = patterned(rng, (.05, .09), .2, ('dots', 'stripes', 'plain', 'checks')), paint(rng, .5)
+    paper, ribbon = patterned(rng, (.05, .09), .2,
+                              ('dots', 'stripes', 'plain', 'checks')), paint(rng, .5)
     lid = Material(paper.kind, paper.colors * .85, paper.scale, paper.seed, paper.axis, .2)
-    bands = [block((.035, d + .016, h * 1.025), (0, 0, 0), ribbon), block((w + .016, .035, h * 1.025), (0, 0, 0), ribbon)]
+    bands = [block((.035, d + .016, h * 1.025), (0, 0, 0), ribbon),
+             block((w + .016, .035, h * 1.025), (0, 0, 0), ribbon)]
     t = np.linspace(0, 2 * np.pi, 9)
-    loop = np.stack([.055 * np.sin(t / 2) * (1.35 - .3 * np.cos(t)), 0 * t, h * 1.03 + .02 + .035 * np.sin(t)], 1)
+    loop = np.stack([.055 * np.sin(t / 2) * (1.35 - .3 * np.cos(t)), 0 * t,
+                     h * 1.03 + .02 + .035 * np.sin(t)], 1)
     bow = [*mirror([tube(loop, .012, ribbon, 5)]), ball(.02, (0, 0, h * 1.03 + .015), ribbon, 1)]
-    body = [block((w, d, h), (0, 0, 0), paper), block((w + .012, d + .012, h * .22), (0, 0, h * .8), lid)]
+    body = [block((w, d, h), (0, 0, 0), paper), block((w + .012, d + .012, h * .22), (0, 0, h * .8),
+                                                      lid)]
     return assemble('box', [*body, join(bands), join(bow)], SMALL)
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #box
 def box(rng):
     "An open carton, a closed one with tape, or a present with a bow."
     w, d, h = rng.uniform(.2, .34), rng.uniform(.18, .26), rng.uniform(.14, .24)
-    card = Material('noise', [color(.085, .5, rng.uniform(.65, .82)), color(.085, .52, .62)], .15, int(rng.integers(1 << 30)))
+    card = Material('noise', [color(.085, .5, rng.uniform(.65, .82)), color(.085, .52, .62)], .15,
+                    int(rng.integers(1 << 30)))
     return (_open_box, _closed_box, _present)[rng.integers(3)](w, d, h, card, rng)
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #book-kinds
 def _closed_book(width, height, thick, cover, title):
     "A closed book that lies on its back, spine at -x, as parts."
     pages = Material('stripes', [[.85, .82, .74], [.55, .52, .46]], .006, 0, 2)
-    boards = [block((width, height, .006), (0, 0, z), cover) for z in (0, thick - .006)] + [block((.007, height, thick), (-width / 2, 0, 0), cover)]
-    labels = [block((width * w, height * h, .001), (0, height * y, thick), title) for w, h, y in ((.66, .2, .2), (.4, .1, -.25))]
-    return [join(boards), block((width - .012, height - .016, thick - .012), (-.004, 0, .006), pages), join(labels)]
+    boards = [block((width, height, .006), (0, 0, z), cover)
+              for z in (0, thick - .006)] + [block((.007, height, thick), (-width / 2, 0, 0),
+                                                   cover)]
+    labels = [block((width * w, height * h, .001), (0, height * y, thick), title)
+              for w, h, y in ((.66, .2, .2), (.4, .1, -.25))]
+    return [join(boards), block((width - .012, height - .016, thick - .012), (-.004, 0, .006),
+                                pages), join(labels)]
 
 def _open_book(w, h, cover):
     u, v = np.meshgrid(np.linspace(0, 1, 7), [-.5, .5])
     page = np.stack([u * w, v * h, .012 + .03 * np.sin(np.pi * u**.6) * (1 - u * .3)], 2)
     leaf = sheet(page, Material('stripes', [[.82, .8, .72], [.3, .3, .3]], .022, 3, 1))
-    edges = join([sheet(np.stack([edge, edge * [1, 1, 0] + [0, 0, .006]]), plain([.75, .72, .62])) for edge in page])
+    edges = join([sheet(np.stack([edge, edge * [1, 1, 0] + [0, 0, .006]]), plain([.75, .72, .62]))
+                  for edge in page])
     return [*mirror([leaf, edges]), block((2 * w + .02, h + .016, .006), (0, 0, 0), cover)]
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #book
@@ -290,58 +380,75 @@ def _display(rng, height):
 
 def _keys(width, depth, rows, columns, z, material):
     "A field of keys in the xy-plane, as one part."
-    x, y = (np.arange(columns) - (columns - 1) / 2) * width / columns, (np.arange(rows) - (rows - 1) / 2) * depth / rows
-    return join([block((width / columns * .78, depth / rows * .72, .004), (a, b, z), material, .9) for a in x for b in y])
+    x, y = (np.arange(columns) - (columns - 1) / 2) * width / columns, (np.arange(rows) - (rows
+        - 1) / 2) * depth / rows
+    return join([block((width / columns * .78, depth / rows * .72, .004), (a, b, z), material, .9)
+                 for a in x for b in y])
 
 def laptop(rng):
     "Keyboard below, a lit display leaning back."
-    shell, w, d = metal(rng) if rng.random() < .7 else dark(rng), rng.uniform(.33, .39), rng.uniform(.22, .26)
+    shell, w, d = metal(rng) if rng.random() < .7 else dark(rng), rng.uniform(.33,
+        .39), rng.uniform(.22, .26)
     keys = dark(rng) if shell.colors.mean() > .06 else plain([.35, .35, .36])
     pad = block((w * .3, d * .24, .002), (0, -d * .3, .0155), plain(shell.colors * .6))
-    base = [slab(rectangle(w, d, .015), .016, shell), _keys(w * .86, d * .46, 4, 10, .016, keys), pad]
-    lid = [block((w, .01, d * .95), (0, 0, 0), shell), block((w - .024, .004, d * .95 - .03), (0, -.006, .018), _display(rng, d))]
+    base = [slab(rectangle(w, d, .015), .016, shell), _keys(w * .86, d * .46, 4, 10, .016, keys),
+            pad]
+    lid = [block((w, .01, d * .95), (0, 0, 0), shell),
+           block((w - .024, .004, d * .95 - .03), (0, -.006, .018), _display(rng, d))]
     hinge = (0, d / 2, .014)
     return assemble('laptop', base + turn(shift(lid, hinge), 0, -rng.uniform(8, 30), hinge), SMALL)
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #screen
 def _flat_screen(w, h, shell, image):
-    foot = [slab(rectangle(w * .42, .17, .05), .014, shell), block((.05, .025, .14), (0, .03, .01), shell)]
-    return [*foot, block((w, .03, h), (0, 0, .1), shell), block((w - .03, .004, h - .03), (0, -.016, .115), image)]
+    foot = [slab(rectangle(w * .42, .17, .05), .014, shell),
+            block((.05, .025, .14), (0, .03, .01), shell)]
+    return [*foot, block((w, .03, h), (0, 0, .1), shell),
+            block((w - .03, .004, h - .03), (0, -.016, .115), image)]
 
 def _television(w, h, shell, image):
     back = turn([block((w * .96, h * .96, .16), (0, 0, 0), shell, .6)], 0, -90)
     case = [block((w, .16, h), (0, 0, .03), shell), *shift(back, (0, .08, .03 + h / 2))]
-    knobs = [ball((.022, .014, .022), (w * .385, -.082, .03 + h * z), plain([.4, .4, .4], .8), 1) for z in (.8, .62)]
+    knobs = [ball((.022, .014, .022), (w * .385, -.082, .03 + h * z), plain([.4, .4, .4], .8), 1)
+             for z in (.8, .62)]
     rods = mirror([tube([(.02, 0, h + .02), (.14, 0, h + .17)], .006, plain([.4, .4, .4], .9), 5)])
     feet = mirror([block((.04, .1, .03), (w * .38, 0, 0), shell)])
-    return [join(case + feet), block((w * .74, .006, h - .06), (-w * .1, -.08, .06), image), join(knobs), join(rods)]
+    return [join(case + feet), block((w * .74, .006, h - .06), (-w * .1, -.08, .06), image),
+            join(knobs), join(rods)]
 
 def screen(rng):
     "A flat display on a foot, or an old television with a deep case and aerials."
     shell, w = dark(rng) if rng.random() < .7 else metal(rng), rng.uniform(.42, .56)
     form = _flat_screen if rng.random() < .7 else _television
-    return assemble('screen', form(w, w * rng.uniform(.56, .66), shell, _display(rng, w * .7)), SMALL)
+    return assemble('screen', form(w, w * rng.uniform(.56, .66), shell, _display(rng, w * .7)),
+                    SMALL)
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #phone
 def _telephone(rng):
     skin, ink = paint(rng, .7) if rng.random() < .75 else dark(rng), white(rng)
-    body = [block((.21, .2, .07), (0, 0, 0), skin, (.8, .62)), block((.1, .06, .035), (0, .03, .068), skin, .8)]
+    body = [block((.21, .2, .07), (0, 0, 0), skin, (.8, .62)),
+            block((.1, .06, .035), (0, .03, .068), skin, .8)]
     spots = np.column_stack([arc((0, 0), .043, -20, 250, 10), np.zeros(10)])
     holes = [lathe([(.0105, 0), (.0105, .013), (0, .013)], dark(rng), 6, spot) for spot in spots]
-    dial = [lathe([(.062, 0), (.062, .01), (0, .01)], ink, 20), join(holes), lathe([(.022, 0), (.022, .014), (0, .014)], skin, 12)]
+    dial = [lathe([(.062, 0), (.062, .01), (0, .01)], ink, 20), join(holes),
+            lathe([(.022, 0), (.022, .014), (0, .014)], skin, 12)]
     t = np.linspace(-1, 1, 9)
-    receiver = [tube(np.stack([t * .125, np.full(9, .03), .128 - .02 * t**2], 1), .016 + .004 * t**4, skin, 7)]
-    receiver += mirror([lathe([(.022, 0), (.036, 0), (.034, .03), (.015, .042)], skin, 12, (.115, .03, .075))])
+    receiver = [tube(np.stack([t * .125, np.full(9, .03), .128 - .02 * t**2], 1),
+                     .016 + .004 * t**4, skin, 7)]
+    receiver += mirror([lathe([(.022, 0), (.036, 0), (.034, .03), (.015, .042)], skin, 12,
+                              (.115, .03, .075))])
     return [join(body), *shift(turn(dial, 0, 28), (0, -.052, .052)), join(receiver)]
 
 def _smartphone(rng):
     w, h = rng.uniform(.085, .1), rng.uniform(.175, .2)
     shell = dark(rng) if rng.random() < .6 else paint(rng, .6)
     body = shift(turn([slab(rectangle(w, h, .016), .012, shell, -.006)], 0, 90), (0, 0, h / 2))
-    display = block((w - .012, .002, h - .034), (0, -.0065, .017), plain(any_color(rng, (.3, .8), (.5, .9)), emission=.5))
-    icons = [block((w * .19, .002, w * .19), (x, -.0085, z), plain(any_color(rng, (.6, .95), (.8, 1)), emission=.5))
+    display = block((w - .012, .002, h - .034), (0, -.0065, .017),
+                    plain(any_color(rng, (.3, .8), (.5, .9)), emission=.5))
+    icons = [block((w * .19, .002, w * .19), (x, -.0085, z),
+                   plain(any_color(rng, (.6, .95), (.8, 1)), emission=.5))
              for x in np.array([-1, 0, 1]) * w * .27 for z in h * np.array([.2, .36, .52, .68])]
-    stand = [block((.1, .1, .014), (0, .02, 0), metal(rng)), block((.05, .012, .1), (0, .045, .01), metal(rng))]
+    stand = [block((.1, .1, .014), (0, .02, 0), metal(rng)),
+             block((.05, .012, .1), (0, .045, .01), metal(rng))]
     return turn(shift([*body, display, *icons], (0, 0, .012)), 0, -18) + stand
 
 def phone(rng):
@@ -349,7 +456,8 @@ def phone(rng):
     return assemble('phone', _telephone(rng) if rng.random() < .6 else _smartphone(rng), SMALL)
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #objects
-OBJECTS = {maker.__name__: maker for maker in (plant, pillow, bear, hat, bag, shoe, umbrella, box, book, laptop, screen, phone)}
+OBJECTS = {maker.__name__: maker for maker in (plant, pillow, bear, hat, bag, shoe, umbrella, box,
+                                               book, laptop, screen, phone)}
 
 # %% ../../nbs/rooms/04_catalogue.ipynb #make
 CATEGORIES = {**FURNITURE, **KITCHEN, **OBJECTS}
@@ -359,5 +467,7 @@ def make(
     rng,  # `numpy.random.Generator`: the shape depends on nothing else
 ):
     "A random `Shape` of a category. Raises `ValueError` for an unknown one."
-    if category not in CATEGORIES: raise ValueError(f"unknown category '{category}'; there are {', '.join(sorted(CATEGORIES))}")
+    if category not in CATEGORIES:
+        raise ValueError(
+            f"unknown category '{category}'; there are {', '.join(sorted(CATEGORIES))}")
     return CATEGORIES[category](rng)

@@ -10,25 +10,56 @@ __all__ = ['FURNITURE', 'table', 'chair', 'bench', 'shelf', 'cabinet', 'bed', 'l
 import numpy as np
 
 from stdg.rooms.solids import (
-    Material, any_color, arc, assemble, ball, block, color, cushion, dark, join, lathe, metal,
-    mirror, on_top, paint, patterned, plain, rectangle, sheet, shift, slab, stretch, tube, turn,
-    white, wood)
+    Material,
+    any_color,
+    arc,
+    assemble,
+    ball,
+    block,
+    color,
+    cushion,
+    dark,
+    join,
+    lathe,
+    metal,
+    mirror,
+    on_top,
+    paint,
+    patterned,
+    plain,
+    rectangle,
+    sheet,
+    shift,
+    slab,
+    stretch,
+    tube,
+    turn,
+    white,
+    wood,
+)
 
 # %% ../../nbs/rooms/02_furniture.ipynb #legs
 def _legs(width, depth, height, thick, material, splay=0.):
     "Four legs whose feet stand `splay` metres further out, as one part."
     corners = [(x, y) for x in (-1, 1) for y in (-1, 1)]
     x, y = width / 2 - thick, depth / 2 - thick
-    if splay == 0: return join([block((thick, thick, height), (i * x, j * y, 0), material) for i, j in corners])
-    return join([tube([(i * (x + splay), j * (y + splay), 0), (i * x, j * y, height)], [thick * .4, thick * .65], material) for i, j in corners])
+    if splay == 0:
+        return join([block((thick, thick, height), (i * x, j * y, 0), material)
+                     for i, j in corners])
+    return join([tube([(i * (x + splay), j * (y + splay), 0), (i * x, j * y, height)],
+                      [thick * .4, thick * .65], material) for i, j in corners])
 
 # %% ../../nbs/rooms/02_furniture.ipynb #table
 def _round_table(rng, height, thick, top_wood, leg_wood):
     radius = rng.uniform(.38, .58)
-    top = lathe([(0, height - thick), (radius, height - thick), (radius, height), (0, height)], top_wood, 28)
+    top = lathe([(0, height - thick), (radius, height - thick), (radius, height), (0, height)],
+                top_wood, 28)
     support = [(height, *(radius * .68 * np.array([-1, -1, 1, 1])))]
-    if rng.random() < .5: legs = _legs(radius * 1.3, radius * 1.3, height - thick, .05, leg_wood, .08)
-    else: legs = lathe([(radius * .62, 0), (radius * .58, .03), (.07, .07), (.045, height * .4), (.07, height - thick)], leg_wood)
+    if rng.random() < .5:
+        legs = _legs(radius * 1.3, radius * 1.3, height - thick, .05, leg_wood, .08)
+    else:
+        legs = lathe([(radius * .62, 0), (radius * .58, .03), (.07, .07), (.045, height * .4),
+                      (.07, height - thick)], leg_wood)
     return assemble('table', [top, legs], support=support)
 
 def table(rng):
@@ -38,26 +69,35 @@ def table(rng):
     if rng.random() < .4: return _round_table(rng, height, thick, top_wood, leg_wood)
     width, depth = rng.uniform(.8, 1.35), rng.uniform(.55, .8)
     top = block((width, depth, thick), (0, 0, height - thick), top_wood)
-    parts = [top, _legs(width, depth, height - thick, rng.uniform(.04, .07), leg_wood, rng.choice([0, .05]))]
-    if rng.random() < .6: parts.append(block((width - .1, depth - .1, .07), (0, 0, height - thick - .07), leg_wood))
+    parts = [top, _legs(width, depth, height - thick, rng.uniform(.04, .07), leg_wood,
+                        rng.choice([0, .05]))]
+    if rng.random() < .6:
+        parts.append(block((width - .1, depth - .1, .07), (0, 0, height - thick - .07), leg_wood))
     return assemble('table', parts, support=[on_top(top)])
 
 # %% ../../nbs/rooms/02_furniture.ipynb #soft-chairs
 def _armchair(rng):
-    cloth, width, depth = patterned(rng, kinds=('plain', 'stripes', 'checks', 'dots')), rng.uniform(.68, .85), .7
-    parts = [block((width, depth - .1, .2), (0, .05, .08), cloth), cushion((width - .3, depth - .16, .18), (0, -.02, .24), cloth),
+    cloth, width, depth = patterned(rng,
+                                    kinds=('plain', 'stripes', 'checks', 'dots')), rng.uniform(.68,
+        .85), .7
+    parts = [block((width, depth - .1, .2), (0, .05, .08), cloth),
+             cushion((width - .3, depth - .16, .18), (0, -.02, .24), cloth),
              cushion((width, .2, rng.uniform(.67, .87)), (0, depth / 2 - .05, .08), cloth, power=4),
-             *mirror([cushion((.17, depth - .05, .5), (width / 2 - .085, 0, .08), cloth, power=5)]), _legs(width, depth - .1, .09, .05, wood(rng, 2))]
+             *mirror([cushion((.17, depth - .05, .5), (width / 2 - .085, 0, .08), cloth, power=5)]),
+             _legs(width, depth - .1, .09, .05, wood(rng, 2))]
     return assemble('chair', parts, support=[(.41, -width / 2 + .18, -.25, width / 2 - .18, .18)])
 
 def _office_chair(rng):
     cloth, steel = patterned(rng, kinds=('plain', 'plain', 'dots')), dark(rng)
     ends = [(.29 * np.cos(a), .29 * np.sin(a)) for a in np.radians(np.arange(5) * 72 + 18)]
-    frame = [tube([(0, 0, .11), (x, y, .05)], [.03, .02], steel, 6) for x, y in ends] + [ball(.035, (x, y, .035), steel, 0) for x, y in ends]
+    frame = [tube([(0, 0, .11), (x, y, .05)], [.03, .02], steel, 6) for x, y in ends] + [ball(.035,
+        (x, y, .035), steel, 0) for x, y in ends]
     frame += mirror([tube([(.25, .12, .46), (.29, .12, .66), (.29, -.14, .66)], .018, steel, 6)])
-    frame += [tube([(0, 0, .1), (0, 0, .44)], .03, steel), tube([(0, .1, .45), (0, .27, .5), (0, .28, .7)], .025, steel)]
+    frame += [tube([(0, 0, .1), (0, 0, .44)], .03, steel),
+              tube([(0, .1, .45), (0, .27, .5), (0, .28, .7)], .025, steel)]
     seat = cushion((.5, .48, .1), (0, 0, .42), cloth, power=4)
-    back = turn([cushion((.46, .09, rng.uniform(.5, .65)), (0, .22, .56), cloth, power=4)], 0, -8, (0, .22, .56))
+    back = turn([cushion((.46, .09, rng.uniform(.5, .65)), (0, .22, .56), cloth, power=4)], 0, -8,
+                (0, .22, .56))
     return assemble('chair', [join(frame), seat, *back], support=[(.52, -.16, -.16, .16, .14)])
 
 # %% ../../nbs/rooms/02_furniture.ipynb #chair
@@ -72,88 +112,120 @@ def chair(rng):
     y, rise = (width - post) / 2, height - seat_height
     back = mirror([block((post, post, rise), (y, y, seat_height), frame)])
     if kind == 'slats':
-        back += [block((.035, .02, rise - .08), (x, y, seat_height), frame) for x in np.linspace(-.32, .32, 4) * width]
+        back += [block((.035, .02, rise - .08), (x, y, seat_height), frame)
+                 for x in np.linspace(-.32, .32, 4) * width]
         back.append(block((width, post, .08), (0, y, height - .08), frame))
-    elif kind == 'rungs': back += [block((width - post, .02, .07), (0, y, seat_height + rise * f), frame) for f in (.25, .53, .81)]
+    elif kind == 'rungs':
+        back += [block((width - post, .02, .07), (0, y, seat_height + rise * f), frame)
+                 for f in (.25, .53, .81)]
     parts = [block((width, width, .05), (0, 0, seat_height - .05), pad), join(back)]
-    if kind == 'solid': parts.append(block((width - post, .025, rise * .62), (0, y, seat_height + rise * .36), pad))
+    if kind == 'solid':
+        parts.append(block((width - post, .025, rise * .62), (0, y, seat_height + rise * .36), pad))
     parts.append(_legs(width, width, seat_height - .05, post, frame, rng.choice([0, .02])))
-    return assemble('chair', parts, support=[(seat_height, -width / 2 + .03, -width / 2 + .02, width / 2 - .03, width / 2 - .08)])
+    return assemble('chair', parts,
+                    support=[(seat_height, -width / 2 + .03, -width / 2 + .02, width / 2 - .03,
+                              width / 2 - .08)])
 
 # %% ../../nbs/rooms/02_furniture.ipynb #bench
 def bench(rng):
     "A long seat of boards, with a back or without."
-    boards, length, depth, seat = wood(rng), rng.uniform(1.1, 1.5), rng.uniform(.38, .46), rng.uniform(.4, .46)
+    boards, length, depth, seat = wood(rng), rng.uniform(1.1, 1.5), rng.uniform(.38,
+        .46), rng.uniform(.4, .46)
     iron = dark(rng) if rng.random() < .6 else boards
-    planks = [block((length, depth / 3 - .025, .035), (0, y, seat - .035), boards) for y in np.array([-1, 0, 1]) * depth / 3]
+    planks = [block((length, depth / 3 - .025, .035), (0, y, seat - .035), boards)
+              for y in np.array([-1, 0, 1]) * depth / 3]
     ends = (length / 2 - .12) * np.array([-1, 1])
     stands = [block((.05, depth, .05), (x, 0, seat - .085), iron) for x in ends]
-    stands += [block((.05, .05, seat - .085), (x, y, 0), iron) for x in ends for y in (-depth / 2 + .04, depth / 2 - .04)]
+    stands += [block((.05, .05, seat - .085), (x, y, 0), iron) for x in ends
+               for y in (-depth / 2 + .04, depth / 2 - .04)]
     if rng.random() < .65:
         y = depth / 2 + .01
         stands += [block((.05, .04, .42), (x, y, seat - .06), iron) for x in ends]
         planks += [block((length, .03, .09), (0, y - .03, seat + h), boards) for h in (.1, .24)]
         if rng.random() < .5:
             x, front = ends[1], -depth / 2 + .04
-            stands += mirror([tube([(x, front, 0), (x, front - .01, seat + .2), (x, y, seat + .22)], .025, iron, 6)])
-    return assemble('bench', [join(planks), join(stands)], support=[(seat, -length / 2 + .15, -depth / 2 + .02, length / 2 - .15, depth / 2 - .06)])
+            stands += mirror([tube([(x, front, 0), (x, front - .01, seat + .2), (x, y, seat + .22)],
+                                   .025, iron, 6)])
+    return assemble('bench', [join(planks), join(stands)],
+                    support=[(seat, -length / 2 + .15, -depth / 2 + .02, length / 2 - .15,
+                              depth / 2 - .06)])
 
 # %% ../../nbs/rooms/02_furniture.ipynb #shelf
 def shelf(rng):
     "Boards between two sides or four posts, with a back or without."
-    material, width, depth, height = wood(rng), rng.uniform(.65, 1.), rng.uniform(.28, .36), rng.uniform(.95, 1.5)
+    material, width, depth, height = wood(rng), rng.uniform(.65, 1.), rng.uniform(.28,
+        .36), rng.uniform(.95, 1.5)
     n, thick = int(rng.integers(3, 5)), rng.uniform(.02, .035)
     levels = np.linspace(.04, height - thick, n + (height > 1.2))
     boards = [block((width - .02, depth, thick), (0, 0, z), material) for z in levels]
-    if rng.random() < .65: sides = join(mirror([block((thick, depth, height), ((width - thick) / 2, 0, 0), material)]))
+    if rng.random() < .65:
+        sides = join(mirror([block((thick, depth, height), ((width - thick) / 2, 0, 0), material)]))
     else: sides = _legs(width, depth, height, .035, dark(rng))
     parts = [join(boards), sides]
     if rng.random() < .6:
-        parts.append(block((width - .01, .01, height), (0, depth / 2 - .005, 0), material if rng.random() < .5 else paint(rng)))
+        parts.append(block((width - .01, .01, height), (0, depth / 2 - .005, 0),
+                           material if rng.random() < .5 else paint(rng)))
     inner = width / 2 - .05
-    return assemble('shelf', parts, support=[(z + thick, -inner, -depth / 2 + .01, inner, depth / 2 - .02) for z in levels])
+    return assemble('shelf', parts,
+                    support=[(z + thick, -inner, -depth / 2 + .01, inner, depth / 2 - .02)
+                             for z in levels])
 
 # %% ../../nbs/rooms/02_furniture.ipynb #cabinet
 def _fronts(rng, width, height, low):
     "Doors and drawers of a cabinet: list of (x, z, width, height)."
     columns, drawers = int(rng.integers(2, 4)) if width > .8 else 2, rng.choice([0, 1, 3, 4])
     tall, wide = height - low - .07, (width - .03) / columns
-    if drawers >= 3: return [(0, low + .02 + tall / drawers * k, width - .05, tall / drawers - .02) for k in range(drawers)]
+    if drawers >= 3:
+        return [(0, low + .02 + tall / drawers * k, width - .05, tall / drawers - .02)
+                for k in range(drawers)]
     doors = tall * (.72 if drawers else 1)
     fronts = [(0, low + .02, wide - .02, doors - .02)]
     if drawers: fronts.append((0, low + .02 + doors, wide - .02, tall - doors - .02))
-    return [(x, *front[1:]) for front in fronts for x in (np.arange(columns) - (columns - 1) / 2) * wide]
+    return [(x, *front[1:]) for front in fronts
+            for x in (np.arange(columns) - (columns - 1) / 2) * wide]
 
 def cabinet(rng):
     "Doors, drawers or both, with knobs, on short feet."
-    body, width, depth, height, low = wood(rng, 2), rng.uniform(.6, 1.05), rng.uniform(.38, .46), rng.uniform(.62, 1.05), rng.uniform(.05, .1)
+    body, width, depth, height, low = wood(rng, 2), rng.uniform(.6, 1.05), rng.uniform(.38,
+        .46), rng.uniform(.62, 1.05), rng.uniform(.05, .1)
     face = body if rng.random() < .35 else wood(rng, 2) if rng.random() < .5 else paint(rng)
     knob, y = metal(rng) if rng.random() < .6 else dark(rng), -depth / 2
     top = block((width + .03, depth + .02, .03), (0, -.01, height - .03), body)
     fronts, knobs = _fronts(rng, width, height, low), []
     for x, z, w, h in fronts:
-        if w > .55: spots = [(x - w / 4, z + h / 2), (x + w / 4, z + h / 2)]  # a wide drawer has two
-        else: spots = [(x + (w / 2 - .05) * np.sign(-x) if h > .3 else x, z + h * (.62 if h > .3 else .5))]
+        # a wide drawer has two
+        if w > .55: spots = [(x - w / 4, z + h / 2), (x + w / 4, z + h / 2)]
+        else:
+            spots = [(x + (w / 2 - .05) * np.sign(-x) if h > .3 else x,
+                      z + h * (.62 if h > .3 else .5))]
         knobs += [ball(.022, (kx, y - .028, kz), knob, 1) for kx, kz in spots]
-    parts = [top, block((width, depth, height - low - .03), (0, 0, low), body), _legs(width, depth, low, .05, body),
-             join([block((w, .018, h), (x, y - .009, z), face) for x, z, w, h in fronts]), join(knobs)]
+    parts = [top, block((width, depth, height - low - .03), (0, 0, low), body),
+             _legs(width, depth, low, .05, body),
+             join([block((w, .018, h), (x, y - .009, z), face) for x, z, w, h in fronts]),
+             join(knobs)]
     return assemble('cabinet', parts, support=[on_top(top)])
 
 # %% ../../nbs/rooms/02_furniture.ipynb #bed
 def bed(rng):
     "Frame, mattress, blanket and one or two pillows; the head is at the back."
-    frame, width, length, low = wood(rng), rng.uniform(.95, 1.3), rng.uniform(1.5, 1.75), rng.uniform(.2, .3)
+    frame, width, length, low = wood(rng), rng.uniform(.95, 1.3), rng.uniform(1.5,
+        1.75), rng.uniform(.2, .3)
     cloth, linen = patterned(rng, (.08, .2)), white(rng, 0)
-    parts = [block((width, length, .12), (0, 0, low - .1), frame), _legs(width, length, low - .08, .08, frame),
+    parts = [block((width, length, .12), (0, 0, low - .1), frame),
+             _legs(width, length, low - .08, .08, frame),
              cushion((width - .02, length - .03, .24), (0, 0, low - .02), linen, power=9),
              block((width, .05, low + rng.uniform(.4, .6)), (0, length / 2, 0), frame)]
     if rng.random() < .5: parts.append(block((width, .05, low + .16), (0, -length / 2, 0), frame))
     cover = length * rng.uniform(.55, .68)
-    parts.append(cushion((width + .02, cover, .27), (0, -length / 2 + cover / 2 + .01, low - .03), cloth, power=9))
+    parts.append(cushion((width + .02, cover, .27), (0, -length / 2 + cover / 2 + .01, low - .03),
+                         cloth, power=9))
     parts.append(block((width + .021, .16, .2), (0, -length / 2 + cover, low + .045), linen, .98))
     n = 1 if width < 1.1 else 2
-    for x in (np.arange(n) - (n - 1) / 2) * .58: parts.append(cushion((.52, .32, .16), (x, length / 2 - .22, low + .18), white(rng, 0)))
-    return assemble('bed', parts, support=[(low + .24, -width / 2 + .08, -length / 2 + .1, width / 2 - .08, -length / 2 + cover - .1)])
+    for x in (np.arange(n) - (n - 1) / 2) * .58:
+        parts.append(cushion((.52, .32, .16), (x, length / 2 - .22, low + .18), white(rng, 0)))
+    return assemble('bed', parts,
+                    support=[(low + .24, -width / 2 + .08, -length / 2 + .1, width / 2 - .08,
+                              -length / 2 + cover - .1)])
 
 # %% ../../nbs/rooms/02_furniture.ipynb #lamp
 def _glow(rng): return plain(color(rng.uniform(.08, .15), rng.uniform(.05, .55), 1), emission=.55)
@@ -161,31 +233,46 @@ def _glow(rng): return plain(color(rng.uniform(.08, .15), rng.uniform(.05, .55),
 def _bulb(radius, z): return ball(radius, (0, 0, z), plain([1, .92, .65], emission=1.6), 1)
 
 def _desk_lamp(height, skin, steel):
-    hood = turn([lathe([(.1, 0), (.085, .06), (.035, .12), (0, .13)], skin), _bulb(.045, .01)], 1, -25)
-    arm = tube([(-.02, 0, .02), (-.12, 0, height * .5), (.03, 0, height), (.12, 0, height * .92)], .012, steel)
-    return assemble('lamp', [lathe([(.11, 0), (.11, .02), (.02, .035), (0, .035)], skin), arm, *shift(hood, (.16, 0, height * .78))], 'surface')
+    hood = turn([lathe([(.1, 0), (.085, .06), (.035, .12), (0, .13)], skin), _bulb(.045, .01)], 1,
+                -25)
+    arm = tube([(-.02, 0, .02), (-.12, 0, height * .5), (.03, 0, height), (.12, 0, height * .92)],
+               .012, steel)
+    return assemble('lamp', [lathe([(.11, 0), (.11, .02), (.02, .035), (0, .035)], skin), arm,
+                             *shift(hood, (.16, 0, height * .78))], 'surface')
 
 def lamp(rng):
     "A shade on a turned foot, a globe on a foot, or a bent desk lamp."
-    kind, skin, height = rng.choice(['shade', 'shade', 'desk', 'globe']), paint(rng, .5) if rng.random() < .6 else metal(rng), rng.uniform(.36, .52)
+    kind, skin, height = rng.choice(['shade', 'shade', 'desk', 'globe']), paint(rng,
+        .5) if rng.random() < .6 else metal(rng), rng.uniform(.36, .52)
     if kind == 'desk': return _desk_lamp(height, skin, metal(rng))
     neck = (.013, height * .62)
     urn = [(.07, 0), (.07, .015), (.04, .03), (.09, .1), (.085, .15), (.03, .22), neck]
-    foot = lathe([urn, [(.1, 0), (.1, .015), (.015, .03), neck], [(.1, 0), (.03, .2), neck]][rng.integers(3)], skin)
-    if kind == 'globe': return assemble('lamp', [foot, ball(.12, (0, 0, height * .6 + .1), _glow(rng))], 'surface')
-    cloth = _glow(rng) if rng.random() < .6 else plain(any_color(rng, (.3, .8), (.7, 1)), emission=.35)
-    return assemble('lamp', [foot, lathe([(rng.uniform(.15, .2), height * .58), (rng.uniform(.07, .15), height)], cloth, 20)], 'surface')
+    foot = lathe([urn, [(.1, 0), (.1, .015), (.015, .03), neck],
+                  [(.1, 0), (.03, .2), neck]][rng.integers(3)], skin)
+    if kind == 'globe':
+        return assemble('lamp', [foot, ball(.12, (0, 0, height * .6 + .1), _glow(rng))], 'surface')
+    cloth = _glow(rng) if rng.random() < .6 else plain(any_color(rng, (.3, .8), (.7, 1)),
+                                                       emission=.35)
+    return assemble('lamp',
+                    [foot, lathe([(rng.uniform(.15, .2), height * .58),
+                                  (rng.uniform(.07, .15), height)], cloth, 20)], 'surface')
 
 # %% ../../nbs/rooms/02_furniture.ipynb #light
 def light(rng):
     "A pendant: cone, dome, drum or globe on a cord."
-    kind, cord, width = rng.choice(['cone', 'dome', 'drum', 'globe']), rng.uniform(.25, .5), rng.uniform(.16, .24)
-    parts = [tube([(0, 0, 0), (0, 0, cord)], .011, dark(rng), 6), lathe([(.05, cord - .03), (.05, cord), (0, cord)], metal(rng), 10)]
-    if kind == 'globe': return assemble('light', [*parts, ball(width * .75, (0, 0, -width * .7), _glow(rng))], 'hang')
+    kind, cord, width = rng.choice(['cone', 'dome', 'drum', 'globe']), rng.uniform(.25,
+        .5), rng.uniform(.16, .24)
+    parts = [tube([(0, 0, 0), (0, 0, cord)], .011, dark(rng), 6),
+             lathe([(.05, cord - .03), (.05, cord), (0, cord)], metal(rng), 10)]
+    if kind == 'globe':
+        return assemble('light', [*parts, ball(width * .75, (0, 0, -width * .7), _glow(rng))],
+                        'hang')
     skin = plain(any_color(rng), emission=.4) if kind == 'drum' else paint(rng, .5)
-    profile = dict(cone=[(width, -.22), (.03, 0)], dome=[(width, -.18), (width * .95, -.11), (width * .7, -.04), (.03, 0)],
+    profile = dict(cone=[(width, -.22), (.03, 0)],
+                   dome=[(width, -.18), (width * .95, -.11), (width * .7, -.04), (.03, 0)],
                    drum=[(width, -.2), (width, -.01), (.01, 0)])[kind]
-    return assemble('light', [*parts, lathe(profile, skin, 20), _bulb(.065, profile[0][1] - .005)], 'hang')
+    return assemble('light', [*parts, lathe(profile, skin, 20), _bulb(.065, profile[0][1] - .005)],
+                    'hang')
 
 # %% ../../nbs/rooms/02_furniture.ipynb #clock
 def _upright(parts): return turn(parts, 0, 90)
@@ -196,53 +283,68 @@ def clock(rng):
     rim, face = (paint(rng, .5) if rng.random() < .6 else dark(rng)), white(rng)
     if rng.random() < .2: face = plain(any_color(rng, (.3, .7), (.8, .95)))
     ink = dark(rng)
-    outline = lambda r: arc((0, 0), r * (1.25 if sides == 4 else 1), 180 / sides, 360 + 180 / sides, sides + 1)[:-1]
+    outline = lambda r: arc((0, 0), r * (1.25 if sides == 4 else 1), 180 / sides, 360 + 180 / sides,
+                            sides + 1)[:-1]
     parts = [slab(outline(radius), .03, rim), slab(outline(radius * .86), .034, face)]
-    marks = [turn([block((.012 if k % 3 else .02, radius * .14, .003), (0, radius * .7, .034), ink)], 2, 30 * k)[0] for k in range(12)]
-    hands = [turn([block((w, radius * long, .004), (0, radius * long * .42, z), ink)], 2, rng.uniform(0, 360))[0]
+    marks = [turn([block((.012 if k % 3 else .02, radius * .14, .003), (0, radius * .7, .034),
+                         ink)], 2, 30 * k)[0] for k in range(12)]
+    hands = [turn([block((w, radius * long, .004), (0, radius * long * .42, z), ink)], 2,
+                  rng.uniform(0, 360))[0]
              for w, long, z in ((.022, .5, .038), (.015, .72, .043))]
-    return assemble('clock', _upright([*parts, join(marks), join(hands), ball((.018, .018, .008), (0, 0, .045), rim, 1)]), 'wall')
+    return assemble('clock',
+                    _upright([*parts, join(marks), join(hands),
+                              ball((.018, .018, .008), (0, 0, .045), rim, 1)]), 'wall')
 
 # %% ../../nbs/rooms/02_furniture.ipynb #window
 def window(rng):
     "Frame, bars and sill before a bright sky; now and then with curtains."
-    frame, width, height = white(rng) if rng.random() < .6 else wood(rng), rng.uniform(.6, .95), rng.uniform(.7, 1.05)
+    frame, width, height = white(rng) if rng.random() < .6 else wood(rng), rng.uniform(.6,
+        .95), rng.uniform(.7, 1.05)
     columns, rows, bar = int(rng.integers(2, 4)), int(rng.integers(2, 4)), .03
-    air, haze, hill = color(.58, rng.uniform(.35, .65), 1), color(.55, .1, 1), color(rng.uniform(.22, .33), .6, .45)
+    air, haze, hill = color(.58, rng.uniform(.35, .65), 1), color(.55, .1,
+        1), color(rng.uniform(.22, .33), .6, .45)
     sky = Material('sky', [air, haze, hill], height, int(rng.integers(1 << 30)), emission=.9)
     parts = [block((width, .01, height), (0, -.005, 0), sky)]
     bars = [block((.06, .05, height + .06), (s * width / 2, -.025, -.03), frame) for s in (-1, 1)]
     bars += [block((width + .06, .05, .06), (0, -.025, z - .03), frame) for z in (0, height)]
-    bars += [block((bar, .03, height), (x, -.02, 0), frame) for x in np.linspace(-width / 2, width / 2, columns + 1)[1:-1]]
-    bars += [block((width, .03, bar), (0, -.02, z - bar / 2), frame) for z in np.linspace(0, height, rows + 1)[1:-1]]
+    bars += [block((bar, .03, height), (x, -.02, 0), frame) for x in np.linspace(-width / 2,
+        width / 2, columns + 1)[1:-1]]
+    bars += [block((width, .03, bar), (0, -.02, z - bar / 2), frame) for z in np.linspace(0, height,
+        rows + 1)[1:-1]]
     bars.append(block((width + .16, .12, .03), (0, -.06, -.06), frame))
     return assemble('window', [*parts, join(bars)], 'wall')
 
 # %% ../../nbs/rooms/02_furniture.ipynb #door
 def door(rng):
     "A leaf with panels in a frame, and a handle."
-    leaf, frame = (paint(rng) if rng.random() < .5 else wood(rng, 2)), (white(rng) if rng.random() < .6 else wood(rng, 2))
+    leaf, frame = (paint(rng) if rng.random() < .5 else wood(rng, 2)), (white(rng)
+        if rng.random() < .6 else wood(rng, 2))
     width, height, steel = rng.uniform(.72, .85), rng.uniform(1.75, 1.95), metal(rng)
     darker = Material(leaf.kind, leaf.colors * .55, leaf.scale, leaf.seed, 2, .2)
     parts = [block((width, .03, height), (0, -.015, 0), leaf)]
     columns, rows = rng.choice([1, 2]), int(rng.integers(2, 4))
     w, h = (width - .08) / columns - .08, (height - .1) / rows - .1
-    cells = [((c - (columns - 1) / 2) * (w + .08), .1 + r * (h + .1)) for c in range(columns) for r in range(rows)]
+    cells = [((c - (columns - 1) / 2) * (w + .08), .1 + r * (h + .1)) for c in range(columns)
+             for r in range(rows)]
     parts.append(join([block((w, .006, h), (x, -.032, z), darker) for x, z in cells]))
-    parts.append(join([block((w - .05, .012, h - .05), (x, -.036, z + .025), leaf) for x, z in cells]))
+    parts.append(join([block((w - .05, .012, h - .05), (x, -.036, z + .025), leaf)
+                       for x, z in cells]))
     posts = mirror([block((.08, .06, height + .08), (width / 2 + .04, -.03, 0), frame)])
     parts.append(join([*posts, block((width, .06, .08), (0, -.03, height), frame)]))
     side, z = rng.choice([-1, 1]) * (width / 2 - .07), height * .47
-    parts.append(join([ball((.04, .035, .04), (side, -.08, z), steel, 1), block((.07, .012, .2), (side, -.04, z - .1), steel)]))
+    parts.append(join([ball((.04, .035, .04), (side, -.08, z), steel, 1),
+                       block((.07, .012, .2), (side, -.04, z - .1), steel)]))
     return assemble('door', parts, 'wall')
 
 # %% ../../nbs/rooms/02_furniture.ipynb #letters
-_FONT = dict(S='111100111001111', T='111010010010010', O='111101101101111', P='111101111100100', E='111100110100111',
+_FONT = dict(S='111100111001111', T='111010010010010', O='111101101101111', P='111101111100100',
+             E='111100110100111',
              X='101101010101101', I='111010010010111', A='010101111101101', R='110101110101101')
 
 def _letters(word, size, z, material):
     "Letters of 3 by 5 squares in the xy-plane, at height `z`, as one part."
-    bits = [(i, k) for i, letter in enumerate(word) for k, bit in enumerate(_FONT[letter]) if bit == '1']
+    bits = [(i, k) for i, letter in enumerate(word) for k, bit in enumerate(_FONT[letter])
+            if bit == '1']
     squares = [(i * 4 + k % 3 - len(word) * 2 + .5, 1.5 - k // 3) for i, k in bits]
     square = np.array([[[0, 0, 0], [1, 0, 0]], [[0, 1, 0], [1, 1, 0]]])
     return join([sheet((square + [x, y, 0]) * size + [0, 0, z], material) for x, y in squares])
@@ -251,22 +353,32 @@ def _letters(word, size, z, material):
 def _plaque(outline, rim, face): return [slab(outline, .012, rim), slab(outline * .88, .016, face)]
 
 def _warning(paper, ink):
-    mark = [slab([[-.11, .5], [.11, .5], [.06, -.1], [-.06, -.1]], .019, ink), slab(arc((0, -.29), .09, 0, 315, 8), .019, ink)]
+    mark = [slab([[-.11, .5], [.11, .5], [.06, -.1], [-.06, -.1]], .019, ink),
+            slab(arc((0, -.29), .09, 0, 315, 8), .019, ink)]
     return [*_plaque(arc((0, 0), 1.15, 90, 330, 3), plain(color(0, .9, .8)), paper), *mark]
 
 def _arrow(paper, blue, degrees):
-    arrow = [slab([[.65, 0], [0, .5], [0, -.5]], .019, paper), block((.7, .3, .019), (-.3, 0, 0), paper)]
+    arrow = [slab([[.65, 0], [0, .5], [0, -.5]], .019, paper),
+             block((.7, .3, .019), (-.3, 0, 0), paper)]
     return _plaque(arc((0, 0), 1, 0, 350, 28), paper, blue) + turn(arrow, 2, degrees)
 
 def sign(rng):
     "Stop, a warning triangle, an arrow on a disc, or a word on a board."
-    kind, radius, paper = rng.choice(['stop', 'warning', 'arrow', 'word']), rng.uniform(.17, .24), plain(color(0, 0, .95))
-    if kind == 'stop': parts = [*_plaque(arc((0, 0), 1, 22.5, 337.5, 8), paper, plain(color(0, .9, .75))), _letters('STOP', .1, .018, paper)]
-    elif kind == 'warning': parts = _warning(plain(color(.14, .9, .98)) if rng.random() < .5 else paper, dark(rng))
-    elif kind == 'arrow': parts = _arrow(paper, plain(color(rng.choice([.6, 0, .35]), .85, .7)), rng.choice([0, 90, 180]))
+    kind, radius, paper = rng.choice(['stop', 'warning', 'arrow', 'word']), rng.uniform(.17,
+        .24), plain(color(0, 0, .95))
+    if kind == 'stop':
+        parts = [*_plaque(arc((0, 0), 1, 22.5, 337.5, 8), paper, plain(color(0, .9, .75))),
+                 _letters('STOP', .1, .018, paper)]
+    elif kind == 'warning':
+        parts = _warning(plain(color(.14, .9, .98)) if rng.random() < .5 else paper, dark(rng))
+    elif kind == 'arrow':
+        parts = _arrow(paper, plain(color(rng.choice([.6, 0, .35]), .85, .7)),
+                       rng.choice([0, 90, 180]))
     else:
-        word, board = rng.choice(['EXIT', 'PARIS', 'TAXI', 'STOP', 'POST']), plain(color(rng.choice([.4, .6, 0, .14]), .85, .55))
-        parts = [*_plaque(rectangle(2.6, 1.05, .1), paper, board), _letters(word, 2.1 / (4 * len(word)), .018, paper)]
+        word, board = rng.choice(['EXIT', 'PARIS', 'TAXI', 'STOP',
+                                  'POST']), plain(color(rng.choice([.4, .6, 0, .14]), .85, .55))
+        parts = [*_plaque(rectangle(2.6, 1.05, .1), paper, board),
+                 _letters(word, 2.1 / (4 * len(word)), .018, paper)]
     return assemble('sign', _upright(stretch(parts, [radius, radius, 1])), 'wall')
 
 # %% ../../nbs/rooms/02_furniture.ipynb #towel
@@ -279,11 +391,15 @@ def towel(rng):
     front = np.stack([u * width * (1 - .06 * v), -.085 - .01 * v + fold, -v * drop], 2)
     back = np.stack([u * width, -.05 + fold * .5, -v * drop * .7], 2)
     bend = arc((-.0675, 0), .0175, 0, 180, 5)[:, None]
-    over = np.concatenate([np.broadcast_to(u[:1, :, None] * width, (5, 17, 1)), np.broadcast_to(bend, (5, 17, 2))], 2)
+    over = np.concatenate([np.broadcast_to(u[:1, :, None] * width, (5, 17, 1)),
+                           np.broadcast_to(bend, (5, 17, 2))], 2)
     border = sheet(front[-2:] + [0, -.001, 0], white(rng, 0))
     rail = [tube([(-width / 2 - .06, -.0675, 0), (width / 2 + .06, -.0675, 0)], .012, steel)]
-    rail += [tube([(s * (width / 2 + .05), -.0675, 0), (s * (width / 2 + .05), 0, 0)], .014, steel) for s in (-1, 1)]
-    return assemble('towel', [sheet(front, cloth), sheet(back, cloth), sheet(over, cloth), border, join(rail)], 'wall')
+    rail += [tube([(s * (width / 2 + .05), -.0675, 0), (s * (width / 2 + .05), 0, 0)], .014, steel)
+             for s in (-1, 1)]
+    return assemble('towel', [sheet(front, cloth), sheet(back, cloth), sheet(over, cloth), border,
+                              join(rail)], 'wall')
 
 # %% ../../nbs/rooms/02_furniture.ipynb #furniture
-FURNITURE = {maker.__name__: maker for maker in (table, chair, bench, shelf, cabinet, bed, lamp, light, clock, window, door, sign, towel)}
+FURNITURE = {maker.__name__: maker for maker in (table, chair, bench, shelf, cabinet, bed, lamp,
+                                                 light, clock, window, door, sign, towel)}

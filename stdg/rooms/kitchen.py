@@ -9,15 +9,36 @@ __all__ = ['SMALL', 'KITCHEN', 'hollow', 'glazed', 'cup', 'glass', 'bowl', 'plat
 # %% ../../nbs/rooms/03_kitchen.ipynb #imports
 import numpy as np
 
-from .solids import (
-    Material, any_color, arc, assemble, ball, color, dark, lathe, metal, mirror, paint,
-    patterned, picture, plain, sheet, shift, stretch, tube, turn, white, wood)
+from stdg.rooms.solids import (
+    Material,
+    any_color,
+    arc,
+    assemble,
+    ball,
+    color,
+    dark,
+    lathe,
+    metal,
+    mirror,
+    paint,
+    patterned,
+    picture,
+    plain,
+    sheet,
+    shift,
+    stretch,
+    tube,
+    turn,
+    white,
+    wood,
+)
 
 # %% ../../nbs/rooms/03_kitchen.ipynb #hollow
 SMALL = 'surface', 'floor'
 
 def hollow(profile, material, n=20, wall=.008, inside=None):
-    "A vessel with the outer `profile` (radius, height) from its foot to its rim: its parts, and its `container`."
+    """A vessel with the outer `profile` (radius, height) from its foot to its rim: its parts, and
+    its `container`."""
     profile = np.asarray(profile, float)
     inner = profile[profile[:, 1] > profile[0, 1] + wall][::-1] - [wall, 0]
     bottom = np.array([[inner[-1, 0] * .96, profile[0, 1] + wall], [0, profile[0, 1] + wall]])
@@ -26,13 +47,15 @@ def hollow(profile, material, n=20, wall=.008, inside=None):
     reach = max(inner[-1, 0], .5 * profile[-1, 0]) * .7
     return parts, (profile[0, 1] + wall, -reach, -reach, reach, reach)
 
-def glazed(rng): return patterned(rng, (.03, .06), .6, ('plain', 'plain', 'stripes', 'dots', 'noise'), 2)
+def glazed(rng):
+    return patterned(rng, (.03, .06), .6, ('plain', 'plain', 'stripes', 'dots', 'noise'), 2)
 
 # %% ../../nbs/rooms/03_kitchen.ipynb #cup
 def _handle(x, low, high, out, radius, material):
     "A bent handle on the side +x."
     t = np.linspace(0, np.pi, 9)
-    return tube(np.stack([x + out * np.sin(t * .94 + .1), np.zeros(9), (low + high) / 2 - (high - low) / 2 * np.cos(t)], 1), radius, material, 6)
+    return tube(np.stack([x + out * np.sin(t * .94 + .1), np.zeros(9),
+                          (low + high) / 2 - (high - low) / 2 * np.cos(t)], 1), radius, material, 6)
 
 def cup(rng):
     "A mug, or a teacup on its saucer; with a handle, and full."
@@ -44,11 +67,14 @@ def cup(rng):
         parts = [_handle(radius * .94, .025, height - .02, .055, .0095, clay)]
     else:
         height, radius = height * .72, .068
-        profile = [(radius * .5, 0), (radius * .55, .01), (radius * .8, height * .4), (radius, height)]
+        profile = [(radius * .5, 0), (radius * .55, .01), (radius * .8, height * .4),
+                   (radius, height)]
         parts = [_handle(radius * .78, height * .35, height * .9, .045, .008, clay)]
     parts += hollow(profile, clay, 20, .006, white(rng))[0]
     parts.append(lathe([(radius * .88, height * .82), (0, height * .82)], drink, 20))
-    if not mug: parts = [lathe([(0, 0), (.06, 0), (.11, .018), (.11, .022), (.05, .008), (0, .008)], clay, 24), *shift(parts, (0, 0, .009))]
+    if not mug:
+        parts = [lathe([(0, 0), (.06, 0), (.11, .018), (.11, .022), (.05, .008), (0, .008)], clay,
+                       24), *shift(parts, (0, 0, .009))]
     return assemble('cup', turn(parts, 2, rng.uniform(-60, 60)), SMALL)
 
 # %% ../../nbs/rooms/03_kitchen.ipynb #glass
@@ -58,25 +84,33 @@ def glass(rng):
     clear = plain(color(rng.uniform(.5, .6), rng.uniform(.06, .2), .92), 1.2)
     wine = plain(color(rng.choice([.97, .13, 0]), .85, rng.uniform(.4, .7)), .8)
     low, wide = height * .45, radius * rng.uniform(1, 1.25)
-    stem = lathe([(0, 0), (.045, 0), (.042, .006), (.008, .015), (.007, low), (.02, low + .012)], clear, 16)
+    stem = lathe([(0, 0), (.045, 0), (.042, .006), (.008, .015), (.007, low), (.02, low + .012)],
+                 clear, 16)
     level = low + (height - low) * .58
-    belly = lathe([(.02, low + .012), (radius * .8, low + (height - low) * .25), (wide, level)], wine, 20)
-    rim = lathe([(wide, level), (radius * .88, height), (radius * .85, height), (wide * .96, level)], clear, 20)
-    return assemble('glass', [stem, belly, rim, lathe([(wide * .97, level), (0, level)], wine, 20)], SMALL)
+    belly = lathe([(.02, low + .012), (radius * .8, low + (height - low) * .25), (wide, level)],
+                  wine, 20)
+    rim = lathe([(wide, level), (radius * .88, height), (radius * .85, height),
+                 (wide * .96, level)], clear, 20)
+    return assemble('glass', [stem, belly, rim, lathe([(wide * .97, level), (0, level)], wine, 20)],
+                    SMALL)
 
 # %% ../../nbs/rooms/03_kitchen.ipynb #bowl
 def bowl(rng):
     "Wide and open, of clay or wood."
     radius, height, full = rng.uniform(.13, .17), rng.uniform(.075, .11), rng.uniform(.75, .95)
     clay = glazed(rng) if rng.random() < .75 else wood(rng)
-    profile = [(radius * .45, 0), (radius * .45, .012), (radius * .72 * full, height * .3), (radius * .92, height * .65), (radius, height)]
+    profile = [(radius * .45, 0), (radius * .45, .012), (radius * .72 * full, height * .3),
+               (radius * .92, height * .65), (radius, height)]
     parts, inside = hollow(profile, clay, 24, .008, clay if rng.random() < .4 else white(rng))
     return assemble('bowl', parts, SMALL, container=inside)
 
 def plate(rng):
     "Flat, with a raised rim of another colour."
-    radius, ring, middle = rng.uniform(.14, .18), glazed(rng), white(rng) if rng.random() < .7 else glazed(rng)
-    rim = lathe([(radius * .62, .01), (radius, .032), (radius, .026), (radius * .6, 0), (0, 0)], ring, 28)
+    radius, ring, middle = rng.uniform(.14,
+                                       .18), glazed(rng), white(
+        rng) if rng.random() < .7 else glazed(rng)
+    rim = lathe([(radius * .62, .01), (radius, .032), (radius, .026), (radius * .6, 0), (0, 0)],
+                ring, 28)
     inner = lathe([(radius * .63, .0102), (radius * .5, .006), (0, .006)], middle, 28)
     reach = radius * .42
     return assemble('plate', [rim, inner], SMALL, support=[(.006, -reach, -reach, reach, reach)])
@@ -84,79 +118,116 @@ def plate(rng):
 # %% ../../nbs/rooms/03_kitchen.ipynb #bottle
 def bottle(rng):
     "A wine bottle, a water bottle or a squat flask, with a label and a cap."
-    kind, height, radius = rng.choice(['wine', 'water', 'flask']), rng.uniform(.29, .36), rng.uniform(.042, .052)
-    if kind == 'wine': skin, shoulder, neck = color(rng.choice([.33, .09, .3, .97]), .8, rng.uniform(.2, .42)), .58, .016
-    elif kind == 'water': skin, shoulder, neck = color(rng.uniform(.5, .6), rng.uniform(.25, .5), .9), .7, .02
-    else: skin, shoulder, neck, height, radius = any_color(rng, (.6, .9), (.5, .9)), .55, .018, height * .85, radius * 1.35
-    profile = [(0, 0), (radius * .95, 0), (radius, .01), (radius, height * shoulder), *arc((radius * .6, height * shoulder), radius * .4, 20, 70, 3),
+    kind, height, radius = rng.choice(['wine', 'water', 'flask']), rng.uniform(.29,
+        .36), rng.uniform(.042, .052)
+    if kind == 'wine':
+        skin, shoulder, neck = color(rng.choice([.33, .09, .3, .97]), .8,
+                                     rng.uniform(.2, .42)), .58, .016
+    elif kind == 'water':
+        skin, shoulder, neck = color(rng.uniform(.5, .6), rng.uniform(.25, .5), .9), .7, .02
+    else:
+        skin, shoulder, neck, height, radius = any_color(rng, (.6, .9),
+                                                         (.5, .9)), .55, .018, height * .85, radius * 1.35
+    profile = [(0, 0), (radius * .95, 0), (radius, .01), (radius, height * shoulder),
+               *arc((radius * .6, height * shoulder), radius * .4, 20, 70, 3),
                (neck * 1.1, height * (shoulder + .16)), (neck, height * .9)]
-    cap = lathe([(neck, height * .88), (neck * 1.25, height * .88), (neck * 1.25, height), (0, height)], paint(rng, .5), 12)
+    cap = lathe([(neck, height * .88), (neck * 1.25, height * .88), (neck * 1.25, height),
+                 (0, height)], paint(rng, .5), 12)
     paper = picture(rng, .05) if rng.random() < .6 else white(rng, .1)
-    label = lathe([(radius * 1.02, height * .16), (radius * 1.02, height * (shoulder - .1))], paper, 18)
+    label = lathe([(radius * 1.02, height * .16), (radius * 1.02, height * (shoulder - .1))], paper,
+                  18)
     return assemble('bottle', [lathe(profile, plain(skin, 1.), 18), cap, label], SMALL)
 
 def vase(rng):
     "A belly and a flaring neck, glazed with a pattern."
     height, belly, t = rng.uniform(.26, .4), rng.uniform(.075, .115), np.linspace(0, 1, 11)
-    round_ = .28 + .72 * np.exp(-((t - rng.uniform(.32, .55)) / .26)**2) + .55 * np.clip(t - .8, 0, 1) / .2
+    round_ = .28 + .72 * np.exp(-((t - rng.uniform(.32, .55)) / .26)**2) + .55 * np.clip(t - .8, 0,
+        1) / .2
     urn = np.interp(t, [0, .62, .8, .88, 1], [.5, 1, .62, .42, .66])
     radius = belly * (round_, urn, .62 + .4 * np.sin(2 * np.pi * (t * .95 + .02)))[rng.integers(3)]
     clay = patterned(rng, (.05, .1), .8, ('stripes', 'plain', 'noise', 'checks', 'dots'), 2)
-    mouth = [(radius[-1], height), (radius[-1] * .8, height - .004), (radius[-2] * .8, height * .92), (0, height * .9)]
-    return assemble('vase', [lathe([(0, 0), *np.stack([radius, t * height], 1)], clay, 20), lathe(mouth, dark(rng), 20)], SMALL)
+    mouth = [(radius[-1], height), (radius[-1] * .8, height - .004),
+             (radius[-2] * .8, height * .92), (0, height * .9)]
+    return assemble('vase', [lathe([(0, 0), *np.stack([radius, t * height], 1)], clay, 20),
+                             lathe(mouth, dark(rng), 20)], SMALL)
 
 # %% ../../nbs/rooms/03_kitchen.ipynb #pot
 def pot(rng):
     "A cooking pot with two handles and a lid, or a saucepan with one long handle."
     steel, grip = metal(rng) if rng.random() < .5 else paint(rng, .7), dark(rng)
     radius, height = rng.uniform(.11, .14), rng.uniform(.1, .15)
-    body, inside = hollow([(radius * .94, 0), (radius, .012), (radius, height), (radius * 1.05, height + .004)], steel, 24)
+    body, inside = hollow([(radius * .94, 0), (radius, .012), (radius, height),
+                           (radius * 1.05, height + .004)], steel, 24)
     if rng.random() < .5:
-        handle = tube([(radius, 0, height * .8), (radius + .05, 0, height * .86), (radius + .22, 0, height * .95)], [.009, .012, .016], grip)
-        return assemble('pot', turn([*body, handle], 2, rng.uniform(-50, 20)), SMALL, container=inside)
-    path = [[-.03, -.05, 0], [.015, -.042, .006], [.02, 0, .008], [.015, .042, .006], [-.03, .05, 0]]
+        handle = tube([(radius, 0, height * .8), (radius + .05, 0, height * .86),
+                       (radius + .22, 0, height * .95)], [.009, .012, .016], grip)
+        return assemble('pot', turn([*body, handle], 2, rng.uniform(-50, 20)), SMALL,
+                        container=inside)
+    path = [[-.03, -.05, 0], [.015, -.042, .006], [.02, 0, .008], [.015, .042, .006],
+            [-.03, .05, 0]]
     ears = mirror([tube(np.array(path) + [radius + .03, 0, height * .72], .011, grip, 6)])
-    lid = lathe([(radius * 1.06, height), (radius * 1.06, height + .012), (radius * .5, height + .038), (0, height + .042)], steel, 24)
-    knob = lathe([(.012, height + .04), (.026, height + .06), (.02, height + .075), (0, height + .075)], grip, 10)
+    lid = lathe([(radius * 1.06, height), (radius * 1.06, height + .012),
+                 (radius * .5, height + .038), (0, height + .042)], steel, 24)
+    knob = lathe([(.012, height + .04), (.026, height + .06), (.02, height + .075),
+                  (0, height + .075)], grip, 10)
     return assemble('pot', [*body, *ears, lid, knob], SMALL)
 
 # %% ../../nbs/rooms/03_kitchen.ipynb #basket
 def basket(rng):
     "Woven, wider above, round or oval, with a handle over it or two at the sides."
     h, s, v = rng.uniform(.07, .1), rng.uniform(.45, .65), rng.uniform(.55, .8)
-    cane = Material('checks', [color(h, s, v), color(h, s + .1, v * .55)], rng.uniform(.03, .045), int(rng.integers(1 << 30)))
+    cane = Material('checks', [color(h, s, v), color(h, s + .1, v * .55)], rng.uniform(.03, .045),
+                    int(rng.integers(1 << 30)))
     rope, radius, height = plain(color(h, s, v * .7)), rng.uniform(.14, .18), rng.uniform(.12, .18)
-    parts, inside = hollow([(radius * .78, 0), (radius * .9, height * .5), (radius, height)], cane, 20, .014)
-    parts.append(tube(np.column_stack([arc((0, 0), radius, 0, 360, 21), np.full(21, height)]), .014, rope, 5))
+    parts, inside = hollow([(radius * .78, 0), (radius * .9, height * .5), (radius, height)], cane,
+                           20, .014)
+    parts.append(tube(np.column_stack([arc((0, 0), radius, 0, 360, 21), np.full(21, height)]), .014,
+                      rope, 5))
     t = np.linspace(0, np.pi, 15)
     if rng.random() < .6:
-        parts.append(tube(np.stack([radius * np.cos(t), 0 * t, height + rng.uniform(.16, .22) * np.sin(t)], 1), .012, rope, 6))
-    else: parts += mirror([tube(np.stack([radius + .01 + .02 * np.sin(t), -.06 * np.cos(t), height - .01 + .07 * np.sin(t)], 1)[::2], .011, rope, 6)])
-    return assemble('basket', stretch(parts, [rng.choice([1, 1.35]), 1, 1]), SMALL, container=inside)
+        parts.append(
+            tube(np.stack([radius * np.cos(t), 0 * t, height + rng.uniform(.16, .22) * np.sin(t)],
+                          1), .012, rope, 6))
+    else:
+        parts += mirror(
+            [tube(np.stack([radius + .01 + .02 * np.sin(t), -.06 * np.cos(t),
+                            height - .01 + .07 * np.sin(t)], 1)[::2], .011, rope, 6)])
+    return assemble('basket', stretch(parts, [rng.choice([1, 1.35]), 1, 1]), SMALL,
+                    container=inside)
 
 # %% ../../nbs/rooms/03_kitchen.ipynb #fruit
 def orange(rng):
     "A ball with a stalk and a leaf."
     radius, seed = rng.uniform(.045, .058), int(rng.integers(1 << 30))
-    peel = Material('noise', [color(rng.uniform(.06, .085), .95, 1), color(rng.uniform(.055, .075), .97, .94)], .012, seed, gloss=.35)
+    peel = Material('noise',
+                    [color(rng.uniform(.06, .085), .95, 1),
+                     color(rng.uniform(.055, .075), .97, .94)], .012, seed, gloss=.35)
     u, v = np.meshgrid(np.linspace(0, 1, 5), [-1, 0, 1])
-    leaf = np.stack([u * .065, v * .018 * np.sin(np.pi * np.clip(u, .03, .97)), radius * 1.88 + .012 * np.sin(2.5 * u) + .003 * v**2], 2)
-    stalk = tube([(0, 0, radius * 1.8), (.002, 0, radius * 1.88 + .012)], .005, plain(color(.1, .6, .35)), 5)
-    parts = [ball((radius, radius, radius * .94), (0, 0, radius * .94), peel), stalk, sheet(leaf, plain(color(.33, .8, .5), .2))]
-    return assemble('orange', turn(turn(parts, 0, rng.uniform(-15, 25)), 2, rng.uniform(0, 360)), SMALL)
+    leaf = np.stack([u * .065, v * .018 * np.sin(np.pi * np.clip(u, .03, .97)),
+                     radius * 1.88 + .012 * np.sin(2.5 * u) + .003 * v**2], 2)
+    stalk = tube([(0, 0, radius * 1.8), (.002, 0, radius * 1.88 + .012)], .005,
+                 plain(color(.1, .6, .35)), 5)
+    parts = [ball((radius, radius, radius * .94), (0, 0, radius * .94), peel), stalk,
+             sheet(leaf, plain(color(.33, .8, .5), .2))]
+    return assemble('orange', turn(turn(parts, 0, rng.uniform(-15, 25)), 2, rng.uniform(0, 360)),
+                    SMALL)
 
 def banana(rng):
     "One, or a bunch of two or three joined at the stalk."
-    peel, tip = plain(color(rng.uniform(.125, .155), .85, rng.uniform(.9, 1)), .25), plain(color(.09, .6, .2))
+    peel, tip = plain(color(rng.uniform(.125, .155), .85, rng.uniform(.9, 1)),
+                      .25), plain(color(.09, .6, .2))
     length, fat = rng.uniform(.1, .12), rng.uniform(.02, .025)
     bend = arc((0, 0), length, -172, -22, 12) * [1, .92]
     path = np.stack([bend[:, 0], np.zeros(12), bend[:, 1]], 1)
-    radius = fat * np.interp(np.linspace(0, 1, 12), [0, .1, .25, .75, .92, 1], [.3, .5, 1, 1, .6, .35])
+    radius = fat * np.interp(np.linspace(0, 1, 12), [0, .1, .25, .75, .92, 1],
+                             [.3, .5, 1, 1, .6, .35])
     stalk = path[0] + np.array([[0, 0, 0], [-.004, 0, .02], [-.012, 0, .038]])
     end = np.stack([path[-1], path[-1] + (path[-1] - path[-2]) * .3])
     one = [tube(path, radius, peel, 7), tube(stalk, fat * .36, tip, 6), tube(end, fat * .4, tip, 6)]
-    bunch = [part for k in range(rng.integers(1, 4)) for part in turn(turn(one, 0, 12 + 26 * k), 2, -9 * k, path[0])]
+    bunch = [part for k in range(rng.integers(1, 4)) for part in turn(turn(one, 0, 12 + 26 * k), 2,
+        -9 * k, path[0])]
     return assemble('banana', turn(bunch, 2, rng.uniform(-35, 35) + rng.choice([0, 180])), SMALL)
 
 # %% ../../nbs/rooms/03_kitchen.ipynb #kitchen
-KITCHEN = {maker.__name__: maker for maker in (cup, glass, bowl, plate, bottle, vase, pot, basket, orange, banana)}
+KITCHEN = {maker.__name__: maker for maker in (cup, glass, bowl, plate, bottle, vase, pot, basket,
+                                               orange, banana)}

@@ -10,21 +10,25 @@ __all__ = ['TRIES', 'HOOKED', 'room_solids', 'RoomLayout', 'stand', 'mounts', 'r
 # %% ../../nbs/rooms/08_layout.ipynb #imports
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from .relations import Bodies, footprints, separation
+
 from .catalogue import CATEGORIES, make
+from .relations import Bodies, footprints, separation
 
 # %% ../../nbs/rooms/08_layout.ipynb #solids
 def room_solids(shape):
-    "Boxes `(S,2,3)` that a shape fills, metres: one for each connected piece of furniture, else one for the whole."
+    """Boxes `(S,2,3)` that a shape fills, metres: one for each connected piece of furniture, else
+    one for the whole."""
     if not shape.support: return np.asarray(shape.bounds)[None]
     boxes = []
     for part in shape.parts:
         corners, weld = np.unique(np.round(part.vertices, 4), axis=0, return_inverse=True)
         faces = weld.reshape(-1)[part.faces]
-        edges = coo_array((np.ones(len(faces) * 2), (faces[:, :2].ravel(), faces[:, 1:].ravel())), shape=(len(corners),) * 2)
+        edges = coo_array((np.ones(len(faces) * 2), (faces[:, :2].ravel(), faces[:, 1:].ravel())),
+                          shape=(len(corners),) * 2)
         n, piece = connected_components(edges, directed=False)
         low, high = np.full((n, 3), np.inf), np.full((n, 3), -np.inf)
         np.minimum.at(low, piece, corners), np.maximum.at(high, piece, corners)
@@ -34,7 +38,9 @@ def room_solids(shape):
 # %% ../../nbs/rooms/08_layout.ipynb #layout
 @dataclass
 class RoomLayout:
-    "What stands where. The room spans x in ±width/2 and y below 0, where the back wall is; metres, z up."
+    """What stands where.
+
+    The room spans x in ±width/2 and y below 0, where the back wall is; metres, z up."""
     width: float
     names: list = field(default_factory=list)
     shapes: list = field(default_factory=list)
@@ -49,14 +55,17 @@ class RoomLayout:
         chosen = [i for i in range(len(self)) if i not in but]
         owner = np.repeat(chosen, [len(self.pieces[i]) for i in chosen]).astype(int)
         poses = np.array(self.poses).reshape(-1, 4)[owner]
-        return Bodies(poses[:, :3], poses[:, 3], np.concatenate([np.zeros((0, 2, 3)), *[self.pieces[i] for i in chosen]]))
+        return Bodies(poses[:, :3], poses[:, 3],
+                      np.concatenate([np.zeros((0, 2, 3)), *[self.pieces[i] for i in chosen]]))
 
     def bodies(self):
         "`Bodies` of the things themselves, with their surfaces and interiors."
         poses = np.array(self.poses).reshape(-1, 4)
         surfaces = [(i, *s) for i, shape in enumerate(self.shapes) for s in shape.support]
-        interiors = [(i, *shape.container) for i, shape in enumerate(self.shapes) if shape.container is not None]
-        return Bodies(poses[:, :3], poses[:, 3], [s.bounds for s in self.shapes], self.fixed, surfaces, interiors)
+        interiors = [(i, *shape.container) for i, shape in enumerate(self.shapes)
+                     if shape.container is not None]
+        return Bodies(poses[:, :3], poses[:, 3], [s.bounds for s in self.shapes], self.fixed,
+                      surfaces, interiors)
 
 # %% ../../nbs/rooms/08_layout.ipynb #stand
 def stand(
@@ -66,8 +75,11 @@ def stand(
     fixed=False,  # held by wall or ceiling
     but=(),  # things that it may overlap: the bowl that an orange lies in
 ):
-    "Put `shape` at the first free spot. Returns its number in `layout`, or None if no spot is free."
-    pieces, (spots, yaws) = room_solids(shape), (np.asarray(spots, float).reshape(-1, 3), np.asarray(yaws, float).reshape(-1))
+    """Put `shape` at the first free spot.
+
+    Returns its number in `layout`, or None if no spot is free."""
+    pieces, (spots, yaws) = room_solids(shape), (np.asarray(spots, float).reshape(-1, 3),
+                                                 np.asarray(yaws, float).reshape(-1))
     if not len(spots): return None
     k, s = len(spots), len(pieces)
     new = Bodies(spots.repeat(s, 0), yaws.repeat(s), np.tile(pieces, (k, 1, 1)))
@@ -90,9 +102,12 @@ def roles():
     size = {name: np.ptp(shape.bounds, axis=0) for name, shape in shapes.items()}
     on = lambda mount: [name for name in shapes if mount in mounts(shapes[name])]
     furniture = [name for name in on('floor') if shapes[name].support and size[name].max() > .5]
-    return {'furniture': tuple(furniture), 'wall': tuple(on('wall')), 'hang': tuple(on('hang')), 'small': tuple(on('surface')),
-            'floor': tuple(name for name in on('floor') if name not in furniture and size[name].max() > .25),
-            'fill': tuple(name for name in on('surface') if size[name].max() < .5 and shapes[name].container is None)}
+    return {'furniture': tuple(furniture), 'wall': tuple(on('wall')), 'hang': tuple(on('hang')),
+            'small': tuple(on('surface')),
+            'floor': tuple(name for name in on('floor') if name not in furniture
+                           and size[name].max() > .25),
+            'fill': tuple(name for name in on('surface') if size[name].max() < .5
+                          and shapes[name].container is None)}
 
 def resized(shape, factor):
     "The same shape, larger or smaller by `factor`."
@@ -100,7 +115,8 @@ def resized(shape, factor):
     parts = [replace(part, vertices=part.vertices * factor) for part in shape.parts]
     scaled = lambda rectangle: tuple(float(v) * factor for v in rectangle)
     container = None if shape.container is None else scaled(shape.container)
-    return replace(shape, parts=parts, support=[scaled(s) for s in shape.support], container=container)
+    return replace(shape, parts=parts, support=[scaled(s) for s in shape.support],
+                   container=container)
 
 # %% ../../nbs/rooms/08_layout.ipynb #furnish
 TRIES = 12
@@ -111,22 +127,28 @@ def _beside(layout, shape, host, rng):
     "Spots to the left and right of `host`, backs in line, 3 to 15 mm apart; and its yaw."
     x, y, z, yaw = layout.poses[host]
     side = rng.choice([-1, 1], TRIES)
-    reach = np.where(side > 0, layout.shapes[host].bounds[1][0] - shape.bounds[0][0], layout.shapes[host].bounds[0][0] - shape.bounds[1][0])
+    reach = np.where(side > 0, layout.shapes[host].bounds[1][0] - shape.bounds[0][0],
+                     layout.shapes[host].bounds[0][0] - shape.bounds[1][0])
     along = reach + side * rng.uniform(.003, .015, TRIES)
     back = layout.shapes[host].bounds[1][1] - shape.bounds[1][1]
     cos, sin = np.cos(yaw), np.sin(yaw)
-    return np.stack([x + cos * along - sin * back, y + sin * along + cos * back, np.zeros(TRIES)], 1), np.full(TRIES, yaw)
+    return np.stack([x + cos * along - sin * back, y + sin * along + cos * back, np.zeros(TRIES)],
+                    1), np.full(TRIES, yaw)
 
 def _furniture_spots(layout, shape, rng):
-    "Spots `(K,3)` and yaws `(K,)` for a piece of furniture: at the back wall, at a side wall, free, or beside another."
+    """Spots `(K,3)` and yaws `(K,)` for a piece of furniture: at the back wall, at a side wall,
+    free, or beside another."""
     way = rng.choice(['back', 'side', 'free', 'beside'], p=(.35, .15, .25, .25))
     width, depth, zero = layout.width, shape.bounds[1][1], np.zeros(TRIES)
-    if way == 'beside' and len(layout): return _beside(layout, shape, rng.integers(len(layout)), rng)
+    if way == 'beside' and len(layout):
+        return _beside(layout, shape, rng.integers(len(layout)), rng)
     if way == 'side':
         side = rng.choice([-1, 1], TRIES)
-        return np.stack([side * (width / 2 - depth - .01), rng.uniform(-1.4, -.4, TRIES), zero], 1), -side * np.pi / 2
+        return np.stack([side * (width / 2 - depth - .01), rng.uniform(-1.4, -.4, TRIES), zero],
+                        1), -side * np.pi / 2
     if way == 'free':
-        return np.stack([rng.normal(0, .45, TRIES), rng.uniform(-1.3, -.6, TRIES), zero], 1), rng.uniform(-.7, .7, TRIES)
+        return np.stack([rng.normal(0, .45, TRIES), rng.uniform(-1.3, -.6, TRIES), zero],
+                        1), rng.uniform(-.7, .7, TRIES)
     return np.stack([rng.normal(0, .6, TRIES), zero - depth - .01, zero], 1), zero
 
 def furnish(layout, rng):
@@ -148,7 +170,8 @@ def dress_walls(layout, rng):
         along = rng.normal(0, .6, TRIES) if side == 0 else rng.uniform(-1.2, -.4, TRIES)
         flat = np.full(TRIES, -.001)
         x, y = (along, flat) if side == 0 else (side * (layout.width / 2 + flat), along)
-        stand(layout, name, shape, np.stack([x, y, z], 1), np.full(TRIES, -side * np.pi / 2), fixed=True)
+        stand(layout, name, shape, np.stack([x, y, z], 1), np.full(TRIES, -side * np.pi / 2),
+              fixed=True)
 
 def hang_lamps(layout, rng):
     "Now and then a hanging thing over a piece of furniture."
@@ -167,7 +190,8 @@ HOOKED = 'bag', 'hat', 'umbrella'
 
 def hang_on_hooks(layout, rng):
     "Now and then a bag or a hat that hangs from the front or a side of furniture or a door."
-    hosts = [i for i, shape in enumerate(layout.shapes) if extent(shape)[2] > .55 and (shape.support or layout.names[i] == 'door')]
+    hosts = [i for i, shape in enumerate(layout.shapes) if extent(shape)[2] > .55
+             and (shape.support or layout.names[i] == 'door')]
     if not hosts or rng.random() > .7: return
     name, host = rng.choice(HOOKED), int(rng.choice(hosts))
     shape, (x, y, z, yaw) = make(name, rng), layout.poses[host]
@@ -175,17 +199,21 @@ def hang_on_hooks(layout, rng):
     face = rng.choice([-1, 0, 1], TRIES)
     middle = piece.mean(1)
     out = np.stack([np.where(face == 0, 0, face), np.where(face == 0, -1, 0)], 1)
-    reach = np.where(face == 0, piece[:, 1, 1] - piece[:, 0, 1], piece[:, 1, 0] - piece[:, 0, 0]) / 2
+    reach = np.where(face == 0, piece[:, 1, 1] - piece[:, 0, 1],
+                     piece[:, 1, 0] - piece[:, 0, 0]) / 2
     spot = middle[:, :2] + out * (reach + shape.bounds[1][1] + .004)[:, None]
     cos, sin = np.cos(yaw), np.sin(yaw)
     top = z + piece[:, 1, 2] - rng.uniform(0, .05, TRIES) - shape.bounds[1][2]
-    spots = np.stack([x + cos * spot[:, 0] - sin * spot[:, 1], y + sin * spot[:, 0] + cos * spot[:, 1], top], 1)
+    spots = np.stack([x + cos * spot[:, 0] - sin * spot[:, 1],
+                      y + sin * spot[:, 0] + cos * spot[:, 1], top], 1)
     high = top + shape.bounds[0][2] > .08
     stand(layout, name, shape, spots[high], (yaw + face * np.pi / 2)[high])
 
 # %% ../../nbs/rooms/08_layout.ipynb #put
 def put(layout, name, shape, host, rectangle, rng, spread=.5, but=()):
-    "Stand `shape` somewhere in the `rectangle` (z, x0, y0, x1, y1) of `host`. Returns its number or None."
+    """Stand `shape` somewhere in the `rectangle` (z, x0, y0, x1, y1) of `host`.
+
+    Returns its number or None."""
     x, y, z, yaw = layout.poses[host]
     turned = rng.normal(0, spread, TRIES)
     size, cos, sin = extent(shape), np.abs(np.cos(turned)), np.abs(np.sin(turned))
@@ -194,12 +222,14 @@ def put(layout, name, shape, host, rectangle, rng, spread=.5, but=()):
     fits = (high >= low).all(1)
     spot = (low + (high - low) * rng.random((TRIES, 2)))[fits]
     cos, sin = np.cos(yaw), np.sin(yaw)
-    spots = np.stack([x + cos * spot[:, 0] - sin * spot[:, 1], y + sin * spot[:, 0] + cos * spot[:, 1],
+    spots = np.stack([x + cos * spot[:, 0] - sin * spot[:, 1],
+                      y + sin * spot[:, 0] + cos * spot[:, 1],
                       np.full(len(spot), z + rectangle[0] - shape.bounds[0][2])], 1)
     return stand(layout, name, shape, spots, (yaw + turned)[fits], but=but)
 
 def _small(rng, name=None):
-    "A small thing, up to nine tenths larger than in life so that it can be recognised in a small picture."
+    """A small thing, up to nine tenths larger than in life so that it can be recognised in a small
+    picture."""
     name = name or rng.choice(roles()['small'])
     shape = make(name, rng)
     return name, resized(shape, float(np.clip(.42 / extent(shape).max(), 1, 1.9)))
@@ -215,32 +245,43 @@ def load_surfaces(layout, rng, most=4):
 
 # %% ../../nbs/rooms/08_layout.ipynb #fill
 def fill_containers(layout, rng):
-    "One to three small things in most containers, shrunk to fit; in a deep one the tallest of several, so that it is seen."
+    """One to three small things in most containers, shrunk to fit; in a deep one the tallest of
+    several, so that it is seen."""
     for host in range(len(layout)):
         box = layout.shapes[host].container
         if box is None or rng.random() > .85: continue
-        room, deep = min(box[3] - box[1], box[4] - box[2]), layout.shapes[host].bounds[1][2] - box[0]
+        room, deep = min(box[3] - box[1],
+                         box[4] - box[2]), layout.shapes[host].bounds[1][2] - box[0]
         for _ in range(rng.integers(1, 4)):
-            chosen = [_small(rng, rng.choice(roles()['fill'])) for _ in range(4 if deep > .15 else 1)]
-            fitted = [(name, resized(shape, float(np.clip(.65 * room / np.hypot(*extent(shape)[:2]), .5, 1)))) for name, shape in chosen]
-            put(layout, *max(fitted, key=lambda pair: extent(pair[1])[2]), host, box, rng, spread=1.5, but=(host,))
+            chosen = [_small(rng, rng.choice(roles()['fill']))
+                      for _ in range(4 if deep > .15 else 1)]
+            fitted = [(name,
+                       resized(shape,
+                               float(np.clip(.65 * room / np.hypot(*extent(shape)[:2]), .5, 1))))
+                      for name, shape in chosen]
+            put(layout, *max(fitted, key=lambda pair: extent(pair[1])[2]), host, box, rng,
+                spread=1.5, but=(host,))
 
 def fill_floor(layout, rng):
     "Something under a table now and then, and one to three things on the floor."
     floor = roles()['floor']
     for host, shape in enumerate(layout.shapes[:]):
-        if shape.support and not layout.fixed[host] and min(s[0] for s in shape.support) > .3 and rng.random() < .6:
+        if shape.support and not layout.fixed[host] and min(s[0]
+            for s in shape.support) > .3 and rng.random() < .6:
             (x0, y0, _), (x1, y1, _) = np.asarray(shape.bounds) * .95
             name = rng.choice(floor)
             put(layout, name, make(name, rng), host, (0, x0, y0, x1, y1), rng)
     for _ in range(rng.integers(1, 4)):
         name = rng.choice(floor)
-        spots = np.stack([rng.normal(0, .6, TRIES), rng.uniform(-1.6, -.3, TRIES), np.zeros(TRIES)], 1)
+        spots = np.stack([rng.normal(0, .6, TRIES), rng.uniform(-1.6, -.3, TRIES), np.zeros(TRIES)],
+                         1)
         stand(layout, name, make(name, rng), spots, rng.uniform(-1, 1, TRIES))
 
 # %% ../../nbs/rooms/08_layout.ipynb #arrange
 def arrange(rng):
     "A furnished room: `RoomLayout`."
     layout = RoomLayout(width=rng.uniform(2.6, 3.6))
-    for step in (furnish, dress_walls, hang_lamps, load_surfaces, fill_floor, fill_containers, hang_on_hooks): step(layout, rng)
+    for step in (furnish, dress_walls, hang_lamps, load_surfaces, fill_floor, fill_containers,
+                 hang_on_hooks):
+        step(layout, rng)
     return layout

@@ -8,6 +8,7 @@ __all__ = ['PREDICATES', 'COUNTS', 'Bodies', 'rotation', 'footprints', 'heights'
 
 # %% ../../nbs/rooms/07_relations.ipynb #imports
 from dataclasses import dataclass, field
+
 import numpy as np
 
 # %% ../../nbs/rooms/07_relations.ipynb #bodies
@@ -18,7 +19,8 @@ class Bodies:
     yaw: np.ndarray  # (N,) turn about the vertical, radians
     bounds: np.ndarray  # (N,2,3) lowest and highest corner in the own frame
     fixed: np.ndarray = None  # (N,) bool: held by wall or ceiling; default none
-    surfaces: np.ndarray = field(default_factory=lambda: np.zeros((0, 6)))  # (M,6) owner, z, x0, y0, x1, y1
+    # (M,6) owner, z, x0, y0, x1, y1
+    surfaces: np.ndarray = field(default_factory=lambda: np.zeros((0, 6)))
     interiors: np.ndarray = field(default_factory=lambda: np.zeros((0, 6)))  # (K,6) likewise
 
     def __post_init__(self):
@@ -61,7 +63,8 @@ def local(points, owner, bodies):
 
 # %% ../../nbs/rooms/07_relations.ipynb #gap
 def gap(first, second):
-    "Signed horizontal distance `(A,B)` between footprints `(A,4,2)` and `(B,4,2)`, metres; negative is depth of overlap."
+    """Signed horizontal distance `(A,B)` between footprints `(A,4,2)` and `(B,4,2)`, metres;
+    negative is depth of overlap."""
     def along(axes_of, a, b):
         sides = axes_of[:, 1:3] - axes_of[:, 0:2]
         sides = sides / np.maximum(np.linalg.norm(sides, axis=-1, keepdims=True), 1e-9)
@@ -72,7 +75,8 @@ def gap(first, second):
     return np.maximum(along(first, first, second), along(second, second, first).T)
 
 def separation(first, second):
-    "Signed distance `(A,B)` between the boxes of two `Bodies`, metres; below zero they interpenetrate."
+    """Signed distance `(A,B)` between the boxes of two `Bodies`, metres; below zero they
+    interpenetrate."""
     a, b = heights(first), heights(second)
     vertical = np.maximum(a[:, None, 0] - b[None, :, 1], b[None, :, 0] - a[:, None, 1])
     return np.maximum(gap(footprints(first), footprints(second)), vertical)
@@ -80,7 +84,9 @@ def separation(first, second):
 # %% ../../nbs/rooms/07_relations.ipynb #pairs
 @dataclass
 class Pairs:
-    "Measurements of all pairs, each `(N,N)` with subjects in rows and objects in columns. Metres and shares."
+    """Measurements of all pairs, each `(N,N)` with subjects in rows and objects in columns.
+
+    Metres and shares."""
     side: np.ndarray  # horizontal gap, negative when footprints overlap
     rise: np.ndarray  # base of the subject over the top of the object
     level: np.ndarray  # difference of the two bases
@@ -99,13 +105,16 @@ class Pairs:
 
 # %% ../../nbs/rooms/07_relations.ipynb #carriers
 def _carried(bodies, feet, places, tolerance):
-    "Which feet `(N,3)` lie in which owner's rectangles `(M,6)`: (N,N) bool. `tolerance` (2,) metres below and above."
+    """Which feet `(N,3)` lie in which owner's rectangles `(M,6)`: (N,N) bool.
+
+    `tolerance` (2,) metres below and above."""
     carried = np.zeros((len(bodies), len(bodies)), bool)
     owner = places[:, 0].astype(int)
     spot = local(feet, owner, bodies)
     inside = ((spot[..., :2] >= places[:, 2:4]) & (spot[..., :2] <= places[:, 4:6])).all(-1)
     lift = spot[..., 2] - places[:, 1]
-    inside &= (lift >= -tolerance[0]) & (lift <= tolerance[1]) & (np.arange(len(bodies))[:, None] != owner)
+    inside &= (lift >= -tolerance[0]) & (lift <= tolerance[1]) & (np.arange(len(bodies))[:,
+        None] != owner)
     rows, columns = np.nonzero(inside)
     carried[rows, owner[columns]] = True
     return carried
@@ -138,13 +147,16 @@ def measure(
     based = (low < .01) | bodies.fixed
     return Pairs(
         side=gap(prints, prints), rise=low[:, None] - high, level=np.abs(low[:, None] - low),
-        shared=_overlap(low, high) / smaller(high - low), within=within, rests=rests & ~held, held=held,
-        free=~(rests.any(1) | held.any(1) | based)[:, None], fixed=bodies.fixed[:, None], based=based[:, None],
+        shared=_overlap(low, high) / smaller(high - low), within=within, rests=rests & ~held,
+                 held=held,
+        free=~(rests.any(1) | held.any(1) | based)[:, None], fixed=bodies.fixed[:, None],
+                 based=based[:, None],
         beneath=load - high[:, None], drop=high - high[:, None], further=depth[:, None] - depth,
         cover=shared_x * shared_y / smaller(width * height), column=shared_x / smaller(width))
 
 # %% ../../nbs/rooms/07_relations.ipynb #relate
-PREDICATES = ('above', 'against', 'behind', 'hanging from', 'in', 'in front of', 'near', 'on', 'over', 'under')
+PREDICATES = ('above', 'against', 'behind', 'hanging from', 'in', 'in front of', 'near', 'on',
+              'over', 'under')
 
 def decide_predicates(pairs):
     "Truth of every predicate for every pair: dict of `(N,N)` bool, keys `PREDICATES`."
@@ -159,23 +171,29 @@ def decide_predicates(pairs):
     overlapping = (p.cover >= .1) & (p.shared > 0) & (p.side > -.02) & ~linked
     held_up = p.fixed & p.fixed.T
     rules = {
-        'in': p.held, 'on': p.rests, 'hanging from': hanging, 'under': under, 'over': over & ~linked,
+        'in': p.held, 'on': p.rests, 'hanging from': hanging, 'under': under,
+             'over': over & ~linked,
         'against': (p.side >= -.005) & (p.side <= .02) & (p.shared >= .5) & ~linked & ~held_up,
-        'near': (p.level < .05) & (p.side > .02) & (p.side <= .25) & ~linked & ~p.fixed & ~p.fixed.T,
-        'above': (p.rise >= 0) & (p.rise <= .8) & (p.side <= .25) & (p.column >= .5) & ~linked & ~over & ~under.T,
+        'near': (p.level < .05) & (p.side > .02) & (p.side <= .25) & ~linked & ~p.fixed
+             & ~p.fixed.T,
+        'above': (p.rise >= 0) & (p.rise <= .8) & (p.side <= .25) & (p.column >= .5) & ~linked
+             & ~over & ~under.T,
         'behind': overlapping & (p.further > .15), 'in front of': overlapping & (p.further < -.15)}
     different = ~np.eye(len(p.side), dtype=bool)
     return {name: rules[name] & different for name in PREDICATES}
 
 # %% ../../nbs/rooms/07_relations.ipynb #relations-of
 def relations(bodies, boxes, depth):
-    "All true relations `(R,3)` int64 (subject, object, predicate in `PREDICATES`), sorted, and their `Pairs`."
+    """All true relations `(R,3)` int64 (subject, object, predicate in `PREDICATES`), sorted, and
+    their `Pairs`."""
     pairs = measure(bodies, boxes, depth)
     truth = np.stack(list(decide_predicates(pairs).values()), -1)
     return np.argwhere(truth), pairs
 
 # %% ../../nbs/rooms/07_relations.ipynb #annotate
-COUNTS = dict(zip(PREDICATES, (47341, 3092, 41356, 9894, 251756, 13715, 96589, 712409, 9317, 22596)))  # in Visual Genome
+# in Visual Genome
+COUNTS = dict(zip(PREDICATES, (47341, 3092, 41356, 9894, 251756, 13715, 96589, 712409, 9317,
+                               22596)))
 
 def annotate(
     dense,  # (R,3) all true relations
@@ -184,13 +202,15 @@ def annotate(
     rng,  # `np.random.Generator`
     mean=6.,  # mean number of relations to write down
 ):
-    "The relations `(K,3)` that a sparse annotator writes down: at least one if there is any, one for a pair, sorted."
+    """The relations `(K,3)` that a sparse annotator writes down: at least one if there is any, one
+    for a pair, sorted."""
     if not len(dense): return dense
     a, b, p = dense.T
     boxes = np.asarray(boxes, float)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     apart = np.maximum(pairs.side, np.maximum(pairs.rise, pairs.rise.T)).clip(0)[a, b]
-    weight = .5 * np.log(np.array(list(COUNTS.values()))[p]) + .25 * np.log(area[a] * area[b]) - apart / .3
+    weight = .5 * np.log(np.array(list(COUNTS.values()))[p]) + .25 * np.log(
+        area[a] * area[b]) - apart / .3
     weight = weight - np.log(4) * (area[a] > area[b])
     order = np.argsort(-(weight + rng.gumbel(size=len(weight))), kind='stable')
     pair = np.sort(dense[order, :2], 1)

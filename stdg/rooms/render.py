@@ -35,13 +35,16 @@ class Camera:
         return np.stack([right, np.cross(ahead, right), ahead])
 
     def matrix(self, size):
-        "(3,3) intrinsic matrix in pixels for pictures of `size` (height, width). Source: method spec 2.3a."
+        """(3,3) intrinsic matrix in pixels for pictures of `size` (height, width).
+
+        Source: method spec 2.3a."""
         height, width = size
         focal = width / 2 / np.tan(np.radians(self.fov) / 2)
         return np.array([[focal, 0, width / 2 + .5], [0, focal, height / 2 + .5], [0, 0, 1]])
 
     def rays(self, size, u=None, v=None):
-        "Directions `(N,3)` float32, of depth 1, through the points (u, v), by default the centres of all pixels (1-based)."
+        """Directions `(N,3)` float32, of depth 1, through the points (u, v), by default the centres
+        of all pixels (1-based)."""
         if u is None: v, u = (a.ravel() for a in np.mgrid[1:size[0] + 1, 1:size[1] + 1])
         k = self.matrix(size)
         flat = np.stack([(u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1], np.ones(len(u))], 1)
@@ -51,44 +54,56 @@ class Camera:
 @dataclass
 class Light:
     "A sun and a sky. Colours are linear RGB."
-    sun: np.ndarray = field(default_factory=lambda: np.array([-.4, -.6, .8]))  # (3,) towards the sun
+    # (3,) towards the sun
+    sun: np.ndarray = field(default_factory=lambda: np.array([-.4, -.6, .8]))
     sun_color: np.ndarray = field(default_factory=lambda: np.array([1.5, 1.4, 1.25]))  # (3,)
-    sky: np.ndarray = field(default_factory=lambda: np.array([.62, .68, .78]))  # (3,) light on what faces up
-    ground: np.ndarray = field(default_factory=lambda: np.array([.34, .3, .26]))  # (3,) light on what faces down
+    # (3,) light on what faces up
+    sky: np.ndarray = field(default_factory=lambda: np.array([.62, .68, .78]))
+    # (3,) light on what faces down
+    ground: np.ndarray = field(default_factory=lambda: np.array([.34, .3, .26]))
     exposure: float = 1.
     softness: float = .03  # radius of the sun, radians
 
     @classmethod
     def random(cls, rng):
-        "From the side of the camera (-y), 35 to 65 degrees high, warm to white; `rng` is a `numpy.random.Generator`."
-        around, high, warm = rng.uniform(-.75, .75), np.radians(rng.uniform(35, 65)), rng.uniform(0, 1)
-        sun = np.array([np.sin(around) * np.cos(high), -np.cos(around) * np.cos(high), np.sin(high)])
+        """From the side of the camera (-y), 35 to 65 degrees high, warm to white; `rng` is a
+        `numpy.random.Generator`."""
+        around, high, warm = rng.uniform(-.75, .75), np.radians(rng.uniform(35, 65)), rng.uniform(0,
+            1)
+        sun = np.array([np.sin(around) * np.cos(high), -np.cos(around) * np.cos(high),
+                        np.sin(high)])
         strength, ambient = rng.uniform(.9, 1.9), rng.uniform(.7, 1.15)
-        return cls(sun, strength * np.array([1, 1 - .12 * warm, 1 - .32 * warm]), ambient * np.array([.6 + .1 * warm, .68, .8 - .1 * warm]),
-                   ambient * np.array([.34, .3, .26]), rng.uniform(.85, 1.15), rng.uniform(.01, .06))
+        return cls(sun, strength * np.array([1, 1 - .12 * warm, 1 - .32 * warm]),
+                   ambient * np.array([.6 + .1 * warm, .68, .8 - .1 * warm]),
+                   ambient * np.array([.34, .3, .26]), rng.uniform(.85, 1.15),
+                   rng.uniform(.01, .06))
 
 # %% ../../nbs/rooms/06_render.ipynb #normals
 def _normals(vertices, faces):
     "Normals of faces (F,3), and of vertices (V,3) by the area of their faces."
     a, b, c = (vertices[faces[:, k]] for k in range(3))
     across, corner = np.cross(b - a, c - a), faces.T.ravel()
-    smooth = np.stack([np.bincount(corner, np.tile(across[:, k], 3), len(vertices)) for k in range(3)], 1).astype(np.float32)
+    smooth = np.stack([np.bincount(corner, np.tile(across[:, k], 3), len(vertices))
+                       for k in range(3)], 1).astype(np.float32)
     unit = lambda n: n / np.maximum(np.linalg.norm(n, axis=1, keepdims=True), 1e-12)
     return unit(across), unit(smooth)
 
 # %% ../../nbs/rooms/06_render.ipynb #tables
 def _tables(parts, matrix, instances):
-    "What rays and shading want to know of parts, placed by matrices (P,4,4), with instances (P,): dict of arrays."
+    """What rays and shading want to know of parts, placed by matrices (P,4,4), with instances (P,):
+    dict of arrays."""
     count = [len(part.vertices) for part in parts]
     owner, start = np.repeat(np.arange(len(parts)), count), np.cumsum([0, *count])
     faces = np.concatenate([part.faces + s for part, s in zip(parts, start)])
     of_face = np.repeat(np.arange(len(parts)), [len(part.faces) for part in parts])
     local = np.concatenate([part.vertices for part in parts]).astype(np.float32)
-    world = (np.einsum('vij,vj->vi', matrix[owner, :3, :3], local) + matrix[owner, :3, 3]).astype(np.float32)
+    world = (np.einsum('vij,vj->vi', matrix[owner, :3, :3], local) + matrix[owner, :3,
+        3]).astype(np.float32)
     scale = np.linalg.norm(matrix[:, :3, :3], axis=1)
     rotation = (matrix[:, :3, :3] / scale[:, None]).astype(np.float32)
     flat, smooth = _normals(local, faces)
-    facing, smooth = (np.einsum('nij,nj->ni', rotation[of], n) for of, n in ((of_face, flat), (owner, smooth)))
+    facing, smooth = (np.einsum('nij,nj->ni', rotation[of], n) for of, n in ((of_face, flat),
+        (owner, smooth)))
     return dict(world=world, faces=faces, part=of_face, instance=instances[of_face],
                 flat=flat, facing=facing, smooth=smooth,  # normals of faces, in the object's frame and the world's, and of vertices
                 corners=np.concatenate([local, smooth], 1)[faces],  # (F,3,6) what is blended over a triangle
@@ -100,7 +115,8 @@ class RayScene:
     def __init__(self): self._placed = []
 
     def add(self, parts, transform, instance):
-        "Place `parts` by a 4x4 matrix, metres; `instance` is the number (0 or more) that they have in the instance map."
+        """Place `parts` by a 4x4 matrix, metres; `instance` is the number (0 or more) that they
+        have in the instance map."""
         if instance < 0: raise ValueError(f'instance must be 0 or more, not {instance}')
         self._placed += [(part, transform, instance) for part in parts]
         return self
@@ -115,12 +131,15 @@ class RayScene:
         return self
 
     def cast(self, origins, directions):
-        "First hits of rays: dict of depth `tfar`, triangle `primID` (-1 for none) and barycentric `u`, `v`."
-        return self.tree.run(*(np.ascontiguousarray(a, np.float32) for a in (origins, directions)), output=1)
+        """First hits of rays: dict of depth `tfar`, triangle `primID` (-1 for none) and barycentric
+        `u`, `v`."""
+        return self.tree.run(*(np.ascontiguousarray(a, np.float32) for a in (origins, directions)),
+                             output=1)
 
     def blocked(self, origins, directions, reach):
         "Whether rays hit anything within `reach` (N,), in units of their directions."
-        return self.tree.run(*(np.ascontiguousarray(a, np.float32) for a in (origins, directions, reach)), query='OCCLUDED') >= 0
+        return self.tree.run(*(np.ascontiguousarray(a, np.float32) for a in (origins, directions,
+            reach)), query='OCCLUDED') >= 0
 
 # %% ../../nbs/rooms/06_render.ipynb #surface
 @dataclass
@@ -144,13 +163,15 @@ def _surface(scene, origin, directions, hits, pixel):
     smooth, along = blended[:, 3:], _dot(flat, directions)
     flat[along > 0] *= -1
     smooth *= np.copysign(1 / np.maximum(_length(smooth), 1e-6), _dot(smooth, flat))[:, None]
-    width = pixel * hits['tfar'] / np.maximum(np.abs(along) / _length(directions), .25) / scene.scale[part]
+    width = pixel * hits['tfar'] / np.maximum(np.abs(along) / _length(directions),
+                                              .25) / scene.scale[part]
     albedo = scene.paints(part, blended[:, :3], scene.flat[prim], width)
     return _Surface(part, origin + directions * hits['tfar'][:, None], smooth, flat, albedo)
 
 # %% ../../nbs/rooms/06_render.ipynb #sunlit
 _REACH = np.array([.1, .25, .5, 1.], np.float32)  # metres
-_ORDER = np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]])  # Bayer's order of a 4 by 4 tile
+# Bayer's order of a 4 by 4 tile
+_ORDER = np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]])
 
 def _across(normal):
     "Two directions across each normal."
@@ -167,8 +188,10 @@ def _sunlit(scene, surface, start, light, turn):
     "Share `(N,)` of one ray each to the disc of the sun that arrives."
     sun = _sun(light)
     one, two = _across(sun[None])
-    radius, angle = light.softness * np.sqrt((turn + .5) / 16), turn * np.float32(2.39996)  # sunflower
-    towards = sun + (radius * np.cos(angle))[:, None] * one + (radius * np.sin(angle))[:, None] * two
+    # sunflower
+    radius, angle = light.softness * np.sqrt((turn + .5) / 16), turn * np.float32(2.39996)
+    towards = sun + (radius * np.cos(angle))[:, None] * one + (radius * np.sin(angle))[:,
+        None] * two
     lit = np.flatnonzero(_dot(surface.normal, towards) > 0)
     seen = np.zeros(len(start), np.float32)
     seen[lit] = ~scene.blocked(start[lit], towards[lit], np.full(len(lit), 20))
@@ -176,25 +199,30 @@ def _sunlit(scene, surface, start, light, turn):
 
 # %% ../../nbs/rooms/06_render.ipynb #gather
 def _gather(scene, surface, light, turn, rays):
-    "How much of the sun is seen `(N,)`, and how open the place is `(N,)`, both 0 to 1; `turn` (N,) from 0 to 15 chooses the directions."
+    """How much of the sun is seen `(N,)`, and how open the place is `(N,)`, both 0 to 1; `turn`
+    (N,) from 0 to 15 chooses the directions."""
     start, n = surface.points + surface.flat * 2e-4, len(turn)
     seen, open_ = _sunlit(scene, surface, start, light, turn), np.zeros(n, np.float32)
     one, two = _across(surface.normal)
     for k in range(rays):
         lean = np.sqrt((turn / 16 + k / rays + .03) % 1).astype(np.float32)  # cosine-weighted
         angle = turn * np.float32(2.39996) + np.float32(2 * np.pi * k / rays)
-        out = (lean * np.cos(angle))[:, None] * one + (lean * np.sin(angle))[:, None] * two + np.sqrt(1 - lean**2)[:, None] * surface.normal
+        out = (lean * np.cos(angle))[:, None] * one + (lean * np.sin(angle))[:,
+            None] * two + np.sqrt(1 - lean**2)[:, None] * surface.normal
         open_ += ~scene.blocked(start, out, _REACH[(turn.astype(int) // 2 + k) % 4])
     return seen, open_ / rays
 
 # %% ../../nbs/rooms/06_render.ipynb #blur
 def _blur(values, alike):
-    """Smooth `values` (H,W,K) among neighbours that are `alike(near, far)`, for two views of the picture, bool.
+    """Smooth `values` (H,W,K) among neighbours that are `alike(near, far)`, for two views of the
+    picture, bool.
 
-    Weights 1, 2, 1 over a distance of one and then of two pixels, along and down: whatever has a period of 2 or 4 pixels vanishes."""
+    Weights 1, 2, 1 over a distance of one and then of two pixels, along and down: whatever has a
+    period of 2 or 4 pixels vanishes."""
     height, width = values.shape[:2]
     for dy, dx in ((0, 1), (1, 0), (0, 2), (2, 0)):
-        near, far = (slice(0, height - dy), slice(0, width - dx)), (slice(dy, height), slice(dx, width))
+        near, far = (slice(0, height - dy), slice(0, width - dx)), (slice(dy, height),
+            slice(dx, width))
         flow = (values[far] - values[near]) * alike(near, far)[..., None] * np.float32(.25)
         values = values.copy()
         values[near] += flow
@@ -208,7 +236,8 @@ def _shade(scene, surface, directions, light, seen, open_):
     up = (n[:, 2:] * .5 + .5)
     sky = np.asarray(light.ground, np.float32) * (1 - up) + np.asarray(light.sky, np.float32) * up
     direct = np.maximum(n @ sun, 0) * seen
-    bright = surface.albedo * (direct[:, None] * np.asarray(light.sun_color, np.float32) + sky * open_[:, None])
+    bright = surface.albedo * (direct[:, None] * np.asarray(light.sun_color, np.float32) + sky
+                               * open_[:, None])
     bright += surface.albedo * scene.paints.emission[surface.part][:, None]
     gloss = scene.paints.gloss[surface.part]
     i = np.flatnonzero(gloss > 0)
@@ -217,11 +246,13 @@ def _shade(scene, surface, directions, light, seen, open_):
     half /= _length(half)[:, None]
     spot = np.clip(_dot(n[i], half), 0, 1)**40 * seen[i] * .8
     rim = .04 + .35 * (1 - np.clip(_dot(n[i], view), 0, 1))**4
-    bright[i] += np.outer(gloss[i] * spot, light.sun_color) + np.outer(gloss[i] * rim * open_[i], light.sky)
+    bright[i] += np.outer(gloss[i] * spot, light.sun_color) + np.outer(gloss[i] * rim * open_[i],
+        light.sky)
     return bright
 
 _CURVE = np.linspace(0, 1, 4096)
-_CURVE = np.round(255 * np.where(_CURVE < .0031308, 12.92 * _CURVE, 1.055 * _CURVE**(1 / 2.4) - .055)).astype(np.uint8)
+_CURVE = np.round(255 * np.where(_CURVE < .0031308, 12.92 * _CURVE,
+                                 1.055 * _CURVE**(1 / 2.4) - .055)).astype(np.uint8)
 
 def develop(radiance, exposure=1.):
     "Linear radiance to sRGB bytes; highlights are compressed, not cut."
@@ -233,7 +264,8 @@ def _edges(size, alike):
     "Pixels (H,W) bool beside which something else begins."
     edge = np.zeros(size, bool)
     for dy, dx in ((0, 1), (1, 0)):
-        near, far = (slice(0, size[0] - dy), slice(0, size[1] - dx)), (slice(dy, size[0]), slice(dx, size[1]))
+        near, far = (slice(0, size[0] - dy), slice(0, size[1] - dx)), (slice(dy, size[0]),
+            slice(dx, size[1]))
         cut = ~alike(near, far)
         edge[near] |= cut
         edge[far] |= cut
@@ -241,17 +273,22 @@ def _edges(size, alike):
 
 # %% ../../nbs/rooms/06_render.ipynb #look
 def _look(scene, camera, light, directions, pixel, gather):
-    "Radiance `(N,3)` along `directions`, which of them found something, and all hits. `gather(surface, found)` gives sun and openness (M,2)."
+    """Radiance `(N,3)` along `directions`, which of them found something, and all hits.
+
+    `gather(surface, found)` gives sun and openness (M,2)."""
     origin = np.asarray(camera.position, np.float32)
     hits = scene.cast(np.broadcast_to(origin, directions.shape), directions)
     found = np.flatnonzero(hits['primID'] >= 0)
-    surface = _surface(scene, origin, directions[found], {name: hits[name][found] for name in ('primID', 'u', 'v', 'tfar')}, pixel)
-    radiance = np.outer(1 + .5 * directions[:, 2] / _length(directions), light.sky).astype(np.float32)
+    surface = _surface(scene, origin, directions[found],
+                       {name: hits[name][found] for name in ('primID', 'u', 'v', 'tfar')}, pixel)
+    radiance = np.outer(1 + .5 * directions[:, 2] / _length(directions),
+                        light.sky).astype(np.float32)
     radiance[found] = _shade(scene, surface, directions[found], light, *gather(surface, found).T)
     return radiance, found, hits
 
 def _refine(scene, camera, light, size, edge, samples, part, normal, gathered):
-    "Radiance `(N,3)` of the pixels numbered `edge`, each the mean of samples x samples rays; part, normal and light of all pixels are known."
+    """Radiance `(N,3)` of the pixels numbered `edge`, each the mean of samples x samples rays;
+    part, normal and light of all pixels are known."""
     steps = (np.arange(samples) + .5) / samples - .5
     down, right = (np.tile(a.ravel(), len(edge)) for a in np.meshgrid(steps, steps, indexing='ij'))
     row, column = (a.repeat(samples**2) for a in np.divmod(edge, size[1]))
@@ -259,12 +296,14 @@ def _refine(scene, camera, light, size, edge, samples, part, normal, gathered):
         y, x, dy, dx = row[found], column[found], np.sign(down[found]), np.sign(right[found])
         chosen = y * size[1] + x
         for far in ((dy, dx), (dy, 0), (0, dx), (0, 0)):
-            near = ((y + far[0]).clip(0, size[0] - 1) * size[1] + (x + far[1]).clip(0, size[1] - 1)).astype(int)
+            near = ((y + far[0]).clip(0, size[0] - 1) * size[1] + (x + far[1]).clip(0,
+                size[1] - 1)).astype(int)
             like = (part[near] == surface.part) & (_dot(normal[near], surface.normal) > .9)
             chosen = np.where(like, near, chosen)
         return gathered[chosen]
     directions = camera.rays(size, column + 1 + right, row + 1 + down)
-    fine = _look(scene, camera, light, directions, 1 / camera.matrix(size)[0, 0] / samples, gather)[0]
+    fine = _look(scene, camera, light, directions, 1 / camera.matrix(size)[0, 0] / samples,
+                 gather)[0]
     return np.minimum(fine, 2).reshape(-1, samples**2, 3).mean(1)
 
 # %% ../../nbs/rooms/06_render.ipynb #render
@@ -275,43 +314,55 @@ def render(
     light=None,  # `Light`
     samples=2,  # pixels at edges are the mean of samples x samples rays
 ):
-    """Picture, depth, instances and normals of a scene: dict of
-    `image` (H,W,3) uint8 RGB, `depth` (H,W) float32 metres along the optical axis at the centre of the pixel (0 where nothing is),
-    `instance` (H,W) int32 (-1 where nothing is), `normal` (H,W,3) float32, smooth, in world coordinates, on the viewer's side of its triangle."""
+    """Picture, depth, instances and normals of a scene: dict of `image` (H,W,3) uint8 RGB, `depth`
+    (H,W) float32 metres along the optical axis at the centre of the pixel (0 where nothing is),
+    `instance` (H,W) int32 (-1 where nothing is), `normal` (H,W,3) float32, smooth, in world
+    coordinates, on the viewer's side of its triangle."""
     light, (height, width) = light or Light(), size
     n = height * width
-    turn = np.tile(_ORDER, (-(-height // 4), -(-width // 4)))[:height, :width].ravel().astype(np.float32)
-    part, normal, gathered = np.full(n, -1), np.zeros((n, 3), np.float32), np.zeros((n, 2), np.float32)
+    turn = np.tile(_ORDER, (-(-height // 4), -(-width // 4)))[:height,
+        :width].ravel().astype(np.float32)
+    part, normal, gathered = np.full(n, -1), np.zeros((n, 3), np.float32), np.zeros((n, 2),
+        np.float32)
     parts, normals = part.reshape(size), normal.reshape(height, width, 3)
-    def alike(a, b): return (parts[a] == parts[b]) & (np.einsum('hwi,hwi->hw', normals[a], normals[b]) > .9)
+    def alike(a, b):
+        return (parts[a] == parts[b]) & (np.einsum('hwi,hwi->hw', normals[a], normals[b]) > .9)
     def gather(surface, found):
         part[found], normal[found] = surface.part, surface.normal
         gathered[found] = np.stack(_gather(scene, surface, light, turn[found], 2), 1)
         gathered[:] = _blur(gathered.reshape(height, width, 2), alike).reshape(n, 2)
         return gathered[found]
-    radiance, found, hits = _look(scene, camera, light, camera.rays(size), 1 / camera.matrix(size)[0, 0], gather)
+    radiance, found, hits = _look(scene, camera, light, camera.rays(size),
+                                  1 / camera.matrix(size)[0, 0], gather)
     edge = np.flatnonzero(_edges(size, alike))
-    if samples > 1 and len(edge): radiance[edge] = _refine(scene, camera, light, size, edge, samples, part, normal, gathered)
+    if samples > 1 and len(edge):
+        radiance[edge] = _refine(scene, camera, light, size, edge, samples, part, normal, gathered)
     instance, depth = np.full(n, -1, np.int32), np.zeros(n, np.float32)
     instance[found], depth[found] = scene.instance[hits['primID'][found]], hits['tfar'][found]
     image = develop(radiance, light.exposure).reshape(height, width, 3)
-    return dict(image=image, depth=depth.reshape(size), instance=instance.reshape(size), normal=normals)
+    return dict(image=image, depth=depth.reshape(size), instance=instance.reshape(size),
+                normal=normals)
 
 # %% ../../nbs/rooms/06_render.ipynb #amodal
 def _runs(scene, camera, size):
-    "Runs of pixels `(instance, row, first, last + 1)` that triangles cover, by cutting them with the rows."
+    """Runs of pixels `(instance, row, first, last + 1)` that triangles cover, by cutting them with
+    the rows."""
     k = camera.matrix(size)
     points = (scene.world - np.asarray(camera.position)) @ camera.rotation.T
     depth = points[:, 2]
-    with np.errstate(divide='ignore', invalid='ignore'): v = np.where(depth > .01, points[:, 1] / depth * k[1, 1] + k[1, 2], np.nan)
+    with np.errstate(divide='ignore', invalid='ignore'):
+        v = np.where(depth > .01, points[:, 1] / depth * k[1, 1] + k[1, 2], np.nan)
     corner_v, ahead = v[scene.faces], depth[scene.faces] > .01
-    low = np.where(ahead.all(1), np.ceil(np.nan_to_num(corner_v.min(1))), 1).clip(1, size[0] + 1).astype(int)
-    high = np.where(ahead.all(1), np.floor(np.nan_to_num(corner_v.max(1))), size[0]).clip(0, size[0]).astype(int)
+    low = np.where(ahead.all(1), np.ceil(np.nan_to_num(corner_v.min(1))), 1).clip(1,
+        size[0] + 1).astype(int)
+    high = np.where(ahead.all(1), np.floor(np.nan_to_num(corner_v.max(1))), size[0]).clip(0,
+        size[0]).astype(int)
     n = np.where(ahead.any(1), np.maximum(high - low + 1, 0), 0)
     face = np.repeat(np.arange(len(n)), n)
     row = np.arange(len(face)) - np.repeat(np.cumsum(n) - n, n) + low[face]
     corners = points[scene.faces[face]]  # (R,3,3)
-    side = corners[:, :, 1] * k[1, 1] - (row[:, None] - k[1, 2]) * corners[:, :, 2]  # signed distance to the plane of the row
+    # signed distance to the plane of the row
+    side = corners[:, :, 1] * k[1, 1] - (row[:, None] - k[1, 2]) * corners[:, :, 2]
     after = np.roll(side, -1, 1)
     crosses = (side < 0) != (after < 0)
     t = side / np.where(crosses, side - after, 1)
@@ -324,7 +375,8 @@ def amodal_pixels(
     camera,  # `Camera`
     size,  # (height, width) in pixels
 ):
-    "Number of pixels `(instances,)` that each instance would cover in the picture if nothing stood before it."
+    """Number of pixels `(instances,)` that each instance would cover in the picture if nothing
+    stood before it."""
     face, row, cut, crosses, k = _runs(scene, camera, size)
     z = np.maximum(cut[..., 2], 1e-3)
     u = cut[..., 0] / z * k[0, 0] + k[0, 2]
@@ -336,7 +388,8 @@ def amodal_pixels(
     n = scene.instance.max() + 1
     start = ((instance * size[0] + row[good] - 1) * (size[1] + 1))
     length = n * size[0] * (size[1] + 1)
-    change = np.bincount(start + first[good], minlength=length) - np.bincount(start + last[good], minlength=length)
+    change = np.bincount(start + first[good], minlength=length) - np.bincount(start + last[good],
+        minlength=length)
     return (np.cumsum(change.reshape(n, size[0], -1), 2) > 0).sum((1, 2))
 
 # %% ../../nbs/rooms/06_render.ipynb #portrait
@@ -353,23 +406,28 @@ def portrait(
     if stands and not hangs: backdrop = block((wide, wide, .01), (0, 0, low[2] - .01), paper)
     else: backdrop = block((wide, .01, wide), (0, high[1] + .006, middle[2] - wide / 2), paper)
     back = np.array([.35, -1, -.25 if hangs else .48 if stands else .22])
-    camera = Camera(middle + back / np.linalg.norm(back) * reach / np.sin(np.radians(14)), middle, 29)
+    camera = Camera(middle + back / np.linalg.norm(back) * reach / np.sin(np.radians(14)), middle,
+                    29)
     scene = RayScene().add([backdrop], np.eye(4), 0).add(shape.parts, np.eye(4), 1).build()
     return render(scene, camera, (size, size), light or Light(np.array([-.5, -.8, .9])), 3)['image']
 
 # %% ../../nbs/rooms/06_render.ipynb #contact-sheet
 def _specimens(make, category, n):
-    "`n` specimens of a category that differ much in how they are built and in proportion, of a dozen."
+    """`n` specimens of a category that differ much in how they are built and in proportion, of a
+    dozen."""
     shapes = [make(category, np.random.default_rng(seed)) for seed in range(12)]
     size = np.array([np.ptp(shape.bounds, axis=0) for shape in shapes])
-    build = np.column_stack([[(len(shape.parts), shape.n_faces) for shape in shapes], np.log(size / size.max(1, keepdims=True))])
+    build = np.column_stack([[(len(shape.parts), shape.n_faces) for shape in shapes],
+                             np.log(size / size.max(1, keepdims=True))])
     build = build / (build.std(0) + 1e-6)
     chosen = [0]
-    while len(chosen) < n: chosen.append(int(np.linalg.norm(build[:, None] - build[chosen], axis=2).min(1).argmax()))
+    while len(chosen) < n:
+        chosen.append(int(np.linalg.norm(build[:, None] - build[chosen], axis=2).min(1).argmax()))
     return [shapes[i] for i in chosen]
 
 def contact_sheet(make, categories, side=104, variants=3, columns=4):
-    "One picture (H,W,3) uint8 with `variants` specimens of each category, labelled; `make(category, rng)` makes them."
+    """One picture (H,W,3) uint8 with `variants` specimens of each category, labelled;
+    `make(category, rng)` makes them."""
     rows, label = -(-len(categories) // columns), 16
     sheet = Image.new('RGB', (columns * (variants * side + 8), rows * (side + label + 4)), 'white')
     draw = ImageDraw.Draw(sheet)

@@ -30,10 +30,12 @@ class Material:
     emission: float = 0.  # light that it gives, as a multiple of its albedo
 
     def __post_init__(self):
-        if self.kind not in PATTERNS: raise ValueError(f"material kind '{self.kind}' is not one of {', '.join(PATTERNS)}")
+        if self.kind not in PATTERNS:
+            raise ValueError(f"material kind '{self.kind}' is not one of {', '.join(PATTERNS)}")
         self.colors = np.atleast_2d(np.asarray(self.colors, np.float32))
         if self.colors.shape[1] != 3 or not 1 <= len(self.colors) <= 4:
-            raise ValueError(f'material colors must be (K,3) with K from 1 to 4, not {self.colors.shape}')
+            raise ValueError('material colors must be (K,3) with K from 1 to 4, not '
+                             f'{self.colors.shape}')
 
 # %% ../../nbs/rooms/01_solids.ipynb #part
 @dataclass
@@ -46,20 +48,24 @@ class Part:
 # %% ../../nbs/rooms/01_solids.ipynb #shape
 @dataclass
 class Shape:
-    """A thing, in its own frame: `z` up, base at `z = 0`, centred on `x = y = 0`, its front looks along -y.
+    """A thing, in its own frame: `z` up, base at `z = 0`, centred on `x = y = 0`, its front looks
+    along -y.
 
-    What hangs on a wall (`mount` 'wall') has its back in the plane `y = 0` and reaches to -y; what hangs from above ('hang')
-    has its top at `z = 0`."""
+    What hangs on a wall (`mount` 'wall') has its back in the plane `y = 0` and reaches to -y; what
+    hangs from above ('hang') has its top at `z = 0`."""
     category: str
     parts: list  # of `Part`
     mount: tuple = ('floor',)  # where it may be: 'floor', 'surface', 'wall', 'hang'
-    support: list = field(default_factory=list)  # horizontal rectangles (z, x0, y0, x1, y1) on which other things can stand
-    container: tuple | None = None  # (z, x0, y0, x1, y1) bottom of an interior in which smaller things can lie
+    # horizontal rectangles (z, x0, y0, x1, y1) on which other things can stand
+    support: list = field(default_factory=list)
+    # (z, x0, y0, x1, y1) bottom of an interior in which smaller things can lie
+    container: tuple | None = None
 
     @property
     def bounds(self):
         "(2,3) lowest and highest corner, metres."
-        return np.array([np.min([p.vertices.min(0) for p in self.parts], 0), np.max([p.vertices.max(0) for p in self.parts], 0)])
+        return np.array([np.min([p.vertices.min(0) for p in self.parts], 0),
+                         np.max([p.vertices.max(0) for p in self.parts], 0)])
 
     @property
     def n_faces(self): return sum(len(p.faces) for p in self.parts)
@@ -68,8 +74,10 @@ class Shape:
         "The whole as one `trimesh.Trimesh`, each face coloured with the mean of its material."
         start = np.cumsum([0] + [len(p.vertices) for p in self.parts])
         faces = np.concatenate([p.faces + s for p, s in zip(self.parts, start)])
-        colors = np.concatenate([np.tile(255 * p.material.colors.mean(0)**(1/2.2), (len(p.faces), 1)) for p in self.parts])
-        return trimesh.Trimesh(np.concatenate([p.vertices for p in self.parts]), faces, face_colors=colors.astype(np.uint8), process=False)
+        colors = np.concatenate([np.tile(255 * p.material.colors.mean(0)**(1/2.2),
+                                         (len(p.faces), 1)) for p in self.parts])
+        return trimesh.Trimesh(np.concatenate([p.vertices for p in self.parts]), faces,
+                               face_colors=colors.astype(np.uint8), process=False)
 
 # %% ../../nbs/rooms/01_solids.ipynb #moves
 def shift(parts, offset):
@@ -87,7 +95,8 @@ def turn(parts, axis, degrees, about=(0, 0, 0)):
 # %% ../../nbs/rooms/01_solids.ipynb #mirror
 def mirror(parts):
     "The parts and their mirror images on the other side of the plane `x = 0`."
-    return [*parts, *(replace(p, vertices=p.vertices * [-1, 1, 1], faces=p.faces[:, ::-1]) for p in parts)]
+    return [*parts, *(replace(p, vertices=p.vertices * [-1, 1, 1], faces=p.faces[:, ::-1])
+                      for p in parts)]
 
 def stretch(parts, factor):
     "`Part`s scaled about the origin by `factor`, one or (3,)."
@@ -102,8 +111,10 @@ def assemble(category, parts, mount='floor', support=(), container=None):
     offset = -(low + high) / 2
     offset[2] = -high[2] if 'hang' in mount else -low[2]
     if 'wall' in mount: offset[1] = -high[1]
-    moved = lambda r: (float(r[0] + offset[2]), *(float(v + offset[k]) for v, k in zip(r[1:], (0, 1, 0, 1))))
-    return Shape(category, shift(parts, offset), mount, [moved(r) for r in support], container and moved(container))
+    moved = lambda r: (float(r[0] + offset[2]),
+                       *(float(v + offset[k]) for v, k in zip(r[1:], (0, 1, 0, 1))))
+    return Shape(category, shift(parts, offset), mount, [moved(r) for r in support],
+                 container and moved(container))
 
 def on_top(part, inset=.02):
     "Support rectangle (z, x0, y0, x1, y1) on the top of a part, `inset` metres from its edges."
@@ -114,19 +125,23 @@ def on_top(part, inset=.02):
 @lru_cache(maxsize=256)
 def _grid_faces(rows, columns, closed):
     "Triangles `(F,3)` of a grid of vertices, two for each cell."
-    start, column = np.arange(rows - 1)[:, None] * columns, np.arange(columns if closed else columns - 1)
+    start, column = np.arange(rows - 1)[:, None] * columns, np.arange(columns if closed
+        else columns - 1)
     a, b = (start + column).ravel(), (start + (column + 1) % columns).ravel()
-    return np.concatenate([np.stack([a, b, b + columns], 1), np.stack([a, b + columns, a + columns], 1)])
+    return np.concatenate([np.stack([a, b, b + columns], 1),
+                           np.stack([a, b + columns, a + columns], 1)])
 
 def sheet(points, material, closed=False):
-    "A smooth surface through a grid of `points` `(rows, columns, 3)`; if `closed`, the last column joins the first."
+    """A smooth surface through a grid of `points` `(rows, columns, 3)`; if `closed`, the last
+    column joins the first."""
     points = np.asarray(points, float)
     return Part(points.reshape(-1, 3), _grid_faces(*points.shape[:2], closed), material)
 
 def join(parts):
     "Several parts as one, with the material of the first."
     start = np.cumsum([0] + [len(p.vertices) for p in parts])
-    return Part(np.concatenate([p.vertices for p in parts]), np.concatenate([p.faces + s for p, s in zip(parts, start)]), parts[0].material)
+    return Part(np.concatenate([p.vertices for p in parts]),
+                np.concatenate([p.faces + s for p, s in zip(parts, start)]), parts[0].material)
 
 # %% ../../nbs/rooms/01_solids.ipynb #block
 _UNIT = trimesh.creation.box()
@@ -149,12 +164,15 @@ def _sharpen(profile, degrees=35):
     return [profile[a:b + 1] for a, b in zip(cuts, cuts[1:])]
 
 def lathe(profile, material, n=16, at=(0, 0, 0), wave=None):
-    "Turn a `profile` of (radius, height) about the vertical through `at`, in `n` sections; `wave` (n,) scales the radius around."
+    """Turn a `profile` of (radius, height) about the vertical through `at`, in `n` sections; `wave`
+    (n,) scales the radius around."""
     angle = np.arange(n) * 2 * np.pi / n
-    around = np.stack([np.cos(angle), np.sin(angle)], 1) * (1 if wave is None else np.asarray(wave)[:, None])
+    around = np.stack([np.cos(angle), np.sin(angle)],
+                      1) * (1 if wave is None else np.asarray(wave)[:, None])
     pieces = []
     for piece in _sharpen(np.asarray(profile, float)):
-        points = np.concatenate([piece[:, None, :1] * around, np.broadcast_to(piece[:, None, 1:], (len(piece), n, 1))], 2)
+        points = np.concatenate([piece[:, None, :1] * around,
+                                 np.broadcast_to(piece[:, None, 1:], (len(piece), n, 1))], 2)
         pieces.append(sheet(points + np.asarray(at, float), material, True))
     return join(pieces)
 
@@ -175,7 +193,8 @@ def tube(path, radius, material, n=8):
     other, angle = np.cross(along, side), np.arange(n) * 2 * np.pi / n
     ring = np.cos(angle)[:, None] * side[:, None] + np.sin(angle)[:, None] * other[:, None]
     points = path[:, None] + ring * radius[:, None, None]
-    ends = [sheet(np.stack([points[k], np.broadcast_to(path[k], (n, 3))]), material, True) for k in (0, -1)]
+    ends = [sheet(np.stack([points[k], np.broadcast_to(path[k], (n, 3))]), material, True)
+            for k in (0, -1)]
     return join([sheet(points, material, True), *ends])
 
 # %% ../../nbs/rooms/01_solids.ipynb #ball
@@ -191,12 +210,14 @@ def ball(radius, at, material, detail=2):
 
 # %% ../../nbs/rooms/01_solids.ipynb #slab
 def slab(outline, thickness, material, z=0.):
-    "An outline `(N,2)` in the xy-plane, which must be seen whole from its middle, extruded from `z` up by `thickness`."
+    """An outline `(N,2)` in the xy-plane, which must be seen whole from its middle, extruded from
+    `z` up by `thickness`."""
     outline = np.asarray(outline, float)
     ring = np.concatenate([outline, outline[:1]])
     level = lambda height, points=ring: np.column_stack([points, np.full(len(points), height)])
     middle = np.broadcast_to(outline.mean(0), ring.shape)
-    side = [sheet(np.stack([level(z, p), level(z + thickness, p)]), material) for p in _sharpen(ring)]
+    side = [sheet(np.stack([level(z, p), level(z + thickness, p)]), material)
+            for p in _sharpen(ring)]
     caps = [sheet(np.stack([level(h, middle), level(h)]), material) for h in (z, z + thickness)]
     return join(side + caps)
 
@@ -204,19 +225,26 @@ def rectangle(width, depth, corner=0., n=4):
     "Outline of a rectangle about the origin with round corners."
     if corner <= 0: return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [width / 2, depth / 2]
     x, y = width / 2 - corner, depth / 2 - corner
-    return np.concatenate([arc(c, corner, a, a + 90, n) for c, a in (((x, -y), -90), ((x, y), 0), ((-x, y), 90), ((-x, -y), 180))])
+    return np.concatenate([arc(c, corner, a, a + 90, n) for c, a in (((x, -y), -90), ((x, y), 0),
+        ((-x, y), 90), ((-x, -y), 180))])
 
 def cushion(size, at, material, n=8, power=2.6):
-    "A soft box of `size` (x, y, z); `at` is the middle of its base. A larger `power` makes it squarer."
-    u, v = np.meshgrid(np.linspace(-np.pi, np.pi, 2 * n + 1), np.linspace(-np.pi / 2, np.pi / 2, n + 1))
+    """A soft box of `size` (x, y, z); `at` is the middle of its base.
+
+    A larger `power` makes it squarer."""
+    u, v = np.meshgrid(np.linspace(-np.pi, np.pi, 2 * n + 1),
+                       np.linspace(-np.pi / 2, np.pi / 2, n + 1))
     soft = lambda wave: np.sign(wave) * np.abs(wave)**(2 / power)
-    unit = np.stack([soft(np.cos(v)) * soft(np.cos(u)), soft(np.cos(v)) * soft(np.sin(u)), soft(np.sin(v))], 2) / 2
+    unit = np.stack([soft(np.cos(v)) * soft(np.cos(u)), soft(np.cos(v)) * soft(np.sin(u)),
+                     soft(np.sin(v))], 2) / 2
     return sheet(unit * size + at + np.array([0, 0, size[2] / 2]), material)
 
 # %% ../../nbs/rooms/01_solids.ipynb #colours
-def color(h, s, v): return np.array(colorsys.hsv_to_rgb(h % 1, min(max(s, 0), 1), min(max(v, 0), 1)))**2.2
+def color(h, s, v):
+    return np.array(colorsys.hsv_to_rgb(h % 1, min(max(s, 0), 1), min(max(v, 0), 1)))**2.2
 
-def any_color(rng, saturation=(.45, .9), value=(.45, .95)): return color(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
+def any_color(rng, saturation=(.45, .9), value=(.45, .95)):
+    return color(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
 
 def _seed(rng): return int(rng.integers(1 << 30))
 
@@ -226,7 +254,8 @@ def wood(rng, axis=0):
     "Wood from pale to dark, sometimes painted."
     if rng.random() < .2: return plain(any_color(rng, (.05, .6), (.6, .95)), .2)
     h, s, v = rng.uniform(.055, .1), rng.uniform(.4, .75), rng.uniform(.35, .85)
-    return Material('wood', [color(h, s, v), color(h - .01, s + .06, v * rng.uniform(.72, .88))], rng.uniform(.04, .07), _seed(rng), axis, .15)
+    return Material('wood', [color(h, s, v), color(h - .01, s + .06, v * rng.uniform(.72, .88))],
+                    rng.uniform(.04, .07), _seed(rng), axis, .15)
 
 def paint(rng, gloss=.2): return plain(any_color(rng), gloss)
 
@@ -237,15 +266,18 @@ def dark(rng): return plain(np.repeat(rng.uniform(.012, .04), 3), .35)
 def white(rng, gloss=.3): return plain(color(rng.random(), .04, rng.uniform(.88, .97)), gloss)
 
 # %% ../../nbs/rooms/01_solids.ipynb #patterns
-def patterned(rng, scale=(.04, .09), gloss=0., kinds=('plain', 'stripes', 'checks', 'dots', 'noise'), axis=None):
+def patterned(rng, scale=(.04, .09), gloss=0., kinds=('plain', 'stripes', 'checks', 'dots',
+                                                      'noise'), axis=None):
     "Cloth or glazed clay in one or two colours."
     one, two = any_color(rng), any_color(rng, (.05, .8), (.6, .97))
     kind = kinds[rng.integers(len(kinds))]
     axis = int(rng.integers(3)) if axis is None else axis
-    return Material(kind, [one, two] if kind != 'plain' else [one], rng.uniform(*scale), _seed(rng), axis, gloss)
+    return Material(kind, [one, two] if kind != 'plain' else [one], rng.uniform(*scale), _seed(rng),
+                    axis, gloss)
 
 def picture(rng, scale, emission=0.):
     "Coloured areas, as on a book cover or a display."
     h = rng.random()
-    colors = [color(h, .75, rng.uniform(.3, .75)), color(h + rng.uniform(.3, .6), .7, .9), color(h, .15, .95), color(h + .08, .8, .55)]
+    colors = [color(h, .75, rng.uniform(.3, .75)), color(h + rng.uniform(.3, .6), .7, .9),
+              color(h, .15, .95), color(h + .08, .8, .55)]
     return Material('print', colors, scale, _seed(rng), emission=emission)

@@ -29,13 +29,15 @@ def _hash(*cells):
     h = np.zeros(cells[0].shape, np.uint32)
     for cell, prime in zip(cells, (374761393, 668265263, 2246822519)):
         h = (h ^ cell.astype(np.int64).astype(np.uint32)) * np.uint32(prime) ^ (h >> np.uint32(13))
-    return ((h ^ (h >> np.uint32(15))) * np.uint32(2654435761) >> np.uint32(8)) / np.float32(1 << 24)
+    return ((h ^ (h >> np.uint32(15))) * np.uint32(2654435761) >> np.uint32(8)) / np.float32(
+        1 << 24)
 
 # %% ../../nbs/rooms/05_textures.ipynb #ramps
 def _ramp(distance, width): return np.clip(distance / width + .5, 0, 1)
 
 def _wave(x, width):
-    "Square wave of period 1 between 0 and 1, whose edges are ramps; a mean where a pixel covers a period."
+    """Square wave of period 1 between 0 and 1, whose edges are ramps; a mean where a pixel covers a
+    period."""
     share = _ramp(.25 - np.abs(x - np.floor(x) - .5), width)
     return share + (.5 - share) * np.clip(width * 2 - 1, 0, 1)
 
@@ -52,9 +54,11 @@ def _wood(c, p, axis, normal, width):
     grain = np.where(np.arange(3) == axis[:, None], .12, 1).astype(np.float32)
     q = p * grain
     rings = np.linalg.norm(q * (grain == 1), axis=1) * .9 + 1.6 * noise(q * .7)
-    return _mix(c, .75 * np.abs(2 * (rings - np.floor(rings)) - 1) * np.clip(1.5 - width, .3, 1) + .25 * noise(q * 3))
+    return _mix(c, .75 * np.abs(2 * (rings - np.floor(rings)) - 1) * np.clip(1.5 - width, .3,
+        1) + .25 * noise(q * 3))
 
-def _stripes(c, p, axis, normal, width): return _mix(c, _wave(np.take_along_axis(p, axis[:, None], 1)[:, 0], width))
+def _stripes(c, p, axis, normal, width):
+    return _mix(c, _wave(np.take_along_axis(p, axis[:, None], 1)[:, 0], width))
 
 def _checks(c, p, axis, normal, width):
     a, b = _wave(_on_face(p, normal), width[:, None]).T
@@ -91,26 +95,32 @@ def _sky(c, p, axis, normal, width):
 
 def _plain(c, p, axis, normal, width): return c[:, 0]
 
-_PATTERNS = dict(plain=_plain, wood=_wood, stripes=_stripes, checks=_checks, noise=_noise, tiles=_tiles, dots=_dots, print=_print, sky=_sky)
+_PATTERNS = dict(plain=_plain, wood=_wood, stripes=_stripes, checks=_checks, noise=_noise,
+                 tiles=_tiles, dots=_dots, print=_print, sky=_sky)
 
 # %% ../../nbs/rooms/05_textures.ipynb #paints
 class Textures:
     "The materials of a scene as tables; called with surface points it gives their albedo."
     def __init__(self, materials):
         self.kind = np.array([PATTERNS.index(m.kind) for m in materials])
-        self.colors = np.stack([m.colors[np.arange(4) % len(m.colors)] for m in materials]).astype(np.float32)
-        self.scale, self.gloss, self.emission = np.array([(m.scale, m.gloss, m.emission) for m in materials], np.float32).T
-        self.axis, seed = np.array([m.axis for m in materials]), np.array([m.seed for m in materials])
+        self.colors = np.stack([m.colors[np.arange(4) % len(m.colors)] for m in materials]).astype(
+            np.float32)
+        self.scale, self.gloss, self.emission = np.array([(m.scale, m.gloss, m.emission)
+                                                          for m in materials], np.float32).T
+        self.axis, seed = np.array([m.axis for m in materials]), np.array([m.seed
+            for m in materials])
         self.offset = np.stack([seed % 89, seed % 97, seed % 83], 1).astype(np.float32) * .731
         self.offset[self.kind == PATTERNS.index('sky'), 2] = 0
 
     def __call__(self, part, points, normals, width):
-        "Albedo `(N,3)` at points (object's frame) of parts with normals, of pixels `width` (N,) metres wide."
+        """Albedo `(N,3)` at points (object's frame) of parts with normals, of pixels `width` (N,)
+        metres wide."""
         kind, albedo = self.kind[part], np.empty((len(part), 3), np.float32)
         for k in np.unique(kind):
             i = np.flatnonzero(kind == k)
             own = part[i]
             scale = self.scale[own]
             at = points[i] / scale[:, None] + self.offset[own]
-            albedo[i] = _PATTERNS[PATTERNS[k]](self.colors[own], at, self.axis[own], normals[i], np.maximum(width[i] / scale, 1e-4))
+            albedo[i] = _PATTERNS[PATTERNS[k]](self.colors[own], at, self.axis[own], normals[i],
+                                               np.maximum(width[i] / scale, 1e-4))
         return albedo

@@ -7,10 +7,10 @@ __all__ = ['Average', 'Log', 'Options', 'Run', 'STAGES', 'TrainStep', 'start_ove
            'forecast', 'loss_terms', 'optimiser', 'replay', 'run_study', 'schedule', 'step_times']
 
 # %% ../../nbs/training/00_about_training.ipynb #face
-from .loop import STAGES, Options, start_over, check_start, fit, forecast, replay
-from .step import Average, TrainStep, build_network, loss_terms, optimiser, schedule
-from .log import Log, step_times
 from .experiments import Run, run_study
+from .log import Log, step_times
+from .loop import STAGES, Options, check_start, fit, forecast, replay, start_over
+from .step import Average, TrainStep, build_network, loss_terms, optimiser, schedule
 
 _all_ = ['Average', 'Log', 'Options', 'Run', 'STAGES', 'TrainStep', 'start_over', 'build_network',
          'check_start', 'fit', 'forecast', 'loss_terms', 'optimiser', 'replay', 'run_study',

@@ -17,6 +17,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
 from ..io.devices import choose_device
 
 # %% ../../nbs/training/01_distributed.ipynb #processes
@@ -26,7 +27,9 @@ def rank_and_world():
 
 @contextmanager
 def process_group(device=None, minutes=120):
-    "Join the processes that torchrun has started, if it has, and yield the device of this one. A process that waits for others longer than `minutes` gives up."
+    """Join the processes that torchrun has started, if it has, and yield the device of this one.
+
+    A process that waits for others longer than `minutes` gives up."""
     device = str(choose_device(device))
     if 'LOCAL_RANK' not in os.environ:
         yield device
@@ -34,16 +37,21 @@ def process_group(device=None, minutes=120):
     if device == 'cuda':
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    dist.init_process_group('cpu:gloo,cuda:nccl' if 'cuda' in device else 'gloo', timeout=timedelta(minutes=minutes))
+    dist.init_process_group('cpu:gloo,cuda:nccl' if 'cuda' in device else 'gloo',
+                            timeout=timedelta(minutes=minutes))
     try:
         yield device
         dist.barrier()  # nobody leaves while others still talk
     finally: dist.destroy_process_group()
 
 def exit_worker():
-    "End a process of torchrun whose work is done, at once: while an interpreter takes itself apart, threads of the libraries sometimes abort it. Elsewhere this does nothing."
+    """End a process of torchrun whose work is done, at once: while an interpreter takes itself
+    apart, threads of the libraries sometimes abort it.
+
+    Elsewhere this does nothing."""
     if 'LOCAL_RANK' not in os.environ: return
-    sys.stdout.flush(); sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)
 
 # %% ../../nbs/training/01_distributed.ipynb #talk
@@ -68,10 +76,13 @@ def broadcast(thing):
 
 # %% ../../nbs/training/01_distributed.ipynb #check-devices
 def check_devices(devices):
-    "Raise `ValueError` if this machine has not so many GPUs, or, where it has none, so many processor cores."
+    """Raise `ValueError` if this machine has not so many GPUs, or, where it has none, so many
+    processor cores."""
     gpus, cores = torch.cuda.device_count(), os.cpu_count()
     there, kind = (gpus, 'GPUs') if gpus else (cores, 'processor cores and no GPU')
-    if not 1 <= devices <= there: raise ValueError(f"devices={devices}, but this machine has {there} {kind}: choose 1 to {there}")
+    if not 1 <= devices <= there:
+        raise ValueError(f"devices={devices}, but this machine has {there} {kind}: choose 1 to "
+                         f"{there}")
 
 # %% ../../nbs/training/01_distributed.ipynb #with-parent
 _libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
@@ -80,25 +91,33 @@ _PR_SET_PDEATHSIG = 1
 def _end_with_parent(): _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 def child_process(command, **options):
-    "`subprocess.Popen` of a process that, on Linux, is asked to end when this one dies, however that happens."
+    """`subprocess.Popen` of a process that, on Linux, is asked to end when this one dies, however
+    that happens."""
     return subprocess.Popen(command, preexec_fn=_libc and _end_with_parent, **options)
 
 # %% ../../nbs/training/01_distributed.ipynb #launch
 def launch(module, arguments, devices):
-    """Run `python -m module` with `arguments` in `devices` processes under torchrun, and print what they print.
+    """Run `python -m module` with `arguments` in `devices` processes under torchrun, and print what
+    they print.
 
-    Raises `ValueError` if there are not so many devices, `RuntimeError` with the exit code when a process fails; its traceback has been printed by then."""
+    Raises `ValueError` if there are not so many devices, `RuntimeError` with the exit code when a
+    process fails; its traceback has been printed by then."""
     check_devices(devices)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={devices}', '-m', module, *map(str, arguments)]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+               f'--nproc_per_node={devices}', '-m', module, *map(str, arguments)]
     threads = os.environ.get('OMP_NUM_THREADS') or str(max(os.cpu_count() // devices, 1))
     environment = dict(os.environ, OMP_NUM_THREADS=threads, PYTHONUNBUFFERED='1')
-    process = child_process(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', env=environment)
+    process = child_process(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            errors='replace', env=environment)
     try:
         for line in process.stdout: print(line, end='', flush=True)
         code = process.wait()
     finally:
         if process.poll() is None: _end(process)
-    if code: raise RuntimeError(f"{devices} processes of {module} ended with exit code {code}; the first traceback above says why. What was saved is whole: the same command goes on from there")
+    if code:
+        raise RuntimeError(f"{devices} processes of {module} ended with exit code {code}; the "
+                           "first traceback above says why. What was saved is whole: the same "
+                           "command goes on from there")
 
 def _end(process, seconds=40):
     "Ask `process` to end, and make it."

@@ -20,10 +20,10 @@ import torch
 import yaml
 from scipy import stats
 
-from .distributed import child_process
 from ..draw.style import HIT, MISS
 from ..io.files import atomic_path, project_folder, read_json, writable_folder
 from ..io.text import html_table, markdown_table, one_line
+from .distributed import child_process
 
 # %% ../../nbs/training/06_experiments.ipynb #run
 @dataclass(frozen=True)
@@ -44,12 +44,17 @@ class Run:
 def _values(run): return yaml.safe_dump(dict(run.parameters, name=run.name), allow_unicode=True)
 
 def finished(run):
-    "Whether the results of `run` are there. Raises `ValueError` naming the folder if it was begun with other parameters."
+    """Whether the results of `run` are there.
+
+    Raises `ValueError` naming the folder if it was begun with other parameters."""
     file = run.folder/'parameters.yaml'
     if not file.is_file(): return False
     before, now = yaml.safe_load(file.read_text(encoding='utf-8')), yaml.safe_load(_values(run))
-    differ = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(before.keys() | now) if before.get(k) != now.get(k)]
-    if differ: raise ValueError(f"{run.folder} was begun with other parameters: {'; '.join(differ[:3])}. Give the study another name, or remove the folder")
+    differ = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(before.keys() | now)
+              if before.get(k) != now.get(k)]
+    if differ:
+        raise ValueError(f"{run.folder} was begun with other parameters: {'; '.join(differ[:3])}. "
+                         "Give the study another name, or remove the folder")
     return (run.folder/'results.json').is_file()
 
 # %% ../../nbs/training/06_experiments.ipynb #start
@@ -59,25 +64,37 @@ def _start(run, threads, slot):
     (folder/'results.json').unlink(missing_ok=True)
     with atomic_path(file) as partial: partial.write_text(_values(run), encoding='utf-8')
     gpus = torch.cuda.device_count()
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MPLBACKEND='agg', **(dict(CUDA_VISIBLE_DEVICES=str(slot % gpus)) if gpus > 1 else {}))
-    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', run.notebook, folder/Path(run.notebook).name, '-k', 'python3', '-f', file]
-    with open(folder/'run.log', 'wb') as log: return child_process(command, cwd=project_folder(), env=environment, stdout=log, stderr=subprocess.STDOUT)
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MPLBACKEND='agg',
+                       **(dict(CUDA_VISIBLE_DEVICES=str(slot % gpus)) if gpus > 1 else {}))
+    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', run.notebook,
+               folder/Path(run.notebook).name, '-k', 'python3', '-f', file]
+    with open(folder/'run.log', 'wb') as log:
+        return child_process(command, cwd=project_folder(), env=environment, stdout=log,
+                             stderr=subprocess.STDOUT)
 
 def _why(run, code):
-    "Why a run failed: the last line that it has printed, or that its notebook went through and left no results; and where the notebook is."
-    lines = [line for line in (run.folder/'run.log').read_text(encoding='utf-8', errors='replace').splitlines() if line.strip()]
-    reason = (lines[-1] if lines else f'it printed nothing and ended with exit code {code}') if code else 'it wrote no results.json'
+    """Why a run failed: the last line that it has printed, or that its notebook went through and
+    left no results; and where the notebook is."""
+    lines = [line for line in (run.folder/'run.log').read_text(encoding='utf-8',
+        errors='replace').splitlines() if line.strip()]
+    reason = (lines[-1] if lines
+              else f'it printed nothing and ended with exit code {code}') if code else 'it wrote no results.json'
     return f"{run.name}: {reason} ({run.folder/Path(run.notebook).name})"
 
 # %% ../../nbs/training/06_experiments.ipynb #run-study
 def run_study(runs, processes=None, progress=True):
-    """Do all `runs` that are not finished, `processes` at once (None: one for each two cores); returns their names.
+    """Do all `runs` that are not finished, `processes` at once (None: one for each two cores);
+    returns their names.
 
-    A run that fails does not stop the others, but those that need it. Raises `ValueError` for names that do not fit or changed parameters before anything is
-    started, and `RuntimeError` with all failures at the end. Whatever way it ends, no process of it is left."""
+    A run that fails does not stop the others, but those that need it. Raises `ValueError` for names
+    that do not fit or changed parameters before anything is started, and `RuntimeError` with all
+    failures at the end. Whatever way it ends, no process of it is left."""
     names = [run.name for run in runs]
     for run in runs:
-        if names.count(run.name) > 1 or set(run.needs) - set(names): raise ValueError(f"run {run.name!r}: its name must be the only one, and it needs {sorted(set(run.needs) - set(names))}, which this study does not have")
+        if names.count(run.name) > 1 or set(run.needs) - set(names):
+            raise ValueError(f"run {run.name!r}: its name must be the only one, and it needs "
+                             f"{sorted(set(run.needs) - set(names))}, which this study does not "
+                             "have")
     done, failed = {run.name for run in runs if finished(run)}, {}
     waiting, running, did = [run for run in runs if run.name not in done], {}, []
     processes = processes or max(os.cpu_count() // 2, 1)
@@ -85,7 +102,8 @@ def run_study(runs, processes=None, progress=True):
     if progress and done: print(f"{len(done)} of {len(runs)} are finished already", flush=True)
     try:
         while waiting or running:
-            for run in [run for run in waiting if set(run.needs) <= done][:processes - len(running)]:
+            for run in [run for run in waiting if set(run.needs) <= done][:processes
+                - len(running)]:
                 waiting.remove(run)
                 slot = min(set(range(processes)) - {slot for _, slot in running.values()})
                 running[run] = _start(run, threads, slot), slot
@@ -93,11 +111,17 @@ def run_study(runs, processes=None, progress=True):
             time.sleep(.2)
             for run in [run for run, (process, _) in running.items() if process.poll() is not None]:
                 process, _ = running.pop(run)
-                if process.returncode == 0 and finished(run): done.add(run.name), did.append(run.name)
+                if process.returncode == 0 and finished(run):
+                    done.add(run.name), did.append(run.name)
                 else: failed[run.name] = _why(run, process.returncode)
-                if progress: print(f"{time.monotonic() - began:6.0f} s  {len(done)}/{len(runs)}  {run.name}{' FAILED' if run.name in failed else ''}", flush=True)
+                if progress:
+                    print(f"{time.monotonic() - began:6.0f} s  {len(done)}/{len(runs)}  "
+                          f"{run.name}{' FAILED' if run.name in failed else ''}", flush=True)
     finally: _end(running)
-    if failed: raise RuntimeError(f"{len(failed)} runs failed and {len(waiting)} that need them were not begun. The same command tries them again.\n" + '\n'.join(failed.values()))
+    if failed:
+        raise RuntimeError(f"{len(failed)} runs failed and {len(waiting)} that need them were not "
+                           "begun. The same command tries them again.\n"
+                           + '\n'.join(failed.values()))
     return did
 
 # %% ../../nbs/training/06_experiments.ipynb #end
@@ -110,42 +134,62 @@ def _end(running):
 
 # %% ../../nbs/training/06_experiments.ipynb #interval
 def interval(values, level=.95):
-    "(mean, low, high): the mean of `values` and its confidence interval by Student's distribution; NaN bounds for fewer than two."
+    """(mean, low, high): the mean of `values` and its confidence interval by Student's
+    distribution; NaN bounds for fewer than two."""
     values = np.asarray(values, float)
-    mean, half = values.mean(), stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values) if len(values) > 1 else np.nan
+    mean, half = values.mean(), stats.t.ppf((1 + level) / 2,
+                                            len(values) - 1) * stats.sem(values) if len(
+        values) > 1 else np.nan
     return float(mean), float(mean - half), float(mean + half)
 
 # %% ../../nbs/training/06_experiments.ipynb #gather
 METRICS = ('AP50', 'sgdet/R@50', 'sgdet/mR@50', 'predcls/R@50', 'predcls/mR@50')
 
 def _figure_of(run, metric):
-    row = list(read_json(run.folder/'results.json', 'Run the study to its end.')['rows'].values())[-1]
+    row = list(read_json(run.folder/'results.json', 'Run the study to its end.')['rows'].values())[
+        -1]
     for part in metric.split('/'):
         if part not in row: raise ValueError(f"{run.folder/'results.json'} has no figure {metric}")
         row = row[part]
     return float(row)
 
 def gather(runs, metrics=METRICS):
-    "{group: {configuration: {metric: {seed: value}}}} of finished `runs` that name a configuration. Raises `FileNotFoundError` or `ValueError` naming the file."
+    """{group: {configuration: {metric: {seed: value}}}} of finished `runs` that name a
+    configuration.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file."""
     figures = {}
     for run in (run for run in runs if run.configuration):
-        by_metric = figures.setdefault(run.group, {}).setdefault(run.configuration, {metric: {} for metric in metrics})
+        by_metric = figures.setdefault(run.group, {}).setdefault(run.configuration,
+            {metric: {} for metric in metrics})
         for metric in metrics: by_metric[metric][run.seed] = _figure_of(run, metric)
     return figures
 
 def summary(figures, reference):
-    """The same with mean and interval for each metric, dict(seeds, mean, interval), and `difference`, dict(mean, interval), to configuration `reference` seed by seed.
+    """The same with mean and interval for each metric, dict(seeds, mean, interval), and
+    `difference`, dict(mean, interval), to configuration `reference` seed by seed.
 
-    Raises `ValueError` if a group lacks `reference`, or that lacks a seed which another configuration has."""
+    Raises `ValueError` if a group lacks `reference`, or that lacks a seed which another
+    configuration has."""
     found = {}
     for group, configurations in figures.items():
-        if reference not in configurations: raise ValueError(f"{group!r} has no configuration {reference!r} to compare with, only {', '.join(configurations)}")
+        if reference not in configurations:
+            raise ValueError(f"{group!r} has no configuration {reference!r} to compare with, only "
+                             f"{', '.join(configurations)}")
         for configuration, by_metric in configurations.items():
             for metric, values in by_metric.items():
                 base = configurations[reference][metric]
-                if values.keys() - base.keys(): raise ValueError(f"{group!r}: {configuration!r} has seeds {sorted(values.keys() - base.keys())} that {reference!r} does not have")
-                (mean, *bounds), (gain, *about) = interval(list(values.values())), interval([values[seed] - base[seed] for seed in values])
-                entry = dict(seeds=values, mean=mean, interval=bounds) | ({} if configuration == reference else dict(difference=dict(mean=gain, interval=about)))
+                if values.keys() - base.keys():
+                    raise ValueError(f"{group!r}: {configuration!r} has seeds "
+                                     f"{sorted(values.keys() - base.keys())} that {reference!r} "
+                                     "does not have")
+                (mean, *bounds), (gain,
+                                  *about) = interval(list(values.values())), interval(
+                    [values[seed] - base[seed] for seed in values])
+                entry = dict(seeds=values, mean=mean,
+                             interval=bounds) | ({} if configuration == reference
+                                                 else dict(difference=dict(mean=gain,
+                    interval=about)))
                 found.setdefault(group, {}).setdefault(configuration, {})[metric] = entry
     return found
 
@@ -157,8 +201,11 @@ class StudyTable:
     def _blocks(self):
         for group, configurations in self.found.items():
             metrics = list(next(iter(configurations.values())))
-            cells = [[_cell(by_metric[metric]) for metric in metrics] for by_metric in configurations.values()]
-            yield group or 'configuration', metrics, list(configurations), [[text for text, _ in row] for row in cells], np.array([[clear for _, clear in row] for row in cells])
+            cells = [[_cell(by_metric[metric]) for metric in metrics]
+                     for by_metric in configurations.values()]
+            yield group or 'configuration', metrics, list(configurations), [[text
+                for text, _ in row] for row in cells], np.array([[clear for _, clear in row]
+                for row in cells])
 
     def _repr_markdown_(self): return '\n'.join(markdown_table(*block) for block in self._blocks())
     def _repr_html_(self): return ''.join(html_table(*block) for block in self._blocks())
@@ -172,44 +219,61 @@ def _cell(entry):
     return f"{text} / {100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", low > 0 or high < 0
 
 # %% ../../nbs/training/06_experiments.ipynb #plot
-COLOURS = (HIT, MISS, '#009e73', '#cc79a7', '#56b4e9', '#e69f00')  # Okabe and Ito: told apart by every kind of eye
+# Okabe and Ito: told apart by every kind of eye
+COLOURS = (HIT, MISS, '#009e73', '#cc79a7', '#56b4e9', '#e69f00')
 
 def plot(found, metrics=None):
     "A figure of a `summary`: a row for each metric, a column for each group."
     groups, configurations = list(found), list(next(iter(found.values())))
     metrics = metrics or list(next(iter(found[groups[0]].values())))
-    figure, axes = plt.subplots(len(metrics), len(groups), figsize=(1.5 + 3.6 * len(groups), .6 + 1.15 * len(metrics) + .12 * len(configurations) * len(metrics)), squeeze=False, sharex='row', sharey=True, layout='constrained')
+    figure, axes = plt.subplots(len(metrics), len(groups),
+                                figsize=(1.5 + 3.6 * len(groups),
+                                         .6 + 1.15 * len(metrics) + .12
+                                         * len(configurations) * len(metrics)), squeeze=False,
+                                sharex='row', sharey=True, layout='constrained')
     plt.close(figure)
     for row, metric in zip(axes, metrics):
         for ax, group in zip(row, groups):
             for y, configuration in enumerate(configurations):
                 entry, colour = found[group][configuration][metric], COLOURS[y % len(COLOURS)]
-                ax.plot([100 * v for v in entry['seeds'].values()], [y] * len(entry['seeds']), 'o', ms=4, alpha=.45, mew=0, color=colour)
-                ax.plot([100 * v for v in entry['interval']], [y + .28] * 2, '-', lw=2, color=colour)
+                ax.plot([100 * v for v in entry['seeds'].values()], [y] * len(entry['seeds']), 'o',
+                        ms=4, alpha=.45, mew=0, color=colour)
+                ax.plot([100 * v for v in entry['interval']], [y + .28] * 2, '-', lw=2,
+                        color=colour)
                 ax.plot(100 * entry['mean'], y + .28, '|', ms=9, mew=2, color=colour)
-            ax.set_yticks(range(len(configurations)), [one_line(c, 28) for c in configurations], fontsize=8, parse_math=False)
+            ax.set_yticks(range(len(configurations)), [one_line(c, 28) for c in configurations],
+                          fontsize=8, parse_math=False)
             ax.set(ylim=(len(configurations) - .4, -.6))
-            ax.set_title(f'{one_line(metric, 28)}, {one_line(group, 28)}', fontsize=9, parse_math=False)
+            ax.set_title(f'{one_line(metric, 28)}, {one_line(group, 28)}', fontsize=9,
+                         parse_math=False)
             ax.tick_params(axis='x', labelsize=8)
             ax.grid(axis='x', alpha=.25)
     return figure
 
 # %% ../../nbs/training/06_experiments.ipynb #taught-or-not
 def taught_or_not(study, seeds=(0, 1, 2, 3, 4), clutters={'low': .1, 'high': .8}, **parameters):
-    "The `Run`s of that study: for each clutter and seed a teacher of depth and four students; further `parameters` of the runbook hold for all. Raises `ValueError` for one seed."
-    if len(seeds) < 2: raise ValueError(f"seeds={list(seeds)}: two or more are needed, since a teacher of colours has the seed after its student's")
+    """The `Run`s of that study: for each clutter and seed a teacher of depth and four students;
+    further `parameters` of the runbook hold for all.
+
+    Raises `ValueError` for one seed."""
+    if len(seeds) < 2:
+        raise ValueError(f"seeds={list(seeds)}: two or more are needed, since a teacher of colours "
+                         "has the seed after its student's")
     runs = []
     for group, clutter in clutters.items():
         first = f'{study}/{group}-{seeds[0]}-teacher'  # renders the pictures of all
         def add(seed, kind, stage, configuration='', teacher='', needs=()):
-            values = dict(parameters, seed=seed, clutter=clutter, data=f'rooms_{study}_{group}', stages=[stage], teacher=teacher, untrained=False, pictures=False)
+            values = dict(parameters, seed=seed, clutter=clutter, data=f'rooms_{study}_{group}',
+                          stages=[stage], teacher=teacher, untrained=False, pictures=False)
             name = f'{study}/{group}-{seed}-{kind}'
-            runs.append(Run(name, values, f'{group} clutter', configuration, seed, tuple(dict.fromkeys([*needs, first]) if name != first else ())))
+            runs.append(Run(name, values, f'{group} clutter', configuration, seed,
+                            tuple(dict.fromkeys([*needs, first]) if name != first else ())))
         for seed in seeds: add(seed, 'teacher', 'teacher')
         for seed in seeds: add(seed, 'nobody', 'control', 'nobody')
         for number, seed in enumerate(seeds):
             neighbour = seeds[(number + 1) % len(seeds)]
-            known = {'random': 'random', 'colours': f'{study}/{group}-{neighbour}-nobody', 'depth': f'{study}/{group}-{seed}-teacher'}
+            known = {'random': 'random', 'colours': f'{study}/{group}-{neighbour}-nobody',
+                     'depth': f'{study}/{group}-{seed}-teacher'}
             for teacher, run in known.items():
                 path = run if run == 'random' else f"runs/{run}/{'control' if teacher == 'colours' else 'teacher'}.safetensors"
                 add(seed, teacher, 'student', teacher, path, () if run == 'random' else (run,))

@@ -37,12 +37,15 @@ class Lines:
     def length(self): return os.fstat(self._file.fileno()).st_size
 
     def write(self, **record):
-        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                 for k, v in record.items()}
         try:
             self._file.write(json.dumps(known, allow_nan=False).encode() + b'\n')
             self._file.flush()
         except OSError as error:
-            raise OSError(error.errno, f"{self.path} could not be written: {error.strerror}. Is the disk full? Make room and give the same command again: it goes on from the last checkpoint") from None
+            raise OSError(error.errno, f"{self.path} could not be written: {error.strerror}. Is "
+                          "the disk full? Make room and give the same command again: it goes on "
+                          "from the last checkpoint") from None
 
     def __enter__(self): return self
     def __exit__(self, *error):
@@ -55,7 +58,8 @@ def _tensorboard(folder, step):
     from torch.utils.tensorboard import SummaryWriter
     writers = {}
     def write(stage, at, values):
-        if stage not in writers: writers[stage] = SummaryWriter(str(Path(folder)/'tensorboard'/stage), purge_step=step)
+        if stage not in writers:
+            writers[stage] = SummaryWriter(str(Path(folder)/'tensorboard'/stage), purge_step=step)
         for name, value in values.items(): writers[stage].add_scalar(name, value, at)
     def close():
         for writer in writers.values(): writer.close()
@@ -64,24 +68,37 @@ def _tensorboard(folder, step):
 def _wandb(folder, step):
     import wandb
     run = wandb.init(project='stdg', dir=str(folder), name=Path(folder).name, mode='offline')
-    return lambda stage, at, values: run.log({f'{stage}/{name}': value for name, value in values.items()} | {f'{stage}/step': at}), run.finish
+    return lambda stage, at, values: run.log({f'{stage}/{name}': value
+                                              for name, value in values.items()} | {
+        f'{stage}/step': at}), run.finish
 
 TRACKERS = dict(tensorboard=_tensorboard, wandb=_wandb)
 
 def tracker(name, folder, step=1):
-    "(write, close) of a tracker: `write(stage, step, {name: number})`; `step` is the first to come. Raises `ValueError` for an unknown one, `ImportError` that names the extra for one that is not installed."
-    if name not in TRACKERS: raise ValueError(f"tracker {name!r} is unknown; there are {list(TRACKERS)}")
+    """(write, close) of a tracker: `write(stage, step, {name: number})`; `step` is the first to
+    come.
+
+    Raises `ValueError` for an unknown one, `ImportError` that names the extra for one that is not
+    installed."""
+    if name not in TRACKERS:
+        raise ValueError(f"tracker {name!r} is unknown; there are {list(TRACKERS)}")
     try: return TRACKERS[name](folder, step)
-    except ImportError as error: raise ImportError(f"the tracker {name!r} is not installed ({error}): pip install 'stdg[{name}]'") from None
+    except ImportError as error:
+        raise ImportError(f"the tracker {name!r} is not installed ({error}): pip install "
+                          f"'stdg[{name}]'") from None
 
 # %% ../../nbs/training/02_log.ipynb #log
 class Log:
-    "The two files of a run, and its trackers. Where a run is taken up again, `length` cuts log.jsonl and `step` is the first to come. Without a folder nothing is written."
+    """The two files of a run, and its trackers.
+
+    Where a run is taken up again, `length` cuts log.jsonl and `step` is the first to come. Without
+    a folder nothing is written."""
     def __init__(self, folder, trackers=(), length=None, step=1):
         self.folder = folder
         if folder is None: return
         self._trackers = [tracker(name, folder, step) for name in trackers]
-        self.lines, self.times = Lines(Path(folder)/'log.jsonl', length), Lines(Path(folder)/'timing.jsonl')
+        self.lines, self.times = Lines(Path(folder)/'log.jsonl',
+                                       length), Lines(Path(folder)/'timing.jsonl')
 
     @property
     def length(self): return self.lines.length if self.folder else 0
@@ -89,8 +106,10 @@ class Log:
     def write(self, stage, step, times=None, **values):
         if self.folder is None: return
         self.lines.write(stage=stage, step=step, **values)
-        if times: self.times.write(stage=stage, step=step, **{k: round(v, 5) for k, v in times.items()})
-        numbers = {k: v for k, v in {**values, **(times or {})}.items() if isinstance(v, (int, float))}
+        if times:
+            self.times.write(stage=stage, step=step, **{k: round(v, 5) for k, v in times.items()})
+        numbers = {k: v for k, v in {**values, **(times or {})}.items()
+                   if isinstance(v, (int, float))}
         for write, _ in self._trackers: write(stage, step, numbers)
 
     def __enter__(self): return self
@@ -103,7 +122,8 @@ class Log:
 STEP_PARTS = ('data', 'teacher', 'student', 'backward', 'optimiser')
 
 class Stopwatch:
-    "Seconds of the parts of a step on `device`: `lap(part)` after each, `read()` at the end, when the device has been waited for."
+    """Seconds of the parts of a step on `device`: `lap(part)` after each, `read()` at the end, when
+    the device has been waited for."""
     def __init__(self, device='cpu'):
         self._cuda = torch.device(device).type == 'cuda'
         self._marks = [(None, self._now())]
@@ -119,21 +139,27 @@ class Stopwatch:
     def read(self):
         if self._cuda: self._marks[-1][1].synchronize()
         seconds = dict.fromkeys(STEP_PARTS, 0.)
-        for (_, start), (part, end) in zip(self._marks, self._marks[1:]): seconds[part] += start.elapsed_time(end) / 1000 if self._cuda else end - start
+        for (_, start), (part, end) in zip(self._marks, self._marks[1:]):
+            seconds[part] += start.elapsed_time(end) / 1000 if self._cuda else end - start
         self._marks = self._marks[-1:]
         return seconds
 
 # %% ../../nbs/training/02_log.ipynb #step-times
 def read_times(path):
-    "{stage: {part: median seconds a step}} of a timing.jsonl. Raises `FileNotFoundError`, or `ValueError` naming a broken line."
+    """{stage: {part: median seconds a step}} of a timing.jsonl.
+
+    Raises `FileNotFoundError`, or `ValueError` naming a broken line."""
     if not Path(path).is_file(): raise FileNotFoundError(f"{path} is missing; training writes it")
     rows = {}
     for number, line in enumerate(open(path, encoding='utf-8'), 1):
         try: record = json.loads(line)
-        except json.JSONDecodeError: raise ValueError(f"{path}, line {number}: not JSON; remove the line") from None
-        rows.setdefault(str(record['stage']), []).append([record.get(part, 0.) for part in STEP_PARTS])
+        except json.JSONDecodeError:
+            raise ValueError(f"{path}, line {number}: not JSON; remove the line") from None
+        rows.setdefault(str(record['stage']),
+                        []).append([record.get(part, 0.) for part in STEP_PARTS])
     if not rows: raise ValueError(f"{path} has no lines; nothing to draw")
-    return {stage: dict(zip(STEP_PARTS, np.median(values, 0).tolist())) for stage, values in rows.items()}
+    return {stage: dict(zip(STEP_PARTS, np.median(values, 0).tolist()))
+            for stage, values in rows.items()}
 
 def step_times(path):
     "A figure of where the time of a step goes, a bar for each stage."

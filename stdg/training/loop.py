@@ -24,16 +24,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from ..io.devices import choose_device
 from .. import checkpoint
 from ..data import loader
-from .distributed import all_reduce, all_gather, rank_and_world, broadcast
+from ..io.devices import choose_device
 from ..io.files import atomic_path, read_json, write_json
-from .log import STEP_PARTS, Log
 from ..model import STDG, recomputed
+from .distributed import all_gather, all_reduce, broadcast, rank_and_world
+from .log import STEP_PARTS, Log
+from stdg.training.resume import (
+    Interrupted,
+    exclusive_run,
+    load_state,
+    remove_state,
+    save_state,
+    saved_states,
+    stop_requested,
+)
 from .step import Average, TrainStep, build_network, loss_terms, optimiser, schedule, seed_step
-from .resume import (
-    Interrupted, stop_requested, load_state, exclusive_run, remove_state, save_state, saved_states)
 
 try: import resource
 except ImportError: resource = None  # Windows
@@ -44,16 +51,22 @@ _all_ = ['Average', 'build', 'loss_terms', 'optimiser', 'schedule']  # also to b
 STAGES = ('teacher', 'control', 'student')
 
 def check_start(stages, backbone, pretrained=True, teacher='', trial=False):
-    """(pretrained, notes): what the networks can begin from, and a sentence about each thing that a trial does without.
+    """(pretrained, notes): what the networks can begin from, and a sentence about each thing that a
+    trial does without.
 
-    `teacher` is the checkpoint that teaches where `stages` trains none, or 'random'. Raises `ValueError` for an unknown stage or a missing teacher, `ConnectionError` for
-    ImageNet weights that cannot be fetched (both unless `trial`), and what `stdg.checkpoint.load` raises."""
-    if set(stages) - set(STAGES) or not stages: raise ValueError(f"stages {stages} must be some of {list(STAGES)}")
+    `teacher` is the checkpoint that teaches where `stages` trains none, or 'random'. Raises
+    `ValueError` for an unknown stage or a missing teacher, `ConnectionError` for ImageNet weights
+    that cannot be fetched (both unless `trial`), and what `stdg.checkpoint.load` raises."""
+    if set(stages) - set(STAGES) or not stages:
+        raise ValueError(f"stages {stages} must be some of {list(STAGES)}")
     notes = []
     if teacher and teacher != 'random' and 'teacher' not in stages: checkpoint.load(teacher)
     elif 'student' in stages and 'teacher' not in stages and not teacher:
-        if not trial: raise ValueError("the stage 'student' needs a teacher: -p teacher runs/<name>/teacher.safetensors, or 'teacher' among the stages")
-        notes.append('TRIAL WITHOUT A TEACHER: no checkpoint was given, an untrained teacher teaches the student')
+        if not trial:
+            raise ValueError("the stage 'student' needs a teacher: -p teacher "
+                             "runs/<name>/teacher.safetensors, or 'teacher' among the stages")
+        notes.append('TRIAL WITHOUT A TEACHER: no checkpoint was given, an untrained teacher '
+                     'teaches the student')
     try: STDG(backbone, pretrained=pretrained)
     except ConnectionError as error:
         if not trial: raise
@@ -64,7 +77,9 @@ def check_start(stages, backbone, pretrained=True, teacher='', trial=False):
 # %% ../../nbs/training/05_loop.ipynb #options
 @dataclass
 class Options:
-    "How a stage is trained; the defaults are those of the published student. Source: method spec 7."
+    """How a stage is trained; the defaults are those of the published student.
+
+    Source: method spec 7."""
     batch_size: int = 40  # pictures a step, of all devices together
     lr: float = 5e-4
     lr_backbone: float = 5e-5
@@ -80,7 +95,8 @@ class Options:
     epochs: float = 60
     steps: int | None = None  # stop after so many, if given
     accumulate: int = 1  # parts in which a batch is worked off
-    recompute: bool = False  # a third of the memory or less for a third more time, see `stdg.model.recomputed`
+    # a third of the memory or less for a third more time, see `stdg.model.recomputed`
+    recompute: bool = False
     compile: bool = False  # by `torch.compile`
     sync_bn: bool = False  # batch norms count over all GPUs
     workers: int = 0  # processes that load data beside each that trains
@@ -95,25 +111,36 @@ class Options:
 _FIXED = tuple(f.name for f in fields(Options))[:11]
 
 def _options(values):
-    "`Options` of `values`. Raises `ValueError` for one that is none, with the name that was probably meant."
+    """`Options` of `values`.
+
+    Raises `ValueError` for one that is none, with the name that was probably meant."""
     known = [f.name for f in fields(Options)]
     for name in values:
-        if name not in known: raise ValueError(f"there is no option {name!r}; did you mean {' or '.join(get_close_matches(name, known, 2, .4)) or 'one of ' + ', '.join(known)}?")
+        if name not in known:
+            raise ValueError(f"there is no option {name!r}; did you mean "
+                             f"{' or '.join(get_close_matches(name, known, 2, .4)) or 'one of ' + ', '.join(known)}?")
     return Options(**values)
 
 # %% ../../nbs/training/05_loop.ipynb #run
 class _Run:
     "The training of one stage."
     def __init__(self, model, dataset, out, stage, options, record):
-        self.model, self.dataset, self.out, self.stage, self.options = model, dataset, Path(out), stage, options
-        self.record = dict(vocabulary=dataset.database.vocabulary.to_json(), size=dataset.database.size, **record)
+        self.model, self.dataset, self.out, self.stage, self.options = model, dataset, Path(
+            out), stage, options
+        self.record = dict(vocabulary=dataset.database.vocabulary.to_json(),
+                           size=dataset.database.size, **record)
         self.rank, self.world = rank_and_world()
         self.per_epoch = len(dataset) // options.batch_size
-        if not self.per_epoch: raise ValueError(f"{stage}: {len(dataset)} images make no batch of {options.batch_size}. Lower the batch size" + (f", which {self.world} processes share" if self.world > 1 else ''))
+        if not self.per_epoch:
+            raise ValueError(f"{stage}: {len(dataset)} images make no batch of "
+                             f"{options.batch_size}. Lower the batch size"
+                             + (f", which {self.world} processes share" if self.world > 1 else ''))
         self.total = int(min(options.steps or math.inf, options.epochs * self.per_epoch))
         if options.compile: model.network.compile()
-        self.optimiser = optimiser(model, options.lr, options.lr_backbone, options.weight_decay, options.released)
-        self.step = TrainStep(model, self.optimiser, options.accumulate, options.precision, options.clip, options.sync_bn)
+        self.optimiser = optimiser(model, options.lr, options.lr_backbone, options.weight_decay,
+                                   options.released)
+        self.step = TrainStep(model, self.optimiser, options.accumulate, options.precision,
+                              options.clip, options.sync_bn)
         self.average = Average(model, options.ema)
         self.done = self.skipped = self.stale = 0
         self.best, self.saved = None, time.monotonic()
@@ -121,12 +148,15 @@ class _Run:
     @property
     def first(self): return self.rank == 0
     @property
-    def learnt(self): return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+    def learnt(self):
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 def _expected(run):
     "What a state must agree on with the run that goes on from it."
-    teacher = run.model.teacher and hashlib.sha256(b''.join(v.cpu().contiguous().numpy().tobytes() for v in run.model.teacher.state_dict().values())).hexdigest()[:16]
-    settings = {k: v for k, v in asdict(run.options).items() if k in _FIXED} | dict(config=run.model.config, teacher=teacher)
+    teacher = run.model.teacher and hashlib.sha256(b''.join(v.cpu().contiguous().numpy().tobytes()
+        for v in run.model.teacher.state_dict().values())).hexdigest()[:16]
+    settings = {k: v for k, v in asdict(run.options).items()
+                if k in _FIXED} | dict(config=run.model.config, teacher=teacher)
     return dict(data=run.dataset.fingerprint(), settings=json.loads(json.dumps(settings)))
 
 # %% ../../nbs/training/05_loop.ipynb #freeze
@@ -137,23 +167,28 @@ def _freeze(run, log):
     moments = run.optimiser.state
     tensors = {f'network.{k}': v for k, v in run.model.network.state_dict().items()}
     tensors |= {f'average.{name}': mean for name, mean in zip(run.learnt, run.average.mean)}
-    tensors |= {f'{kind}.{name}': moments[p][kind] for kind in _MOMENTS for name, p in run.learnt.items() if p in moments}
+    tensors |= {f'{kind}.{name}': moments[p][kind] for kind in _MOMENTS
+                for name, p in run.learnt.items() if p in moments}
     updates = next((int(state['step']) for state in moments.values()), 0)
-    facts = dict(epoch=run.done // run.per_epoch, batch=run.done % run.per_epoch, updates=updates, skipped=run.skipped, best=run.best, stale=run.stale, log=log.length,
+    facts = dict(epoch=run.done // run.per_epoch, batch=run.done % run.per_epoch, updates=updates,
+                 skipped=run.skipped, best=run.best, stale=run.stale, log=log.length,
                  scaler=run.step.scaler.state_dict(), processes=run.world)
     return tensors, facts | run.expected
 
 @torch.no_grad()
 def _thaw(run, tensors, facts):
     "Put back what `_freeze` took."
-    run.model.network.load_state_dict({k.removeprefix('network.'): v for k, v in tensors.items() if k.startswith('network.')})
+    run.model.network.load_state_dict({k.removeprefix('network.'): v for k, v in tensors.items()
+                                       if k.startswith('network.')})
     for (name, p), mean in zip(run.learnt.items(), run.average.mean):
         mean.copy_(tensors[f'average.{name}'])
         if f'exp_avg.{name}' in tensors:
-            moments = {kind: torch.empty_like(p).copy_(tensors[f'{kind}.{name}']) for kind in _MOMENTS}
+            moments = {kind: torch.empty_like(p).copy_(tensors[f'{kind}.{name}'])
+                       for kind in _MOMENTS}
             run.optimiser.state[p] = dict(step=torch.tensor(float(facts['updates'])), **moments)
     if facts['scaler']: run.step.scaler.load_state_dict(facts['scaler'])
-    run.done, run.skipped, run.best, run.stale = facts['step'], facts['skipped'], facts['best'], facts['stale']
+    run.done, run.skipped, run.best, run.stale = facts['step'], facts['skipped'], facts[
+        'best'], facts['stale']
     if run.options.patience and run.stale >= run.options.patience: run.total = run.done
 
 # %% ../../nbs/training/05_loop.ipynb #save-restore
@@ -164,7 +199,9 @@ def _save(run, log):
     run.saved = time.monotonic()
 
 def _restore(run):
-    "Put the run where its last state was. Returns the length that the log had then; None if there is nothing to cut."
+    """Put the run where its last state was.
+
+    Returns the length that the log had then; None if there is nothing to cut."""
     path = broadcast((saved_states(run.out/'states', run.stage) or [None])[-1])
     if path is None: return None
     tensors, facts = load_state(path, run.expected)
@@ -172,43 +209,63 @@ def _restore(run):
     return facts['log'] if run.done < run.total else None
 
 def start_over(out):
-    "Forget the states of all stages of a run; its logs are moved aside to `log.previous.jsonl` and `timing.previous.jsonl`."
+    """Forget the states of all stages of a run; its logs are moved aside to `log.previous.jsonl`
+    and `timing.previous.jsonl`."""
     for path in Path(out).glob('states/*.json'): remove_state(path)
     for name in ('log', 'timing'):
-        if (Path(out)/f'{name}.jsonl').exists(): (Path(out)/f'{name}.jsonl').replace(Path(out)/f'{name}.previous.jsonl')
+        if (Path(out)/f'{name}.jsonl').exists():
+            (Path(out)/f'{name}.jsonl').replace(Path(out)/f'{name}.previous.jsonl')
 
 # %% ../../nbs/training/05_loop.ipynb #replay
-def _flat(batch): return {k: v for k, v in batch.items() if k != 'targets'} | {f'targets.{k}': v for k, v in batch['targets'].items()}
+def _flat(batch):
+    return {k: v for k, v in batch.items() if k != 'targets'} | {f'targets.{k}': v
+        for k, v in batch['targets'].items()}
 
 def _keep_batch(run, batch, names, ids):
     "Write a batch and the weights that met it; returns the path."
     path = run.out/f'{run.stage}-{run.done:08d}-{run.rank}.replay.safetensors'
-    tensors = {f'batch.{k}': v for k, v in _flat(batch).items()} | {f'model.{k}': v for k, v in run.model.state_dict().items()}
-    with atomic_path(path) as partial: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial)
-    write_json(path.with_suffix('.json'), dict(config=run.model.config, stage=run.stage, step=run.done, seed=run.options.seed, terms=names, images=ids))
+    tensors = {f'batch.{k}': v for k, v in _flat(batch).items()} | {f'model.{k}': v
+        for k, v in run.model.state_dict().items()}
+    with atomic_path(path) as partial:
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial)
+    write_json(path.with_suffix('.json'), dict(config=run.model.config, stage=run.stage,
+                                               step=run.done, seed=run.options.seed, terms=names,
+                                               images=ids))
     return path
 
 def replay(path):
-    "The terms of the loss, {name: value}, of a batch that a run has kept because they were not finite."
-    record, tensors = read_json(Path(path).with_suffix('.json'), 'Both files that the run has kept are needed.'), load_file(path)
-    part = lambda start: {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+    """The terms of the loss, {name: value}, of a batch that a run has kept because they were not
+    finite."""
+    record, tensors = read_json(Path(path).with_suffix('.json'), 'Both files that the run has kept '
+                                'are needed.'), load_file(path)
+    part = lambda start: {k.removeprefix(start): v for k, v in tensors.items()
+                          if k.startswith(start)}
     model = STDG(**record['config'], pretrained=False)
     model.load_state_dict(part('model.'))
     seed_step(record['seed'], record['step'])
-    batch = {k: v for k, v in part('batch.').items() if not k.startswith('targets.')} | dict(targets=part('batch.targets.'))
+    batch = {k: v for k, v in part('batch.').items()
+             if not k.startswith('targets.')} | dict(targets=part('batch.targets.'))
     return {name: float(value) for name, value in loss_terms(model.train(), batch).items()}
 
 # %% ../../nbs/training/05_loop.ipynb #nonfinite
 def _unfit(run, values, batch):
-    "The terms that are not finite, if any; then the batch is kept. Raises `FloatingPointError` naming step, terms, images and file once more steps are so than may be."
-    bad = [name for name, value in values.items() if not math.isfinite(value) and not (name == 'grad_norm' and run.options.precision == 'float16')]
+    """The terms that are not finite, if any; then the batch is kept.
+
+    Raises `FloatingPointError` naming step, terms, images and file once more steps are so than may
+    be."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)
+           and not (name == 'grad_norm' and run.options.precision == 'float16')]
     if not bad: return bad
-    ids = [int(run.dataset.database.image_ids[run.dataset.rows[i]]) for i in batch['index'].tolist()]
+    ids = [int(run.dataset.database.image_ids[run.dataset.rows[i]])
+           for i in batch['index'].tolist()]
     path, ids = _keep_batch(run, batch, bad, ids), sum(all_gather(ids), [])
     run.skipped += 1
     if run.skipped > run.options.skip:
-        raise FloatingPointError(f"{run.stage}, step {run.done}: {', '.join(bad)} is not finite on images {ids}. The batch is kept in {path} (stdg.training.replay). "
-                                 "Lower the learning rate, look at these images, or allow a few such steps: skip")
+        raise FloatingPointError(f"{run.stage}, step {run.done}: {', '.join(bad)} is not finite on "
+                                 f"images {ids}. The batch is kept in {path} "
+                                 "(stdg.training.replay). "
+                                 "Lower the learning rate, look at these images, or allow a few "
+                                 "such steps: skip")
     return bad
 
 # %% ../../nbs/training/05_loop.ipynb #one-step
@@ -231,17 +288,21 @@ def _one_step(run, batch, log):
     run.step.watch.lap('optimiser')
     times = run.step.watch.read()
     if torch.cuda.is_available(): times['memory'] = torch.cuda.max_memory_allocated() / 2**30
-    log.write(run.stage, run.done, times, lr=run.optimiser.param_groups[0]['lr'], **facts, **terms, **(dict(left_out=bad) if bad else {}))
+    log.write(run.stage, run.done, times, lr=run.optimiser.param_groups[0]['lr'], **facts, **terms,
+              **(dict(left_out=bad) if bad else {}))
     return terms
 
 # %% ../../nbs/training/05_loop.ipynb #epoch-end
 def _checkpoint(run, name, **more):
-    if run.first: run.model.save(run.out/f'{name}.safetensors', training=dict(stage=run.stage, step=run.done, epochs=run.done / run.per_epoch, seed=run.options.seed), **run.record, **more)
+    if run.first:
+        run.model.save(run.out/f'{name}.safetensors', training=dict(stage=run.stage, step=run.done,
+            epochs=run.done / run.per_epoch, seed=run.options.seed), **run.record, **more)
 
 def _judge(run, validate, log):
     "Validate the weights, log the figures, and keep the best."
     values = {k: v for k, v in validate(run.model).items() if math.isfinite(v)}
-    if run.options.best not in values: raise ValueError(f"best={run.options.best!r}: validation gives {sorted(values)}")
+    if run.options.best not in values:
+        raise ValueError(f"best={run.options.best!r}: validation gives {sorted(values)}")
     log.write(run.stage, run.done, **values)
     value, run.stale = values[run.options.best], run.stale + 1
     if run.best is None or value > run.best:
@@ -252,7 +313,8 @@ def _judge(run, validate, log):
 def _end_epoch(run, validate, log):
     run.average.swap()
     epoch = -(-run.done // run.per_epoch)
-    if validate and (epoch % run.options.validate_every == 0 or run.done >= run.total): _judge(run, validate, log)
+    if validate and (epoch % run.options.validate_every == 0 or run.done >= run.total):
+        _judge(run, validate, log)
     _checkpoint(run, run.stage)
     run.average.swap()
     _save(run, log)
@@ -262,19 +324,27 @@ def _short(term): return '.'.join(part[:3] for part in term.split('_'))
 
 def _agreed(run, *wishes):
     "Which of the `wishes`, each true or false, any process has."
-    return [bool(wish) for wish in (all_reduce(torch.tensor(wishes, dtype=torch.int64)).tolist() if run.world > 1 else wishes)]
+    return [bool(wish) for wish in (all_reduce(torch.tensor(wishes, dtype=torch.int64)).tolist()
+                                    if run.world > 1 else wishes)]
 
 def _epoch(run, batches, validate, log, bar, asked):
-    "One pass over the data, or what is left of it. Raises `Interrupted` when the process was asked to stop."
+    """One pass over the data, or what is left of it.
+
+    Raises `Interrupted` when the process was asked to stop."""
     run.model.train()
     for batch in batches:
         terms = _one_step(run, batch, log)
-        bar.set_postfix({_short(k): f'{v:.2f}' for k, v in terms.items()}, refresh=False); bar.update()
-        stop, due = _agreed(run, asked(), run.first and time.monotonic() - run.saved > 60 * run.options.save_minutes)
+        bar.set_postfix({_short(k): f'{v:.2f}' for k, v in terms.items()}, refresh=False)
+        bar.update()
+        stop, due = _agreed(run, asked(),
+                            run.first and time.monotonic() - run.saved > 60
+                            * run.options.save_minutes)
         ended = run.done % run.per_epoch == 0 or run.done >= run.total
         if ended: _end_epoch(run, validate, log)
         elif stop or due: _save(run, log)
-        if stop and run.done < run.total: raise Interrupted(f"{run.stage}: asked to stop, the state after step {run.done} is saved; the same command goes on from there")
+        if stop and run.done < run.total:
+            raise Interrupted(f"{run.stage}: asked to stop, the state after step {run.done} is "
+                              "saved; the same command goes on from there")
         if run.done >= run.total: break
 
 # %% ../../nbs/training/05_loop.ipynb #fit
@@ -286,20 +356,28 @@ def fit(model,
         device=None, progress=True,
         record={},  # further entries of the checkpoint's JSON
         **options):  # of `Options`
-    """Train one stage, or go on with it; the model ends with averaged weights, as saved. Among several processes (`stdg.training.distributed`) all call this alike.
+    """Train one stage, or go on with it; the model ends with averaged weights, as saved.
 
-    Raises `ValueError` for data or settings that do not fit each other or the state to go on from, `FloatingPointError` for a loss that is not finite, `OSError` for
-    a full disk, `Interrupted` (exit code 75) when the process was asked to stop. Source: method spec 7."""
+    Among several processes (`stdg.training.distributed`) all call this alike.
+
+    Raises `ValueError` for data or settings that do not fit each other or the state to go on from,
+    `FloatingPointError` for a loss that is not finite, `OSError` for a full disk, `Interrupted`
+    (exit code 75) when the process was asked to stop. Source: method spec 7."""
     options = _options(options)
     model.to(choose_device(device), memory_format=torch.channels_last).train()
     run = _Run(model, dataset, out, stage, options, record)
-    with (exclusive_run(out) if run.first else nullcontext()), stop_requested(20 if run.world > 1 else None) as asked:
+    with (exclusive_run(out) if run.first else nullcontext()), stop_requested(20 if run.world > 1
+        else None) as asked:
         run.expected = _expected(run)
         length, fresh = _restore(run), run.done == 0
         place = next(model.parameters()).device
-        batches = loader(dataset, options.batch_size, options.seed, options.workers, device=place, start=run.done, share=(run.rank, run.world))
+        batches = loader(dataset, options.batch_size, options.seed, options.workers, device=place,
+                         start=run.done, share=(run.rank, run.world))
         thrifty = recomputed(model.network) if options.recompute else nullcontext()
-        with Log(out if run.first else None, options.trackers, length, run.done + 1) as log, thrifty, tqdm(total=run.total, initial=run.done, desc=stage, disable=not (progress and run.first), mininterval=2) as bar:
+        with Log(out if run.first else None, options.trackers, length,
+                 run.done + 1) as log, thrifty, tqdm(total=run.total, initial=run.done, desc=stage,
+                                                     disable=not (progress and run.first),
+                                                     mininterval=2) as bar:
             if fresh: _save(run, log)
             while run.done < run.total: _epoch(run, batches, validate, log, bar, asked)
     run.average.swap()
@@ -308,19 +386,29 @@ def fit(model,
 
 # %% ../../nbs/training/05_loop.ipynb #forecast
 def _memory():
-    "The most memory that was in use, GiB: of the GPU if there is one, else of this process; NaN where the system does not say."
+    """The most memory that was in use, GiB: of the GPU if there is one, else of this process; NaN
+    where the system does not say."""
     if not torch.cuda.is_available() and resource is None: return math.nan
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin'
+        else 2**20)
 
 def forecast(model, dataset, tries=6, device=None, **options):
-    "dict(seconds_per_step, images_per_second, memory GiB, steps, hours, share of each part) of a run with these `options`, from `tries` steps of which nothing is kept. Validation is not counted."
-    options = {k: v for k, v in options.items() if k not in ('keep', 'trackers', 'progress')} | dict(keep=0)
+    """dict(seconds_per_step, images_per_second, memory GiB, steps, hours, share of each part) of a
+    run with these `options`, from `tries` steps of which nothing is kept.
+
+    Validation is not counted."""
+    options = {k: v for k, v in options.items() if k not in ('keep', 'trackers',
+        'progress')} | dict(keep=0)
     with tempfile.TemporaryDirectory() as folder:
         whole = _Run(copy.deepcopy(model), dataset, folder, 'forecast', _options(options), {}).total
-        fit(copy.deepcopy(model), dataset, folder, 'forecast', None, device, False, **options | dict(steps=min(tries, whole)))
+        fit(copy.deepcopy(model), dataset, folder, 'forecast', None, device, False,
+            **options | dict(steps=min(tries, whole)))
         times = [json.loads(line) for line in open(Path(folder)/'timing.jsonl')][min(2, whole - 1):]
     parts = {part: statistics.median(time[part] for time in times) for part in STEP_PARTS}
     seconds = sum(parts.values())
-    return dict(seconds_per_step=seconds, images_per_second=Options(**{'batch_size': options.get('batch_size', 40)}).batch_size / seconds, memory=_memory(),
-                steps=whole, hours=whole * seconds / 3600, parts={part: value / seconds for part, value in parts.items()})
+    return dict(seconds_per_step=seconds,
+                images_per_second=Options(**{'batch_size': options.get('batch_size',
+        40)}).batch_size / seconds, memory=_memory(),
+                steps=whole, hours=whole * seconds / 3600,
+                parts={part: value / seconds for part, value in parts.items()})

@@ -28,16 +28,22 @@ except ImportError: fcntl = None  # Windows
 # %% ../../nbs/training/03_resume.ipynb #save-state
 def saved_states(folder, stage):
     "The states of `stage` in `folder`, paths of their JSON files, oldest first."
-    return sorted(path for path in Path(folder).glob(f'{stage}-*.json') if re.fullmatch(r'\d{8}', path.stem.removeprefix(f'{stage}-')))
+    return sorted(path for path in Path(folder).glob(f'{stage}-*.json') if re.fullmatch(r'\d{8}',
+        path.stem.removeprefix(f'{stage}-')))
 
 def save_state(folder, stage, step, tensors, facts, keep=2):
-    "Write the state of `stage` after `step` steps, and remove all but the last `keep`. Raises `OSError` naming the file when it cannot be written; what was there before stays."
+    """Write the state of `stage` after `step` steps, and remove all but the last `keep`.
+
+    Raises `OSError` naming the file when it cannot be written; what was there before stays."""
     path = writable_folder(folder)/f'{stage}-{step:08d}.safetensors'
     with atomic_path(path) as partial:
-        try: save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        try:
+            save_file({name: tensor.detach().cpu().contiguous()
+                       for name, tensor in tensors.items()}, partial)
         except SafetensorError as error: raise OSError(errno.ENOSPC, str(error)) from None
         size = partial.stat().st_size
-    write_json(path.with_suffix('.json'), dict(format='stdg-state', version=1, stage=stage, step=step, bytes=size, **facts))
+    write_json(path.with_suffix('.json'), dict(format='stdg-state', version=1, stage=stage,
+                                               step=step, bytes=size, **facts))
     for old in saved_states(folder, stage)[:-keep]: remove_state(old)
 
 def remove_state(path):
@@ -46,34 +52,50 @@ def remove_state(path):
 # %% ../../nbs/training/03_resume.ipynb #load-state
 def _flat(settings):
     "`settings` with the entries of dictionaries in it by names with a point."
-    return {f'{k}.{inner}' if inner else k: value for k, v in settings.items() for inner, value in (v.items() if isinstance(v, dict) else [('', v)])}
+    return {f'{k}.{inner}' if inner else k: value for k, v in settings.items()
+            for inner, value in (v.items() if isinstance(v, dict) else [('', v)])}
 
 def _compare(path, facts, expected):
     hint = 'Take another name for the run, or begin anew: -p resume False (in Python: stdg.training.start_over)'
-    if facts.get('data') != expected['data']: raise ValueError(f"{path} was written by a run on other data: images, annotations or filters have changed since. {hint}")
+    if facts.get('data') != expected['data']:
+        raise ValueError(f"{path} was written by a run on other data: images, annotations or "
+                         f"filters have changed since. {hint}")
     theirs, ours = _flat(facts.get('settings', {})), _flat(expected['settings'])
-    differ = [f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}" for name in ours | theirs if theirs.get(name) != ours.get(name)]
-    if differ: raise ValueError(f"{path} was written by a run with other settings: {'; '.join(differ[:4])}. {hint}")
+    differ = [f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}" for name in ours | theirs
+              if theirs.get(name) != ours.get(name)]
+    if differ:
+        raise ValueError(f"{path} was written by a run with other settings: "
+                         f"{'; '.join(differ[:4])}. {hint}")
 
 def load_state(path, expected=None):
-    """(tensors, facts) of the state whose JSON is `path`; `expected` is dict(data=..., settings=...), as it was saved.
+    """(tensors, facts) of the state whose JSON is `path`; `expected` is dict(data=...,
+    settings=...), as it was saved.
 
-    Raises `ValueError` naming the file and the mend for a damaged state, one of another version, or one that does not fit."""
+    Raises `ValueError` naming the file and the mend for a damaged state, one of another version, or
+    one that does not fit."""
     path = Path(path)
     hint = f'Remove {path.stem}.json: the run goes on from the state before, or begins anew'
     facts = read_json(path, hint)
-    if facts.get('format') != 'stdg-state' or facts.get('version') != 1: raise ValueError(f"{path} is no state that this version reads ({facts.get('format')}, version {facts.get('version')}). Install the stdg that wrote it, or begin anew: -p resume False")
+    if facts.get('format') != 'stdg-state' or facts.get('version') != 1:
+        raise ValueError(f"{path} is no state that this version reads ({facts.get('format')}, "
+                         f"version {facts.get('version')}). Install the stdg that wrote it, or "
+                         "begin anew: -p resume False")
     if expected: _compare(path, facts, expected)
     file = path.with_suffix('.safetensors')
     if not file.is_file(): raise FileNotFoundError(f"{file} is missing. {hint}")
-    if file.stat().st_size != facts['bytes']: raise ValueError(f"{file} has {file.stat().st_size} bytes of {facts['bytes']}: it was cut off. {hint}")
+    if file.stat().st_size != facts['bytes']:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes of {facts['bytes']}: it was cut "
+                         f"off. {hint}")
     try: return load_file(file), facts
-    except (SafetensorError, OSError) as error: raise ValueError(f"{file} is damaged ({error}). {hint}") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}). {hint}") from None
 
 # %% ../../nbs/training/03_resume.ipynb #lock
 @contextmanager
 def exclusive_run(folder, seconds=15):
-    "Hold the lock of `folder`. Raises `BlockingIOError` that names it if another process does so for longer than `seconds`."
+    """Hold the lock of `folder`.
+
+    Raises `BlockingIOError` that names it if another process does so for longer than `seconds`."""
     path = writable_folder(folder)/'.lock'
     with open(path, 'a+') as file:
         end = time.monotonic() + seconds
@@ -82,9 +104,12 @@ def exclusive_run(folder, seconds=15):
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError:
-                if time.monotonic() > end: raise BlockingIOError(f"another process trains in {folder}. Wait for it, end it, or take another name for this run") from None
+                if time.monotonic() > end:
+                    raise BlockingIOError(f"another process trains in {folder}. Wait for it, end "
+                                          "it, or take another name for this run") from None
                 time.sleep(.2)
-        for half in (*path.parent.glob('.*.partial.*'), *path.parent.glob('states/.*.partial.*')): half.unlink(missing_ok=True)
+        for half in (*path.parent.glob('.*.partial.*'), *path.parent.glob('states/.*.partial.*')):
+            half.unlink(missing_ok=True)
         yield
 
 # %% ../../nbs/training/03_resume.ipynb #asked-to-stop
@@ -100,7 +125,9 @@ class Interrupted(SystemExit):
 
 @contextmanager
 def stop_requested(patience=None):
-    "Yields a function that tells whether SIGTERM or SIGUSR1 has come. Outside of the main thread no signals are heard."
+    """Yields a function that tells whether SIGTERM or SIGUSR1 has come.
+
+    Outside of the main thread no signals are heard."""
     asked, timers = threading.Event(), []
     def hear(number, _):
         asked.set()
@@ -108,7 +135,9 @@ def stop_requested(patience=None):
             timers.append(threading.Timer(patience, os._exit, (1,)))
             timers[-1].daemon = True
             timers[-1].start()
-    heard = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name)] if threading.current_thread() is threading.main_thread() else []
+    heard = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1')
+             if hasattr(signal,
+                        name)] if threading.current_thread() is threading.main_thread() else []
     before = [signal.signal(number, hear) for number in heard]
     try: yield asked.is_set
     finally:

@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import losses
 from ..data import network_input
+from ..model import STDG
 from .distributed import all_reduce, rank_and_world
 from .log import Stopwatch
-from ..model import STDG
 
 # %% ../../nbs/training/04_step.ipynb #seed
 def build_network(seed, *args, **kwargs):
@@ -29,8 +29,10 @@ def build_network(seed, *args, **kwargs):
     return STDG(*args, **kwargs)
 
 def seed_step(seed, step):
-    "Let what the network draws in this step follow from `seed`, `step` and the number of this process."
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank_and_world()[0])).generate_state(1)[0]))
+    """Let what the network draws in this step follow from `seed`, `step` and the number of this
+    process."""
+    torch.manual_seed(
+        int(np.random.SeedSequence((seed, step, rank_and_world()[0])).generate_state(1)[0]))
 
 # %% ../../nbs/training/04_step.ipynb #parameter-groups
 def optimiser(model, lr, lr_backbone, weight_decay, released=False):
@@ -39,7 +41,8 @@ def optimiser(model, lr, lr_backbone, weight_decay, released=False):
     slow = [p for name, p in learnt if '.backbone.' in name]
     fast = [p for name, p in learnt if '.backbone.' not in name]
     if released and model.mode == 'depth': lr_backbone = lr
-    groups = [dict(params=fast, lr=lr, base=lr), dict(params=slow, lr=lr_backbone, base=lr_backbone)]
+    groups = [dict(params=fast, lr=lr, base=lr),
+              dict(params=slow, lr=lr_backbone, base=lr_backbone)]
     return torch.optim.AdamW(groups, betas=(.9, .999), eps=1e-6, weight_decay=weight_decay)
 
 # %% ../../nbs/training/04_step.ipynb #schedule
@@ -66,25 +69,34 @@ class Average:
     def swap(self):
         "Exchange average and live weights; twice is nothing."
         for mean, p in zip(self.mean, self.live):
-            keep = p.clone(); p.copy_(mean); mean.copy_(keep)
+            keep = p.clone()
+            p.copy_(mean)
+            mean.copy_(keep)
 
 # %% ../../nbs/training/04_step.ipynb #read
 def network_inputs(model, batch):
-    "(input of the network, input of the teacher or None, targets) of a batch of `SceneGraphs`, on the device of `model`."
+    """(input of the network, input of the teacher or None, targets) of a batch of `SceneGraphs`, on
+    the device of `model`."""
     own = network_input(model, batch[model.reads], model.reads)
     other = None if model.teacher is None else own if model.teacher_reads == 'rgb' else network_input(model, batch['hha'], 'hha')
     return own, other, {k: v.to(own.device) for k, v in batch['targets'].items()}
 
 # %% ../../nbs/training/04_step.ipynb #loss-terms
 def terms_of(fields, targets, taught=None, counts={}):
-    "The terms of the loss, {name: scalar}, of what a network gives: detection, relation, offsets. Source: method spec 4.3 and 6."
+    """The terms of the loss, {name: scalar}, of what a network gives: detection, relation, offsets.
+
+    Source: method spec 4.3 and 6."""
     detection, relation, offsets = fields
-    terms = {f'detection_{k}': v for k, v in losses.detection_loss(detection, targets, counts).items()}
-    terms |= {f'relation_{k}': v for k, v in losses.relation_loss(relation, targets, counts=counts).items()}
-    return terms if taught is None else terms | dict(teaching=losses.teaching_loss(offsets, taught, counts))
+    terms = {f'detection_{k}': v for k, v in losses.detection_loss(detection, targets,
+        counts).items()}
+    terms |= {f'relation_{k}': v for k, v in losses.relation_loss(relation, targets,
+        counts=counts).items()}
+    return terms if taught is None else terms | dict(teaching=losses.teaching_loss(offsets, taught,
+        counts))
 
 def loss_terms(model, batch):
-    "The eight terms of the task, and in mode 'combine' the ninth, `teaching`, for one batch of `SceneGraphs`."
+    """The eight terms of the task, and in mode 'combine' the ninth, `teaching`, for one batch of
+    `SceneGraphs`."""
     own, other, targets = network_inputs(model, batch)
     if other is None: return terms_of(model.network(own), targets)
     *fields, taught = model.taught(own, other)
@@ -96,9 +108,11 @@ PRECISIONS = dict(float32=None, bfloat16=torch.bfloat16, float16=torch.float16)
 def _wrapped(network, device, sync_bn):
     "`network` for several processes."
     if rank_and_world()[1] == 1: return network
-    if sync_bn and device.type != 'cuda': raise ValueError('sync_bn=True: PyTorch synchronises batch norms on GPUs only')
+    if sync_bn and device.type != 'cuda':
+        raise ValueError('sync_bn=True: PyTorch synchronises batch norms on GPUs only')
     if sync_bn: convert_sync_batchnorm(network)
-    return DistributedDataParallel(network, device_ids=[device.index] if device.type == 'cuda' else None)
+    return DistributedDataParallel(network, device_ids=[device.index] if device.type == 'cuda'
+                                   else None)
 
 def _part(thing, i, n):
     "Part `i` of `n` of a batch: tensors, dictionaries of them, or None."
@@ -110,14 +124,17 @@ def _part(thing, i, n):
 class TrainStep:
     """Computes the gradient of a batch, and takes the optimiser's step.
 
-    `gradient(batch)` returns terms, their sum and the gradient's norm, over all parts and processes; `apply()` takes the step, `drop()` does not. Times go to `watch`."""
+    `gradient(batch)` returns terms, their sum and the gradient's norm, over all parts and
+    processes; `apply()` takes the step, `drop()` does not. Times go to `watch`."""
     def __init__(self, model, optimiser, accumulate=1, precision='float32', clip=0., sync_bn=False):
-        if precision not in PRECISIONS: raise ValueError(f"precision {precision!r} is unknown; there are {list(PRECISIONS)}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r} is unknown; there are {list(PRECISIONS)}")
         self.model, self.optimiser, self.parts, self.clip = model, optimiser, accumulate, clip
         device = next(model.parameters()).device
         self.dtype, self.watch = PRECISIONS[precision], Stopwatch(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == 'float16')
-        self.autocast = lambda: torch.autocast(device.type, self.dtype, enabled=self.dtype is not None)
+        self.autocast = lambda: torch.autocast(device.type, self.dtype,
+                                               enabled=self.dtype is not None)
         self.network = _wrapped(model.network, device, sync_bn)
         self.learnt = [p for group in optimiser.param_groups for p in group['params']]
 
@@ -132,10 +149,12 @@ class TrainStep:
 def _teach(step, other):
     "The teacher's offsets for each part; empty lists without a teacher."
     if other is None: return [None] * step.parts
-    with torch.no_grad(), step.autocast(): return [step.model.teacher.offsets(_part(other, i, step.parts)) for i in range(step.parts)]
+    with torch.no_grad(), step.autocast():
+        return [step.model.teacher.offsets(_part(other, i, step.parts)) for i in range(step.parts)]
 
 def _count(targets, taught):
-    "Counts of the whole batch over parts and processes, and the share of the teacher's offsets that is worth copying; tensors, for which nothing waits yet."
+    """Counts of the whole batch over parts and processes, and the share of the teacher's offsets
+    that is worth copying; tensors, for which nothing waits yet."""
     offsets = [] if taught[0] is None else [torch.cat(head) for head in zip(*taught)]
     own = losses.counts(targets, offsets)
     total = torch.full_like(own['objects'], sum(o.numel() for o in offsets))
@@ -163,7 +182,9 @@ def _gradient(step, batch):
         totals = totals + torch.stack(list(terms.values())).detach()
     step.scaler.unscale_(step.optimiser)
     norm = nn.utils.clip_grad_norm_(step.learnt, step.clip or math.inf)
-    *sums, norm, share = torch.cat([all_reduce(totals), torch.stack([norm, share]).to(totals)]).tolist()
-    return dict(zip(terms, sums)), dict(loss=sum(sums), grad_norm=norm) | ({} if other is None else dict(taught_share=share))
+    *sums, norm, share = torch.cat([all_reduce(totals),
+                                    torch.stack([norm, share]).to(totals)]).tolist()
+    return dict(zip(terms, sums)), dict(loss=sum(sums), grad_norm=norm) | ({} if other is None
+        else dict(taught_share=share))
 
 TrainStep.gradient = _gradient
