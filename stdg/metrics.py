@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Evaluator', 'harmonic_mean', 'evaluate', 'box_table', 'precision_of', 'average_precision', 'FrequencyPrior',
-           'ResultsTable', 'results_table', 'PROTOCOLS', 'TASKS', 'TOP', 'match', 'pixel_iou', 'same_objects']
+           'ResultsTable', 'results_table']
 
 # %% ../nbs/method/10_metrics.ipynb #imports
 import io
@@ -21,7 +21,6 @@ from .io.text import html_table, markdown_table
 from .matching import PROTOCOLS, TOP, found_relations, row_key
 
 # also to be had from here
-_all_ = ['PROTOCOLS', 'TASKS', 'TOP', 'match', 'pixel_iou', 'same_objects']
 
 # %% ../nbs/method/10_metrics.ipynb #known
 def _known(value, choices, what):

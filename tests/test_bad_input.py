@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from stdg import checkpoint, decode, fields, hha, losses, metrics
+from stdg import checkpoint, decode, fields, hha, losses, matching, metrics
 from stdg.data import SceneGraphs
 from stdg.datasets.visual_genome import Database, write_annotations, write_images
 from stdg.depth.precompute import prepare_hha
@@ -147,7 +147,7 @@ def test_nothing_annotated_is_a_valid_truth():
                                         if p.grad is not None)
     for task in TASKS:
         found = decode.decode(torch.rand(6, 8, 8), torch.rand(2, 7, 8, 8), task, empty, stride=8)
-        for protocol in metrics.PROTOCOLS:
+        for protocol in matching.PROTOCOLS:
             evaluator = metrics.Evaluator(task, 2, protocol=protocol)
             evaluator.update(found, empty)
             assert evaluator.images == 0 and np.isnan(evaluator.compute()['R@20'])

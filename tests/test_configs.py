@@ -15,11 +15,10 @@ import pytest
 import torch
 import yaml
 
-from stdg import data, model, train
+from stdg import data, model, train, training
 from stdg.backbone import CONFIGURATIONS
 from stdg.checkpoint import facts, load
 from stdg.model import STDG
-from stdg.training import loop as training
 
 root = Path(__file__).parent.parent
 configs = root/'nbs'/'configs'

@@ -16,13 +16,12 @@ from scipy import ndimage
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms.v2.functional import adjust_hue
 
-from stdg import data, fields
+from stdg import data, fields, training
 from stdg.data import FILL, SceneGraphs, geometry, jitter, loader, photometry
 from stdg.datasets.visual_genome import Database, write_annotations, write_images
 from stdg.depth.hha_file import hha_path
 from stdg.graph import SceneGraph, Vocabulary
 from stdg.io.packed import write_packed
-from stdg.training import loop as training
 
 CANVAS, SIZES = 256, [(256, 176), (170, 256), (256, 256), (131, 256), (256, 131), (255, 200)]
 COLOURS = np.array([(r, g, b) for r in (40, 230) for g in (40, 230) for b in (40, 230)][1:],

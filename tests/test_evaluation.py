@@ -82,7 +82,7 @@ def whole(model, dataset):
 
 def test_evaluate_is_the_evaluators_fed_one_by_one(model, dataset, whole):
     evaluators = {(protocol, task): metrics.Evaluator(task, 3, UNSEEN, protocol)
-                  for protocol in metrics.PROTOCOLS for task in TASKS}
+                  for protocol in matching.PROTOCOLS for task in TASKS}
     boxes, truths = [], []
     for truth, found in evaluation.predictions(model, dataset, batch_size=4, progress=False):
         for (_, task), evaluator in evaluators.items(): evaluator.update(found[task], truth)
@@ -218,7 +218,7 @@ def test_records_are_small():
                             rng.uniform(size=(300, 50)))
     truth = SceneGraph(boxes[:30], prediction.labels[:30],
                        np.c_[pairs[:40] % 30, rng.integers(0, 50, 40)])
-    evaluators = evaluation._evaluators(Vocabulary.visual_genome(), ('sgdet',), metrics.PROTOCOLS,
+    evaluators = evaluation._evaluators(Vocabulary.visual_genome(), ('sgdet',), matching.PROTOCOLS,
                                         0, [[0, 0, 0]])
     assert sum(a.nbytes for a in evaluation._record(evaluators, truth, dict(sgdet=prediction),
                                                     50).values()) < 6000

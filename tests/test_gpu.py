@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from stdg import data, decode, deform
+from stdg import data, decode, deform, training
 from stdg.checkpoint import load
 from stdg.datasets.visual_genome import Database
 from stdg.depth.precompute import prepare_hha
 from stdg.evaluation import core as evaluation
 from stdg.model import STDG
 from stdg.rooms import build as rooms
-from stdg.training import loop as training
 from stdg.training.resume import saved_states
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')

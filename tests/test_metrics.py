@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stdg.graph import Prediction, SceneGraph
-from stdg.metrics import TASKS, Evaluator, FrequencyPrior, average_precision, evaluate, match, pixel_iou, results_table
+from stdg.graph import TASKS, Prediction, SceneGraph
+from stdg.matching import match, pixel_iou
+from stdg.metrics import Evaluator, FrequencyPrior, average_precision, evaluate, results_table
 
 GOLDEN = Path(__file__).parent / 'golden'
 

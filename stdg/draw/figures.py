@@ -22,7 +22,7 @@ from .graphs import draw_graph, edges_of, graph_picture
 from .style import HIT, MISS, PAGE, as_picture, colour_bar, for_print, new_figure, own_axes, save, show_image
 from ..graph import SceneGraph, Vocabulary, check_vocabulary
 from ..io.text import one_line
-from ..metrics import match, same_objects
+from ..matching import match, same_objects
 
 
 # %% ../../nbs/draw/04_figures.ipynb #depth-map

@@ -69,7 +69,7 @@ def _evaluators(vocabulary, tasks, protocols, intervals=0, zero_shot=None):
     "{protocol: {task: `Evaluator`}}."
     protocols = (protocols,) if isinstance(protocols, str) else tuple(protocols)
     if not protocols:
-        raise ValueError(f"protocol: name at least one of {', '.join(metrics.PROTOCOLS)}")
+        raise ValueError(f"protocol: name at least one of {', '.join(matching.PROTOCOLS)}")
     make = lambda task, protocol: metrics.Evaluator(task, len(vocabulary.predicates), zero_shot,
                                                     protocol, keep=bool(intervals))
     return {protocol: {task: make(task, protocol) for task in tasks} for protocol in protocols}

@@ -10,7 +10,8 @@ import numpy as np
 
 from ..datasets.statistics import GROUPS, predicate_groups
 from ..io.text import html_table, markdown_table
-from ..metrics import TOP, harmonic_mean
+from ..matching import TOP
+from ..metrics import harmonic_mean
 
 # %% ../../nbs/evaluation/01_intervals.ipynb #group-recall
 _COLUMNS = [f'{kind}R@{k}' for kind in ('', 'ng-') for k in TOP]
