@@ -3,9 +3,10 @@ what a trial may lack."""
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import HTTPError, URLError
@@ -15,15 +16,17 @@ import pytest
 import torch
 import yaml
 
-from stdg import data, model, train, training
+from stdg import backbone, data, train, training
 from stdg.backbone import CONFIGURATIONS
 from stdg.checkpoint import facts, load
 from stdg.model import STDG
+from stdg.training import settings
 
 root = Path(__file__).parent.parent
 configs = root/'nbs'/'configs'
 
-# Method spec 7. The last column is the README's --lr-basenet; in depth mode it has no effect, the backbone learns at --lr.
+# Method spec 7. The last column is the README's --lr-basenet; in depth mode it has no effect, the
+# backbone learns at --lr.
 TABLE = {  #            lr    wd    batch decay         epochs --lr-basenet
     'resnet50_teacher': (5e-4, 5e-5, 32, [10, 40, 50], 60, 2e-5),
     'resnet50_student': (5e-4, 1e-5, 40, [10, 40, 50], 60, 5e-5),
@@ -31,34 +34,55 @@ TABLE = {  #            lr    wd    batch decay         epochs --lr-basenet
     'swin_s_student':   (5e-4, 2e-5, 40, [10, 40, 50], 60, 5e-5)}
 
 # Method spec 10, both lists.
-OPTIONS = '''--lr --lr-basenet --lr-raf --b-scale --epochs --lr-decay --batch-size --weight-decay --adamw --basenet --resnet-pool0-stride --resnet-block5-dilation
---swin-use-fpn --dataset --vg-cn-upsample --vg-cn-square-edge --vg-cn-use-512 --vg-cn-group-deform --vg-cn-single-supervision --vg-cn-single-head
---cf3-deform-deform4-head --cntrnet-deform-deform4-head --cf3-deform-bn --cntrnet-deform-bn --mode --depth-checkpoint --output --ddp --checkpoint
---loader-workers --decoder --run-metric --ema --val-interval --lr-warm-up-epochs --lr-warm-up-factor --lr-decay-factor --clip-grad-norm --stride-apply
---vg-cn-rgb --vg-cn-n-images --fix-batch-norm --cf3-deform-use-concat --swin-drop-path-rate --momentum'''.split()
+OPTIONS = '''
+--lr --lr-basenet --lr-raf --b-scale --epochs --lr-decay --batch-size --weight-decay --adamw
+--basenet --resnet-pool0-stride --resnet-block5-dilation --swin-use-fpn --dataset --vg-cn-upsample
+--vg-cn-square-edge --vg-cn-use-512 --vg-cn-group-deform --vg-cn-single-supervision
+--vg-cn-single-head --cf3-deform-deform4-head --cntrnet-deform-deform4-head --cf3-deform-bn
+--cntrnet-deform-bn --mode --depth-checkpoint --output --ddp --checkpoint --loader-workers
+--decoder --run-metric --ema --val-interval --lr-warm-up-epochs --lr-warm-up-factor
+--lr-decay-factor --clip-grad-norm --stride-apply --vg-cn-rgb --vg-cn-n-images --fix-batch-norm
+--cf3-deform-use-concat --swin-drop-path-rate --momentum
+'''.split()
 
 
-def test_settings_are_the_parameters_of_the_runbook():
-    """`stdg.train`, which a cluster runs, knows what the runbook knows, with the same types and
-    defaults, in the same order; what else it knows, the runbook takes as `more`."""
-    shown, rare = parameters(), {f.name for f in fields(train._Rare)}
-    assert shown.pop('more') == (dict, {}) and not rare & shown.keys()
-    assert [item for item in asdict(train.Settings()).items() if item[0] not in rare] == [(name,
-        default) for name, (_, default) in shown.items()]
-    for f in fields(train.Settings):
-        assert f.type is type(getattr(train.Settings(), f.name)) and (f.name in rare
-            or f.type is shown[f.name][0]), f.name
+def test_the_runbook_has_the_declared_parameters():
+    "The parameters cell is made from `Settings`, comments included; so are types and defaults."
+    cell = parameters_cell_of(root/'nbs'/'train.ipynb')
+    assert cell == settings.parameters_cell(), 'write settings.parameters_cell() into the cell'
+    shown, rare = parameters(), list(settings.parameter_help().values())[-1]
+    assert shown.pop('more') == (dict, {}) and not rare.keys() & shown.keys()
+    declared = asdict(settings.Settings())
+    assert {**{name: declared[name] for name in rare},
+            **{name: default for name, (_, default) in shown.items()}} == declared
+    assert all(type(declared[name]) is kind for name, (kind, _) in shown.items())
+
+
+def test_the_help_reaches_papermill_and_the_command_line(capsys):
+    meaning = settings.parameter_help()['Network']['backbone'][2]
+    command = [sys.executable, '-m', 'papermill', '--help-notebook',
+               str(root/'nbs'/'train.ipynb')]
+    assert meaning in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with pytest.raises(SystemExit): train.main(['--help'])
+    said = capsys.readouterr().out
+    for group in settings.parameter_help().values():
+        for name, (kind, default, meaning) in group.items():
+            assert f'  {name} ({kind}, {default}): {meaning}\n' in said
 
 
 def read(name): return yaml.safe_load((configs/f'{name}.yaml').read_text())
 
 
+def parameters_cell_of(path):
+    "Source of the parameters cell of a notebook."
+    return next(c.source for c in nbformat.read(path, as_version=4).cells
+                if 'parameters' in c.metadata.get('tags', []))
+
+
 def parameters():
     "Name to (type, default) of the runbook's parameters cell."
-    cell = next(c for c in nbformat.read(root/'nbs'/'train.ipynb', as_version=4).cells
-                if 'parameters' in c.metadata.get('tags', []))
     values = {}
-    exec(cell.source, values)
+    exec(parameters_cell_of(root/'nbs'/'train.ipynb'), values)
     return {name: (kind, values[name]) for name, kind in values['__annotations__'].items()}
 
 
@@ -82,21 +106,21 @@ def test_every_key_is_a_parameter_of_its_type(path):
     for key, value in yaml.safe_load(path.read_text()).items():
         assert key in known, f'{path.name}: train.ipynb has no parameter {key}'
         kind = known[key][0]
-        assert type(value) is kind or (kind is float
-                                       and type(value) is int), f'{path.name}: {key} is {value!r}, a {kind.__name__} is needed'
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        assert fits, f'{path.name}: {key} is {value!r}, a {kind.__name__} is needed'
         if kind is list:
-            assert {type(v) for v in value} <= {int, float, str} and {isinstance(v, str)
-                for v in value} == {key == 'stages'}
+            assert {type(v) for v in value} <= {int, float, str}
+            assert {isinstance(v, str) for v in value} == {key == 'stages'}
 
 
 @pytest.mark.parametrize('name', TABLE)
 def test_every_released_option_is_spoken_of(name):
-    words = (configs/f'{name}.yaml').read_text().replace(',', ' ').replace(')', ' ').replace('(',
-        ' ').replace(':', ' ').replace(';', ' ').replace('.', ' ').split()
+    text = (configs/f'{name}.yaml').read_text()
+    words = re.sub('[,():;.]', ' ', text).split()
     assert not [option for option in OPTIONS if option not in words]
     if name.endswith('teacher'):
-        assert f'--lr-basenet {TABLE[name][-1]:.0e}'.replace('e-0',
-            'e-') + ' had NO EFFECT' in (configs/f'{name}.yaml').read_text()
+        option = f'--lr-basenet {TABLE[name][-1]:.0e}'.replace('e-0', 'e-')
+        assert f'{option} had NO EFFECT' in text
 
 
 @pytest.mark.parametrize('name', TABLE)
@@ -109,21 +133,21 @@ def test_optimiser_is_the_published_one(name):
                                 released=True)
     assert [g['lr'] for g in ours.param_groups] == [g['lr'] for g in theirs.param_groups]
     for group in ours.param_groups:
-        assert (group['betas'], group['eps'], group['weight_decay']) == ((.9, .999), 1e-6,
-            config['weight_decay'])
+        assert (group['betas'], group['eps']) == ((.9, .999), 1e-6)
+        assert group['weight_decay'] == config['weight_decay']
     factor = lambda epoch: training.schedule(epoch, config['warm_up'], config['decay'])
     first = config['decay'][0]
-    assert [factor(e) for e in (0, 1, first)] == [.001, 1,
-                                                  1] and factor(.5) == pytest.approx(.001**.5)
-    assert factor(first + .5) == pytest.approx(.1**.5) and factor(60) == pytest.approx(
-        .1**len(config['decay']))
+    assert [factor(e) for e in (0, 1, first)] == [.001, 1, 1]
+    assert factor(.5) == pytest.approx(.001**.5)
+    assert factor(first + .5) == pytest.approx(.1**.5)
+    assert factor(60) == pytest.approx(.1**len(config['decay']))
 
 
 def test_numbers_that_are_fixed_in_the_code():
     default = lambda function: {k: p.default
                                 for k, p in inspect.signature(function).parameters.items()}
     assert default(data.photometry)['jpeg'] == .1 and default(data.photometry)['grey'] == .01
-    assert default(data.geometry)['flip'] == .5 and training.Options().ema == .01
+    assert default(data.geometry)['flip'] == .5 and settings.Settings().ema == .01
     assert [default(data.jitter)[k] for k in ('brightness', 'contrast', 'saturation',
                                               'hue')] == [.4, .1, .4, .1]
     numbers = {name: {k: CONFIGURATIONS[name].get(k) for k in ('stride', 'fpn', 'transformer',
@@ -139,12 +163,12 @@ def offline(monkeypatch):
     """No network and an empty cache; timm's own attempt, which takes most of a minute, must not be
     made."""
     def refused(*args, **kwargs): raise URLError('Name or service not known')
-    def late(*args, pretrained=False, create=model.timm.create_model, **kwargs):
+    def late(*args, pretrained=False, create=backbone.timm.create_model, **kwargs):
         assert not pretrained, 'timm was asked to fetch'
         return create(*args, **kwargs)
-    monkeypatch.setattr(model, 'urlopen', refused)
-    monkeypatch.setattr(model, 'try_to_load_from_cache', lambda *args: None)
-    monkeypatch.setattr(model.timm, 'create_model', late)
+    monkeypatch.setattr(backbone, 'urlopen', refused)
+    monkeypatch.setattr(backbone, 'try_to_load_from_cache', lambda *args: None)
+    monkeypatch.setattr(backbone.timm, 'create_model', late)
 
 
 def test_weights_that_cannot_be_fetched(offline):
@@ -152,33 +176,34 @@ def test_weights_that_cannot_be_fetched(offline):
                        r'service.*https://\S+/model.safetensors on another machine.*-p weights'):
         training.check_start(['teacher'], 'resnet18.a1_in1k')
     pretrained, notes = training.check_start(['teacher'], 'resnet18.a1_in1k', trial=True)
-    assert pretrained is False and len(notes) == 1 and notes[0].startswith('TRIAL WITHOUT '
-        'IMAGENET: the backbone begins from random weights.') and '\n' not in notes[0]
-    assert training.check_start(['teacher'], 'resnet18.a1_in1k', False) == (False,
-        []), 'who asks for random weights gets no note'
+    assert pretrained is False and len(notes) == 1 and '\n' not in notes[0]
+    assert notes[0].startswith(
+        'TRIAL WITHOUT IMAGENET: the backbone begins from random weights.')
+    started = training.check_start(['teacher'], 'resnet18.a1_in1k', False)
+    assert started == (False, []), 'random weights were asked for: no note'
 
 
 def test_a_host_that_answers_or_a_cache_leaves_the_rest_to_timm(monkeypatch):
     def not_found(*args, **kwargs): raise HTTPError('url', 404, 'not found', {}, None)
-    monkeypatch.setattr(model, 'try_to_load_from_cache', lambda *args: None)
-    monkeypatch.setattr(model, 'urlopen', not_found)
-    model._check_fetchable('resnet18.a1_in1k')
+    monkeypatch.setattr(backbone, 'try_to_load_from_cache', lambda *args: None)
+    monkeypatch.setattr(backbone, 'urlopen', not_found)
+    backbone._check_fetchable('resnet18.a1_in1k')
     asked = []
-    monkeypatch.setattr(model, 'urlopen', lambda request,
+    monkeypatch.setattr(backbone, 'urlopen', lambda request,
                         timeout: asked.append((request.method, timeout))
                         or SimpleNamespace(close=lambda: None))
-    model._check_fetchable('resnet18.a1_in1k')
+    backbone._check_fetchable('resnet18.a1_in1k')
     assert asked == [('HEAD', 10)]
-    monkeypatch.setattr(model, 'try_to_load_from_cache', lambda repository,
+    monkeypatch.setattr(backbone, 'try_to_load_from_cache', lambda repository,
                         file: '/cache' if file == 'pytorch_model.bin' else None)
-    model._check_fetchable('resnet18.a1_in1k')
+    backbone._check_fetchable('resnet18.a1_in1k')
     assert len(asked) == 1, 'nobody is asked when the cache has them'
 
 
 def test_a_local_file_of_weights_begins_both_networks(tmp_path, monkeypatch):
-    whole = model.timm.create_model('resnet18.tv_in1k').state_dict()
+    whole = backbone.timm.create_model('resnet18.tv_in1k').state_dict()
     torch.save(whole, tmp_path/'resnet18.pth')
-    monkeypatch.setattr(model, 'urlopen', lambda *args, **kwargs: pytest.fail('the network was '
+    monkeypatch.setattr(backbone, 'urlopen', lambda *args, **kwargs: pytest.fail('the network was '
         'asked'))
     begins, notes = training.check_start(['teacher'], 'resnet18.tv_in1k',
                                          str(tmp_path/'resnet18.pth'))
