@@ -36,18 +36,17 @@ def _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, sh
     if kind != 'visual_genome' and not annotations:
         raise ValueError(f"kind {kind}: annotations, its files, are needed")
     if str(depth) == 'own' and kind != 'own':
-        raise ValueError("depth 'own': only annotations of kind 'own' name the depth maps of their "
-                         "pictures")
+        raise ValueError("depth 'own': only annotations of kind 'own' name the depth maps of "
+                         "their pictures")
     if not Path(raw).is_dir():
         raise FileNotFoundError(f"{raw} is not a folder. Put the downloaded files there, or name "
                                 "the folder that holds them")
-    return SimpleNamespace(folder=writable_folder(folder), raw=Path(raw), kind=kind,
-                           annotations=[str(a) for a in annotations], sizes=tuple(sizes),
-                           layout=layout, depth=str(depth),
-                           metric=metric, batch=batch, shard=tuple(shard), device=device,
-                           workers=workers, remake=remake, progress=progress, unit=unit,
-                           most=tuple(most),
-                           originals=originals, pfm=pfm)
+    return SimpleNamespace(
+        folder=writable_folder(folder), raw=Path(raw), kind=kind,
+        annotations=[str(a) for a in annotations], sizes=tuple(sizes), layout=layout,
+        depth=str(depth), metric=metric, batch=batch, shard=tuple(shard), device=device,
+        workers=workers, remake=remake, progress=progress, unit=unit, most=tuple(most),
+        originals=originals, pfm=pfm)
 
 def _files(job):
     "Annotation files written 'split=file', as a dict; a plain file is 'train'."
@@ -55,17 +54,15 @@ def _files(job):
     return {split: job.raw/name for split, name in pairs}
 
 def _annotations(job):
-    "`stdg.datasets.coco.Annotations` of the other kinds, read once."
-    if not hasattr(job, 'read'):
-        files = _files(job)
-        if job.kind == 'own': job.read = formats.read_own(files['train'])
-        elif job.kind == 'psg': job.read = public.read_psg(files['train'])
-        elif job.kind == 'gqa': job.read = public.read_gqa(files, most=job.most)
-        else:
-            job.read = public.read_open_images({split: file for split, file in files.items()
-                                                if split != 'classes'},
-                                               files.get('classes',
-                                                         job.raw/'class-descriptions-boxable.csv'))
+    "The annotations of the other kinds, read once."
+    if hasattr(job, 'read'): return job.read
+    files = _files(job)
+    if job.kind == 'own': job.read = formats.read_own(files['train'])
+    elif job.kind == 'psg': job.read = public.read_psg(files['train'])
+    elif job.kind == 'gqa': job.read = public.read_gqa(files, most=job.most)
+    else:
+        names = files.pop('classes', job.raw/'class-descriptions-boxable.csv')
+        job.read = public.read_open_images(files, names)
     return job.read
 
 # %% ../nbs/commands/02_prepare_data.ipynb #sources
@@ -88,43 +85,49 @@ def _entries(job):
 
 # %% ../nbs/commands/02_prepare_data.ipynb #step-check
 def _check(job):
-    known = dict(skip=pictures.VG_CORRUPTED,
-                 expected=pictures.VG_EXPECTED) if job.kind == 'visual_genome' else {}
+    known = {}
+    if job.kind == 'visual_genome':
+        known = dict(skip=pictures.VG_CORRUPTED, expected=pictures.VG_EXPECTED)
     report = pictures.check_pictures(job.folder, _entries(job), _sources(job), sizes=job.sizes,
                                      layout=job.layout, workers=job.workers, progress=job.progress,
                                      **known)
-    return '; '.join([f"{report['pictures']:,} of {report['entries']:,} pictures are sound",
-                      *report['warnings']])
+    found = f"{report['pictures']:,} of {report['entries']:,} pictures are sound"
+    return '; '.join([found, *report['warnings']])
 
 def _compare(path, n):
-    """A line on the annotation file `path` of others.
+    """A line about the annotation file `path`, which others have made.
 
     Raises `ValueError` if it isn't of these pictures."""
     with open_h5(path, dict(split=1)) as file: rows = len(file['split'])
     if rows != n:
         raise ValueError(f"{path} has {rows:,} images, pictures.h5 has {n:,}: each row belongs to "
                          "one picture. check.json tells which pictures are missing; put them "
-                         f"there, or remove {path.name} to make the annotations anew")
+                         f"there, or remove {path.name} to make the annotations again")
     return f'{path.name} by others is kept: {rows:,} images'
 
+def _amounts(images, objects, relations):
+    return f'{images:,} images, {objects:,} objects, {relations:,} relations'
+
+def _visual_genome(job, listing):
+    other = job.folder/'VG-SGG-with-attri.h5'
+    if other.exists() and not (job.folder/'VG-SGG.h5').exists():
+        return _compare(other, len(listing))
+    summary = raw_lists.make_database(job.folder, job.raw, job.sizes, remake=job.remake,
+                                      progress=job.progress)
+    counts = summary['counts']
+    found = _amounts(counts['images listed'], counts['objects kept'], counts['relations kept'])
+    absent = [name for name, said in summary['lists'].items()
+              if 'alias' in name and said.startswith('absent')]
+    if not absent: return f'{found}; aliases were read'
+    return f"{found}; absent, so names stand for themselves: {', '.join(absent)}"
+
 def _database(job):
-    listing, other = pictures.read_listing(job.folder), job.folder/'VG-SGG-with-attri.h5'
-    if job.kind == 'visual_genome':
-        if other.exists() and not (job.folder/'VG-SGG.h5').exists():
-            return _compare(other, len(listing))
-        summary = raw_lists.make_database(job.folder, job.raw, job.sizes, remake=job.remake,
-                                          progress=job.progress)
-        images, objects, relations = (summary['counts'][name] for name in ('images listed',
-            'objects kept', 'relations kept'))
-        absent = [name for name, told in summary['lists'].items() if 'alias' in name
-                  and told.startswith('absent')]
-        return f"{images:,} images, {objects:,} objects, {relations:,} relations; " + (
-            f"absent, so names stand for themselves: {', '.join(absent)}" if absent
-            else 'aliases were read')
+    listing = pictures.read_listing(job.folder)
+    if job.kind == 'visual_genome': return _visual_genome(job, listing)
     read = _annotations(job)
     counts = formats.write_database(job.folder, listing, read, read.vocabulary, read.splits,
                                     job.sizes)
-    return f"{counts['images']:,} images, {counts['objects']:,} objects, {counts['relations']:,} relations\n{read.report}"
+    return f"{_amounts(counts['images'], counts['objects'], counts['relations'])}\n{read.report}"
 
 # %% ../nbs/commands/02_prepare_data.ipynb #step-images
 def _images(job):
@@ -140,22 +143,25 @@ def _depth_source(job):
     return 'model', job.depth
 
 def _tag(job):
+    "The tag of the depth file that `depth` leads to."
     kind, where = _depth_source(job)
-    return PfmFolder(where).tag or model_tag(where) if kind == 'pfm' else model_tag(where)
+    return (kind == 'pfm' and PfmFolder(where).tag) or model_tag(where)
 
 def _depth(job):
-    (kind, where), database = _depth_source(job), estimation.Originals(job.folder,
-        _sources(job)) if job.originals else Database(job.folder, max(job.sizes))
+    kind, where = _depth_source(job)
     share = dict(shard=job.shard, progress=job.progress)
     if kind == 'none': return 'none asked for'
+    size = max(job.sizes)
+    if job.originals: database = estimation.Originals(job.folder, _sources(job))
+    else: database = Database(job.folder, size)
     if kind == 'own':
         read = _annotations(job)
         path = measured.write_depth(job.folder, pictures.read_listing(job.folder), job.raw,
-                                    read.depth, read.cameras, max(job.sizes), job.unit, **share)
+                                    read.depth, read.cameras, size, job.unit, **share)
     elif kind == 'pfm':
         path = estimation.import_pfm(database, where, metric=bool(job.metric), **share)
     else:
-        path = estimation.estimate_depth(database, where, size=max(job.sizes), batch=job.batch,
+        path = estimation.estimate_depth(database, where, size=size, batch=job.batch,
                                          device=job.device, metric=job.metric, **share)
     if path and job.pfm: estimation.export_pfm(path, job.pfm, job.progress)
     return path and path.name
@@ -171,10 +177,11 @@ def _statistics(job): return statistics.write_statistics(job.folder, max(job.siz
 
 def _merge(job):
     "Join whatever parts of depth and HHA the shards have left."
-    databases, tag = [Database(job.folder, size) for size in job.sizes], _tag(job)
-    waiting = lambda path: path.with_name(path.stem + '-parts').exists()
-    merged = [estimation.merge_depth(databases[-1], tag)] if waiting(depth_path(job.folder,
-        tag)) else []
+    databases = [Database(job.folder, size) for size in job.sizes]
+    tag, merged = _tag(job), []
+    def waiting(path): return path.with_name(path.stem + '-parts').exists()
+    if waiting(depth_path(job.folder, tag)):
+        merged.append(estimation.merge_depth(databases[-1], tag))
     merged += [precompute.merge_hha(database, tag) for database in databases
                if waiting(hha_path(database, tag))]
     return ', '.join(path.name for path in merged) or 'no parts are waiting'
@@ -186,21 +193,30 @@ _DO = dict(check=_check, database=_database, images=_images, depth=_depth, hha=_
 def prepare(folder,  # where the database goes
             raw,  # folder of the downloaded files
             steps=STEPS,  # some of them, or 'merge'
-            kind='visual_genome', annotations=(),  # what the lists are, and their files if not Visual Genome's
-            sizes=(512,), layout='jpeg',  # of the scaled pictures
-            depth=estimation.MODEL, metric=None, batch=16, device=None,  # see the parameters above
-            shard=(0, 1), workers=None,  # (i, n): worker i of n
-            remake=False,  # write the annotations anew if others are there
-            unit=.001, most=(None, None),  # own depth maps: metres a step of a PNG; gqa: keep so many classes and predicates, the commonest
-            originals=False, pfm=None,  # estimate depth from the original pictures, not the scaled ones; also write the maps as .pfm into this folder
+            kind='visual_genome',  # what the lists are, one of `KINDS`
+            annotations=(),  # files of the lists, for other kinds than Visual Genome
+            sizes=(512,),  # long side of the scaled pictures, pixels
+            layout='jpeg',  # of the scaled pictures: or 'canvas'
+            depth=estimation.MODEL,  # a model, its folder, a folder of .pfm, 'own' or 'none'
+            metric=None,  # whether depth is metres, where neither model nor files tell
+            batch=16,  # pictures that go through the depth network together
+            device=None,  # by default a GPU if there is one
+            shard=(0, 1),  # (i, n): worker i of n
+            workers=None,  # threads for pictures; by default one for each core
+            remake=False,  # write the annotations again if others are there
+            unit=.001,  # own depth maps: metres a step of a PNG
+            most=(None, None),  # gqa: keep so many classes and predicates, the most frequent
+            originals=False,  # estimate depth from the original pictures, not the scaled ones
+            pfm=None,  # also write the depth maps as .pfm into this folder
             progress=True):
     """Do `steps` in order; returns {step: dict(seconds, result)}, result None where other shards
     still have work to do.
 
     Raises `ValueError` for an unknown step or kind, and whatever the steps raise:
-    `FileNotFoundError` or `ValueError` naming file and mend."""
-    job, done = _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard,
-                     device, workers, remake, progress, unit, most, originals, pfm), {}
+    `FileNotFoundError` or `ValueError` naming the file and the remedy."""
+    job = _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device,
+               workers, remake, progress, unit, most, originals, pfm)
+    done = {}
     for step in steps:
         if step not in _DO:
             raise ValueError(f"step {step!r} is unknown; there are {', '.join(_DO)}")
@@ -220,39 +236,37 @@ def _shard(text):
     return i, n
 
 def _parser():
-    parser = argparse.ArgumentParser('python -m stdg.prepare', description='From downloaded files '
-                                     'to everything that training reads. Steps find what is there '
-                                     'and go on after a kill.')
-    parser.add_argument('steps', nargs='+', choices=('all', *_DO), metavar='step',
-                        help=f"all, or of {', '.join(_DO)}")
-    parser.add_argument('--raw', required=True, help='folder of the downloaded files')
-    parser.add_argument('--folder', required=True, help='where the database goes')
-    parser.add_argument('--kind', default='visual_genome', choices=KINDS)
-    parser.add_argument('--annotations', nargs='*', default=(), help="annotation files in --raw, "
-                        "for the other kinds; 'train=file' where there is one for each split")
-    parser.add_argument('--size', type=int, nargs='+', default=[512], help='long side of the '
-                        'scaled pictures')
-    parser.add_argument('--layout', default='jpeg', choices=pictures.LAYOUTS)
-    parser.add_argument('--depth', default=estimation.MODEL, help="model of transformers, its "
-                        "folder, a folder of .pfm, 'own' or 'none'")
-    parser.add_argument('--metric', choices=('yes', 'no'), help='whether depth is metres, where '
-                        'neither model nor files tell')
-    parser.add_argument('--batch', type=int, default=16, help='pictures that go through the depth '
-                        'network together')
-    parser.add_argument('--device', help='cuda, cuda:1, cpu; by default a GPU if there is one')
-    parser.add_argument('--shard', type=_shard, default=(0, 1), help='this worker and how many '
-                        'there are: 0/8')
-    parser.add_argument('--workers', type=int, help='threads for pictures; by default one for each '
-                        'core')
-    parser.add_argument('--originals', action='store_true', help='estimate depth from the original '
-                        'pictures, not the scaled ones')
-    parser.add_argument('--pfm', help='also write the depth maps as .pfm into this folder')
-    parser.add_argument('--unit', type=float, default=.001, help='own depth maps: metres a step of '
-                        'a PNG')
-    parser.add_argument('--most', type=int, nargs=2, default=(None, None),
-                        metavar=('CLASSES', 'PREDICATES'), help='gqa: keep so many, the commonest')
-    parser.add_argument('--remake', action='store_true', help='write the annotations anew, if '
-                        'those that are there were made from something else')
+    parser = argparse.ArgumentParser(
+        'python -m stdg.prepare', description='From downloaded files to everything that training '
+        'reads. Steps find what is there and go on after a kill.')
+    add = parser.add_argument
+    add('steps', nargs='+', choices=('all', *_DO), metavar='step',
+        help=f"all, or of {', '.join(_DO)}")
+    add('--raw', required=True, help='folder of the downloaded files')
+    add('--folder', required=True, help='where the database goes')
+    add('--kind', default='visual_genome', choices=KINDS)
+    add('--annotations', nargs='*', default=(),
+        help="annotation files in --raw, for the other kinds; 'train=file' where there is one for "
+        "each split")
+    add('--size', type=int, nargs='+', default=[512], help='long side of the scaled pictures')
+    add('--layout', default='jpeg', choices=pictures.LAYOUTS)
+    add('--depth', default=estimation.MODEL,
+        help="model of transformers, its folder, a folder of .pfm, 'own' or 'none'")
+    add('--metric', choices=('yes', 'no'),
+        help='whether depth is metres, where neither model nor files tell')
+    add('--batch', type=int, default=16,
+        help='pictures that go through the depth network together')
+    add('--device', help='cuda, cuda:1, cpu; by default a GPU if there is one')
+    add('--shard', type=_shard, default=(0, 1), help='this worker and how many there are: 0/8')
+    add('--workers', type=int, help='threads for pictures; by default one for each core')
+    add('--originals', action='store_true',
+        help='estimate depth from the original pictures, not the scaled ones')
+    add('--pfm', help='also write the depth maps as .pfm into this folder')
+    add('--unit', type=float, default=.001, help='own depth maps: metres a step of a PNG')
+    add('--most', type=int, nargs=2, default=(None, None), metavar=('CLASSES', 'PREDICATES'),
+        help='gqa: keep so many, the most frequent')
+    add('--remake', action='store_true',
+        help='write the annotations again, if those there were made from something else')
     return parser
 
 # %% ../nbs/commands/02_prepare_data.ipynb #main-itself
@@ -266,7 +280,8 @@ def main(arguments=None):
     for step in steps:
         try: (step, done), = prepare(options.folder, options.raw, (step,), **settings).items()
         except (ValueError, OSError, ImportError) as error: sys.exit(f'{step}: {error}')
-        print(f"{step}: {done['result'] or 'this share is done; when all are, run: python -m stdg.prepare merge'} ({done['seconds']} s)", flush=True)
+        waiting = 'this share is done; when all are, run: python -m stdg.prepare merge'
+        print(f"{step}: {done['result'] or waiting} ({done['seconds']} s)", flush=True)
         if done['result'] is None: break
 
 # %% ../nbs/commands/02_prepare_data.ipynb #run-main
