@@ -4,7 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" MPLBACKEND=agg OMP_NUM_THREADS=1 PYTHONHASHSEED=0
 
-# Graphviz draws the graphs, Chromium tests the explorer. Root on a Debian machine gets them; everybody else is served too, those tests are skipped with a reason.
+# Graphviz draws the graphs, Chromium tests the explorer. Root on a Debian machine gets them; for others
+# those tests are skipped with a reason.
 get() {
     command -v "$1" >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null && return
     (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${@:2}") >/dev/null 2>&1 || echo "${*:2} could not be installed: its tests will be skipped"
@@ -21,6 +22,10 @@ step() { echo; echo "== $* ($(date +%H:%M:%S))"; }
 
 step "notebooks and modules agree; notebooks are clean; README.md is current"
 python tests/check_reproducible.py
+
+step "ruff: columns, imports, and what often goes wrong; import-linter: the floors of the house"
+ruff check nbs tests setup.py
+lint-imports tests/architecture.ini
 
 step "nbdev_test: every notebook runs from top to bottom"
 nbdev_test --n_workers 2
