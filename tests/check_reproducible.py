@@ -1,4 +1,4 @@
-"""Exports and cleans a copy of the notebooks, makes README.md anew, and fails if anything differs
+"""Exports and cleans a copy of the notebooks, writes README.md again, and fails if anything differs
 from what is here."""
 import os
 import shutil
