@@ -115,8 +115,9 @@ def _problem(file, name, dims):
     if not isinstance(data, h5py.Dataset):
         return f" has no dataset '{name}' (it is a group): it is another kind of file"
     if data.dtype.hasobject:
-        kind = h5py.check_string_dtype(data.dtype) or h5py.check_vlen_dtype(data.dtype) or data.dtype
-        return f": dataset '{name}' holds objects ({kind}); plain numbers are needed"
+        kind = h5py.check_string_dtype(data.dtype) or h5py.check_vlen_dtype(data.dtype)
+        return (f": dataset '{name}' holds objects ({kind or data.dtype}); "
+                "plain numbers are needed")
     if data.external or data.is_virtual:
         return f": dataset '{name}' has its numbers in another file; they are not followed"
     if data.ndim != dims:
