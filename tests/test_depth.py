@@ -1,4 +1,4 @@
-"""Depth files, pseudo depth and simulated estimators."""
+"""PFM files, pseudo depth and simulated estimators."""
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +26,16 @@ def test_only_the_camera_differs_by_default(case):
     depth, camera = pseudo_depth(inverse)
     scale = 512/max(inverse.shape)
     assert np.array_equal(depth, pseudo_depth(inverse, released=True)[0])
-    np.testing.assert_allclose(camera,
-                               [[500, 0, scale*inverse.shape[1]/2],
-                                [0, 500, scale*inverse.shape[0]/2], [0, 0, 1]])
+    height, width = inverse.shape
+    middle = [[500, 0, scale*width/2], [0, 500, scale*height/2], [0, 0, 1]]
+    np.testing.assert_allclose(camera, middle)
 
 
 def test_pseudo_depth_of_tensors_and_other_sizes():
     inverse = np.random.default_rng(0).random((30, 40), np.float32) + 1
     depth, camera = pseudo_depth(torch.from_numpy(inverse), size=128)
-    assert isinstance(depth, torch.Tensor) and isinstance(camera,
-                                                          torch.Tensor) and depth.shape == (128,
-        128)
+    assert isinstance(depth, torch.Tensor) and isinstance(camera, torch.Tensor)
+    assert depth.shape == (128, 128)
     again, camera_again = pseudo_depth(inverse, size=128)
     assert np.array_equal(depth.numpy(), again) and np.array_equal(camera.numpy(), camera_again)
     assert 1 <= again[:96].min() and again.max() <= 10 and not again[96:].any()
@@ -55,14 +54,16 @@ def test_a_very_flat_picture_keeps_a_row():
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (np.full((4, 5), 7.), 'constant'), (np.array([[1, np.nan], [2, 3]]), 'NaN'),
-                                            (np.array([[1, np.inf], [2, 3]]), 'NaN or infinite'),
-    (np.ones((2, 4, 5)), 'shape'), (np.ones((0, 5)), 'shape')])
+    (np.full((4, 5), 7.), 'constant'),
+    (np.array([[1, np.nan], [2, 3]]), 'NaN'),
+    (np.array([[1, np.inf], [2, 3]]), 'NaN or infinite'),
+    (np.ones((2, 4, 5)), 'shape'),
+    (np.ones((0, 5)), 'shape')])
 def test_pseudo_depth_refuses(wrong, message):
     with pytest.raises(ValueError, match=message): pseudo_depth(wrong)
 
 
-def test_pseudo_depth_refuses_a_size_of_nothing():
+def test_pseudo_depth_refuses_a_canvas_without_pixels():
     with pytest.raises(ValueError, match='size'): pseudo_depth(np.eye(4), size=0)
 
 
@@ -77,22 +78,26 @@ def test_pfm_round_trip(tmp_path, shape):
 
 def test_pfm_layout(tmp_path):
     array = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+    rows = [4, 5, 6, 1, 2, 3]
     write_pfm(tmp_path/'map.pfm', array)
-    assert (tmp_path/'map.pfm').read_bytes() == b'Pf\n3 2\n-1.0\n' + np.array([4, 5, 6, 1, 2, 3],
-        '<f4').tobytes()
-    (tmp_path/'big.pfm').write_bytes(b'Pf\n3 2\n1.0\n' + np.array([4, 5, 6, 1, 2, 3],
-        '>f4').tobytes())
+    little = b'Pf\n3 2\n-1.0\n' + np.array(rows, '<f4').tobytes()
+    assert (tmp_path/'map.pfm').read_bytes() == little
+    (tmp_path/'big.pfm').write_bytes(b'Pf\n3 2\n1.0\n' + np.array(rows, '>f4').tobytes())
     assert np.array_equal(read_pfm(tmp_path/'big.pfm'), array)
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'', 'not a PFM'), (b'\x89PNG\r\n\x1a\n', 'not a PFM'),
-                                              (b'PF\n1 1\n-1.0\n' + bytes(12), 'colour'),
-    (b'Pf\n3 2\n-1.0\n' + bytes(23), 'truncated'), (b'Pf\n3 2\n-1.0\n' + bytes(25), 'too long'),
-    (b'Pf\n3\n-1.0\n' + bytes(24), 'header'), (b'Pf\n3 x\n-1.0\n' + bytes(24), 'header'),
-                                              (b'Pf\n3 -2\n-1.0\n', 'header'),
-                                              (b'Pf\n3 2\n', 'header'),
-    (b'Pf\n3 2\n0\n' + bytes(24), 'header'), (b'Pf\n3 2\nnan\n' + bytes(24), 'header')])
+    (b'', 'not a PFM'),
+    (b'\x89PNG\r\n\x1a\n', 'not a PFM'),
+    (b'PF\n1 1\n-1.0\n' + bytes(12), 'colour'),
+    (b'Pf\n3 2\n-1.0\n' + bytes(23), 'truncated'),
+    (b'Pf\n3 2\n-1.0\n' + bytes(25), 'too long'),
+    (b'Pf\n3\n-1.0\n' + bytes(24), 'header'),
+    (b'Pf\n3 x\n-1.0\n' + bytes(24), 'header'),
+    (b'Pf\n3 -2\n-1.0\n', 'header'),
+    (b'Pf\n3 2\n', 'header'),
+    (b'Pf\n3 2\n0\n' + bytes(24), 'header'),
+    (b'Pf\n3 2\nnan\n' + bytes(24), 'header')])
 def test_pfm_faults_name_the_file(tmp_path, content, message):
     path = tmp_path/'broken.pfm'
     path.write_bytes(content)
@@ -134,9 +139,10 @@ def test_more_noise_is_a_worse_estimate():
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (np.zeros((4, 5)), 'every pixel is missing'), (np.full((4, 5), -1.), 'negative'),
-                                            (np.full((4, 5), np.nan), 'NaN'),
-                                            (np.ones(4), 'shape')])
+    (np.zeros((4, 5)), 'every pixel is missing'),
+    (np.full((4, 5), -1.), 'negative'),
+    (np.full((4, 5), np.nan), 'NaN'),
+    (np.ones(4), 'shape')])
 def test_estimate_refuses(wrong, message):
     with pytest.raises(ValueError, match=message): inverse_depth_from(wrong)
 

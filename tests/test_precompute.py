@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 
 from stdg import depth, hha
-from stdg.datasets.visual_genome import Database, write_annotations, write_images
+from stdg.datasets.visual_genome import Database
 from stdg.depth import precompute
 from stdg.depth.hha_file import HHAFile, hha_path
 from stdg.depth.precompute import hha_of, hha_of_estimate, merge_hha, prepare_hha
-from stdg.graph import SceneGraph, Vocabulary
+from stdg.graph import SceneGraph
 from stdg.io.packed import write_packed
+from stdg.testing import toy_database
 
 GOLDEN = np.load(Path(__file__).parent/'golden'/'hha.npz')
 
@@ -33,23 +34,20 @@ def floor(h, w, seed):
     rows, cols = np.mgrid[:h, :w]
     distance = (100 / (rows + 40)).astype(np.float32)
     y, x = np.random.default_rng(seed).integers(4, min(h, w) - 16, 2)
-    distance[y:y + 12, x:x + 12], distance[0, :5] = 1., 0
+    distance[y:y + 12, x:x + 12] = 1
+    distance[0, :5] = 0
     return distance
 
 
 def make_database(folder, n=6, size=64, shapes=((48, 64), (64, 48)), with_depth=True):
-    rng = np.random.default_rng(0)
-    records = [dict(image=rng.integers(0, 256, (*shapes[i % len(shapes)], 3), dtype=np.uint8),
-                    image_id=100 + i) for i in range(n)]
-    if with_depth:
-        for i, r in enumerate(records):
-            r.update(depth=floor(*r['image'].shape[:2], i),
-                     camera=depth.camera_matrix(60, r['image'].shape[1] / 2,
-                                                r['image'].shape[0] / 2))
-    write_annotations(folder, [SceneGraph([], [], [], r['image'].shape[:2]) for r in records],
-                      [0] * n, Vocabulary(['box'], ['on']), size)
-    write_images(folder, records, n, size)
-    return Database(folder)
+    rng, scenes = np.random.default_rng(0), []
+    for i in range(n):
+        h, w = shapes[i % len(shapes)]
+        record = dict(image=rng.integers(0, 256, (h, w, 3), dtype=np.uint8), image_id=100 + i)
+        if with_depth:
+            record.update(depth=floor(h, w, i), camera=depth.camera_matrix(60, w / 2, h / 2))
+        scenes.append((SceneGraph([], [], [], (h, w)), record))
+    return toy_database(folder, scenes, size=size)
 
 
 @pytest.fixture
@@ -58,8 +56,17 @@ def database(tmp_path): return make_database(tmp_path/'db')
 
 def read(path, database):
     "All pictures of an HHA file, (h, w, 3)."
-    return [picture.transpose(1, 2, 0) for picture in (HHAFile(path, database.image_ids)[i]
-                                                       for i in range(len(database)))]
+    file = HHAFile(path, database.image_ids)
+    return [file[i].transpose(1, 2, 0) for i in range(len(database))]
+
+
+def prepared(database, source='metric', **options):
+    "Make the HHA of a source, and read it."
+    return read(prepare_hha(database, source, progress=False, **options), database)
+
+
+def equal(pictures, others):
+    return all(np.array_equal(a, b) for a, b in zip(pictures, others, strict=True))
 
 
 def write_maps(database, tag, maps, metric=0, **columns):
@@ -100,27 +107,25 @@ def test_killed_and_sharded_equals_one_undisturbed_run(tmp_path):
     database = make_database(tmp_path/'db', n=150)
     run = subprocess.run([sys.executable, __file__, database.folder], capture_output=True,
                          text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert run.returncode == 0 and run.stdout.split() == 'killed 9 1 exit 0 exit 0'.split(), run.stdout + run.stderr
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.split() == 'killed 9 1 exit 0 exit 0'.split(), run.stdout + run.stderr
     assert not hha_path(database, 'relative').exists(), 'a shard does not merge'
     merged = read(merge_hha(database, 'relative'), database)
     assert not list(database.folder.glob('*parts*')) and len(merged) == 150
     for i in (0, 1, 31, 32, 64, 149):
-        assert np.array_equal(merged[i], hha_of(database.depth(i), database.camera(i), 'relative',
-                                                database.image_ids[i]))
-    first = hha_path(database, 'relative').read_bytes()
-    assert merge_hha(database, 'relative') == prepare_hha(database, 'relative',
-                                                          progress=False) and hha_path(database,
-        'relative').read_bytes() == first
-    hha_path(database, 'relative').unlink()
-    assert all(np.array_equal(a, b) for a, b in zip(merged,
-                                                    read(prepare_hha(database, 'relative',
-        progress=False), database)))
+        expected = hha_of(database.depth(i), database.camera(i), 'relative', database.image_ids[i])
+        assert np.array_equal(merged[i], expected)
+    path = hha_path(database, 'relative')
+    first = path.read_bytes()
+    assert merge_hha(database, 'relative') == prepare_hha(database, 'relative', progress=False)
+    assert path.read_bytes() == first
+    path.unlink()
+    assert equal(merged, prepared(database, 'relative'))
 
 
 def test_shards_that_lack_a_part_or_differ(database):
-    with pytest.raises(FileNotFoundError,
-                       match='Nothing has been started for .*hha_64_relative.h5'):
-        merge_hha(database, 'relative')
+    why = 'Nothing has been started for .*hha_64_relative.h5'
+    with pytest.raises(FileNotFoundError, match=why): merge_hha(database, 'relative')
     assert prepare_hha(database, 'relative', shard=(1, 2), progress=False) is None
     with pytest.raises(ValueError, match='hha_64_relative.h5: 1 of 1 parts are missing'):
         merge_hha(database, 'relative')
@@ -128,18 +133,16 @@ def test_shards_that_lack_a_part_or_differ(database):
         prepare_hha(database, 'relative', shard=(0, 2), noise=.5, progress=False)
     with pytest.raises(ValueError, match='shard 2/2'):
         prepare_hha(database, 'relative', shard=(2, 2), progress=False)
-    assert prepare_hha(database, 'relative', shard=(0, 2),
-                       progress=False) is None and merge_hha(database, 'relative').exists()
+    assert prepare_hha(database, 'relative', shard=(0, 2), progress=False) is None
+    assert merge_hha(database, 'relative').exists()
 
 
 def test_noise_changes_the_pictures_and_threads_stay_as_they_were(database):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    quiet = read(prepare_hha(database, 'relative', progress=False, noise=0., blur=0.), database)
+    quiet = prepared(database, 'relative', noise=0., blur=0.)
     hha_path(database, 'relative').unlink()
-    assert not np.array_equal(quiet[0],
-                              read(prepare_hha(database, 'relative', progress=False, noise=.2),
-                                   database)[0])
+    assert not np.array_equal(quiet[0], prepared(database, 'relative', noise=.2)[0])
     assert torch.get_num_threads() == 3
     torch.set_num_threads(before)
 
@@ -160,12 +163,12 @@ def test_released_pictures_are_golden(case, kind, tmp_path):
     else: write_maps(database, 'midas', [inverse])
     source = tmp_path/'midas' if kind == 'pfm' else 'midas'
     path = prepare_hha(database, source, released=True, progress=False)
-    assert path.name == 'hha_512_midas-released.h5' == hha_path(database, source,
-        released=True).name == hha_path(database, 'midas-released').name
+    assert path.name == 'hha_512_midas-released.h5'
+    assert path == hha_path(database, source, released=True) == hha_path(database, 'midas-released')
     picture, golden = read(path, database)[0], GOLDEN[f'{case}_hha'][:h, :w]
     same = (abs(picture.astype(int) - golden) <= 1).mean((0, 1))
     assert (same >= (.997 if kind == 'pfm' else .98)).all(), same  # a file holds half precision
-    plain = read(prepare_hha(database, source, progress=False), database)[0]
+    plain = prepared(database, source)[0]
     assert (abs(plain.astype(int) - golden) <= 1).mean() < .9, 'another camera, another picture'
 
 
@@ -175,10 +178,9 @@ def test_an_estimators_zeros_are_far_and_the_released_ones_missing(database):
         m -= m.min()
         m[:8] = 0  # as a ReLU leaves the sky
     write_maps(database, 'relu', maps)
-    far, missing = (read(prepare_hha(database, 'relu', released=r, progress=False), database)
-                    for r in (False, True))
-    assert all((a[:7, :, 2] == 31).all() and (b[:7, :, 2] == 255).all() for a, b in zip(far,
-        missing))
+    far, missing = (prepared(database, 'relu', released=released) for released in (False, True))
+    for a, b in zip(far, missing, strict=True):
+        assert (a[:7, :, 2] == 31).all() and (b[:7, :, 2] == 255).all()
 
 
 def test_metres_with_cameras(database):
@@ -186,33 +188,25 @@ def test_metres_with_cameras(database):
     cameras = np.stack([database.camera(i) for i in range(6)])
     exact = [hha_of(*one) for one in zip(truth, cameras)]
     write_maps(database, 'own', truth, 1, camera=cameras)
-    assert all(np.array_equal(a, b)
-               for a, b in zip(read(prepare_hha(database, 'own', progress=False), database), exact))
+    assert equal(prepared(database, 'own'), exact)
     write_maps(database, 'bare', truth, 1)
-    assert all(np.array_equal(a,
-                              hha.encode(d, depth.camera_matrix(500 / 8, d.shape[1] / 2,
-        d.shape[0] / 2))) for a, d in zip(read(prepare_hha(database, 'bare', progress=False),
-                                               database), truth))
+    made_up = [depth.camera_matrix(500 / 8, d.shape[1] / 2, d.shape[0] / 2) for d in truth]
+    assert equal(prepared(database, 'bare'), map(hha.encode, truth, made_up))
     hha_path(database, 'bare').unlink()
-    assert all(np.array_equal(a, b)
-               for a, b in zip(read(prepare_hha(database, 'bare', camera=cameras, progress=False),
-                                    database), exact))
+    assert equal(prepared(database, 'bare', camera=cameras), exact)
     write_maps(database, 'twice', [np.kron(d, np.ones((2, 2))) for d in truth], 1,
                camera=cameras * [[2], [2], [1]])
-    assert all(np.array_equal(a, b)
-               for a, b in zip(read(prepare_hha(database, 'twice', progress=False), database),
-                               exact))
+    assert equal(prepared(database, 'twice'), exact)
 
 
 def test_maps_a_pixel_off_fill_the_picture(database):
     maps = [depth.inverse_depth_from(database.depth(i), rng=i) for i in range(6)]
-    short = [(m[:-1] if m.shape[0] < m.shape[1]
-              else m[:, :-1]).astype(np.float16).astype(np.float32) for m in maps]
+    short = [m[:-1] if m.shape[0] < m.shape[1] else m[:, :-1] for m in maps]
+    short = [s.astype(np.float16).astype(np.float32) for s in short]
     write_maps(database, 'off', short)
     filled = [np.pad(s, [(0, m.shape[0] - s.shape[0]), (0, m.shape[1] - s.shape[1])], 'edge')
               for s, m in zip(short, maps)]
-    for picture, one in zip(read(prepare_hha(database, 'off', progress=False), database), filled):
-        assert np.array_equal(picture, hha_of_estimate(one, one.shape))
+    assert equal(prepared(database, 'off'), [hha_of_estimate(one, one.shape) for one in filled])
 
 
 def test_pictures_of_the_released_code(database, tmp_path):
@@ -223,16 +217,15 @@ def test_pictures_of_the_released_code(database, tmp_path):
         canvas = np.zeros((64, 64, 3), np.uint8)
         canvas[:picture.shape[0], :picture.shape[1]] = picture
         Image.fromarray(canvas[..., ::-1]).save(old/f'{100 + i}.png')
-    assert all(np.array_equal(a, b) for a, b in zip(read(prepare_hha(database, old, progress=False),
-                                                         database), exact))
+    assert equal(prepared(database, old), exact)
     hha_path(database, old).unlink()
-    for change, error, message in [(lambda p: Image.new('RGB', (63, 64)).save(p), ValueError,
-                                    '103.png has 63 x 64 pixels, the canvas of the database 64 x 64'),
-                                   (lambda p: Image.new('L', (64, 64)).save(p), ValueError,
-                                    '103.png is damaged .64 x 64 L, RGB'),
-                                   (lambda p: p.write_bytes(p.read_bytes()[:-40]), ValueError,
-                                    '103.png is damaged'),
-                                   (lambda p: p.unlink(), FileNotFoundError, '103.png is missing')]:
+    for change, error, message in [
+        (lambda p: Image.new('RGB', (63, 64)).save(p), ValueError,
+         '103.png has 63 x 64 pixels, the canvas of the database 64 x 64'),
+        (lambda p: Image.new('L', (64, 64)).save(p), ValueError,
+         '103.png is damaged .64 x 64 L, RGB'),
+        (lambda p: p.write_bytes(p.read_bytes()[:-40]), ValueError, '103.png is damaged'),
+        (lambda p: p.unlink(), FileNotFoundError, '103.png is missing')]:
         change(old/'103.png')
         with pytest.raises(error, match=message): prepare_hha(database, old, progress=False)
 
@@ -246,8 +239,9 @@ def test_both_layouts_in_another_process(database):
         file.create_dataset('hha', data=canvas, chunks=(1, 3, 64, 64), compression='lzf')
     for file in (path, database.folder/'hha_64_array.h5'):
         reader = pickle.loads(pickle.dumps(HHAFile(file, database.image_ids)))
-        assert all(np.array_equal(reader[i][:, :p.shape[0], :p.shape[1]], p.transpose(2, 0, 1))
-                   for i, p in enumerate(pictures)) and len(reader) == 6
+        assert len(reader) == 6
+        for i, p in enumerate(pictures):
+            assert np.array_equal(reader[i][:, :p.shape[0], :p.shape[1]], p.transpose(2, 0, 1))
 
 
 def png(picture):
@@ -257,18 +251,16 @@ def png(picture):
 
 def test_bad_hha_files(database):
     path, ids = database.folder/'hha_64_x.h5', database.image_ids
-    with pytest.raises(FileNotFoundError, match='hha_64_x.h5 is missing. Make it with '
-                       'stdg.depth.precompute.prepare_hha'):
-        HHAFile(path, ids)
+    why = 'hha_64_x.h5 is missing. Make it with stdg.depth.precompute.prepare_hha'
+    with pytest.raises(FileNotFoundError, match=why): HHAFile(path, ids)
     good = png(np.zeros((48, 64, 3), np.uint8))
     write_packed(path, 'png', [good, good[:-30], b'GIF89a', png(np.zeros((8, 5000, 3), np.uint8)),
                                png(np.zeros((8, 8), np.uint8)), b''], image_ids=ids)
     file = HHAFile(path, ids)
     assert file[0].shape == (3, 48, 64)
     for row in range(1, 6):
-        with pytest.raises(ValueError, match=f'hha_64_x.h5: the picture of image {100 + row} is '
-                           'damaged'):
-            file[row]
+        why = f'hha_64_x.h5: the picture of image {100 + row} is damaged'
+        with pytest.raises(ValueError, match=why): file[row]
     with pytest.raises(ValueError, match='hha_64_x.h5 was made for other images: remove it'):
         HHAFile(path, ids[::-1])
     write_packed(path, 'png', [good] * 5)
@@ -285,9 +277,8 @@ def test_bad_sources(database, tmp_path):
     bare = make_database(tmp_path/'bare', with_depth=False)
     with pytest.raises(ValueError, match='imdb_64.h5 has no depth'):
         prepare_hha(bare, progress=False)
-    with pytest.raises(ValueError, match=r"'sonar' is unknown; there are metric, relative, the "
-                       r"depth files \[\] of"):
-        prepare_hha(bare, 'sonar', progress=False)
+    why = r"'sonar' is unknown; there are metric, relative, the depth files \[\] of"
+    with pytest.raises(ValueError, match=why): prepare_hha(bare, 'sonar', progress=False)
     with pytest.raises(ValueError, match="'relative' can't name a depth file"):
         prepare_hha(bare, tmp_path/'relative', progress=False)
     with pytest.raises(ValueError, match='relative: the database has its own cameras'):
@@ -297,9 +288,8 @@ def test_bad_sources(database, tmp_path):
     maps = [depth.inverse_depth_from(database.depth(i), rng=i) for i in range(6)]
     maps[4] = maps[4].T
     write_maps(database, 'turned', maps)
-    with pytest.raises(ValueError, match='HHA of image 104 from turned: the map has 48 x 64 '
-                       'pixels, its picture 64 x 48'):
-        prepare_hha(database, 'turned', progress=False)
+    why = 'HHA of image 104 from turned: the map has 48 x 64 pixels, its picture 64 x 48'
+    with pytest.raises(ValueError, match=why): prepare_hha(database, 'turned', progress=False)
     file = write_maps(database, 'nan', maps[:4] + maps[:2])
     with h5py.File(file, 'r+') as data: data['depth'][3072 * 2] = np.nan
     with pytest.raises(ValueError, match='depth_nan.h5: the depth of image 102 has NaN'):
@@ -315,13 +305,12 @@ def test_maps_without_depth_are_counted_and_named(database):
     maps[3] = np.zeros_like(maps[3])
     maps[5] = np.ones_like(maps[5])
     write_maps(database, 'dark', maps)
+    why = 'hha_64_dark.*h5: 2 of 6 images have no depth, their map is constant: 103, 105'
     for released in (False, True):
-        with pytest.warns(UserWarning, match='hha_64_dark.*h5: 2 of 6 images have no depth, their '
-                          'map is constant: 103, 105'):
-            path = prepare_hha(database, 'dark', released=released, progress=False)
-        pictures = read(path, database)
-        assert (pictures[3][..., 0] == 218).all() and (pictures[3][...,
-            2] == 255).all() and np.ptp(pictures[2]) > 0
+        with pytest.warns(UserWarning, match=why):
+            pictures = prepared(database, 'dark', released=released)
+        assert np.ptp(pictures[2]) > 0
+        assert (pictures[3][..., 0] == 218).all() and (pictures[3][..., 2] == 255).all()
 
 
 def test_a_map_of_the_wrong_kind_of_shape_is_no_estimate():

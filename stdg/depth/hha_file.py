@@ -23,16 +23,19 @@ SOURCES = ('metric', 'relative')
 def hha_path(database, source='metric', released=False):
     """Where the HHA of a source lies: `hha_<size>_<source>.h5` beside the database, `<source>`
     being the last part of a path."""
-    return database.folder/f"hha_{database.size}_{source if source in SOURCES else model_tag(source)}{'-released' * released}.h5"
+    name = source if source in SOURCES else model_tag(source)
+    return database.folder/f"hha_{database.size}_{name}{'-released' * released}.h5"
 
 # %% ../../nbs/depth/03_hha_file.ipynb #read-png
 def read_png(data, what, hint):
-    "A PNG of RGB as (H, W, 3) uint8. Raises `ValueError` that says `what` it is."
+    """An RGB PNG, a path or an open file, as (H, W, 3) uint8.
+
+    Raises `ValueError` that begins with `what` it is and ends with `hint`."""
     try:
         with Image.open(data, formats=('PNG',)) as picture:
             if picture.mode != 'RGB' or max(picture.size) > 4096:
-                raise OSError(f"{picture.size[0]} x {picture.size[1]} {picture.mode}, RGB of at "
-                              "most 4096 is needed")
+                raise OSError(f"{picture.size[0]} x {picture.size[1]} {picture.mode}, "
+                              "RGB of at most 4096 is needed")
             return np.asarray(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{what} is damaged ({error}). {hint}") from None
@@ -49,7 +52,7 @@ class HHAFile(PerProcess):
         self.path, self.image_ids = Path(path), np.asarray(image_ids)
         with open_h5(path, dict(image_ids=1), _HINT) as file:
             if not np.array_equal(file['image_ids'][:], self.image_ids):
-                raise ValueError(f"{path} was made for other images: remove it and make it anew "
+                raise ValueError(f"{path} was made for other images: remove it and make it again "
                                  "with stdg.depth.precompute.prepare_hha")
             packed = 'png' in file
         self._png = Packed(path, 'png', _HINT) if packed else None
@@ -60,7 +63,8 @@ class HHAFile(PerProcess):
     def _array(self): return self._opened(lambda: open_h5(self.path, dict(hha=4), _HINT))['hha']
 
     def __len__(self): return len(self.image_ids)
+
     def __getitem__(self, row):
         if self._png is None: return self._array()[row]
-        return read_png(io.BytesIO(self._png[row]), f'{self.path}: the picture of image '
-                        f'{self.image_ids[row]}', _HINT).transpose(2, 0, 1)
+        what = f'{self.path}: the picture of image {self.image_ids[row]}'
+        return read_png(io.BytesIO(self._png[row]), what, _HINT).transpose(2, 0, 1)

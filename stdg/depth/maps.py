@@ -27,8 +27,8 @@ def stereo_motorcycle():
     """A real photograph with measured depth: image (500, 741, 3) uint8 RGB, depth (500, 741)
     float32 metres with 0 missing, camera (3, 3).
 
-    Source: Middlebury 2014 stereo benchmark by way of `skimage.data.stereo_motorcycle`, whose
-    docstring holds the calibration."""
+    Source: Middlebury 2014 stereo benchmark, from `skimage.data.stereo_motorcycle`, whose docstring
+    holds the calibration."""
     from skimage import data
     image, _, disparity = data.stereo_motorcycle()
     depth = .193001*994.978 / (disparity.astype(np.float32) + 31.086)
@@ -48,17 +48,17 @@ def read_pfm(path):
         kind, size, scale = (file.readline(64).split() for _ in range(3))
         data = file.read()
     if kind == [b'PF']:
-        raise ValueError(f"{path} is a colour PFM; a map of depth has one channel (Pf)")
+        raise ValueError(f"{path} is a colour PFM; a depth map has one channel (Pf)")
     if kind != [b'Pf']: raise ValueError(f"{path} is not a PFM file: its first line isn't Pf")
     try:
         width, height = map(int, size)
         scale, = map(float, scale)
         if min(width, height) < 1 or not abs(scale) > 0: raise ValueError
-    except ValueError: raise ValueError(f"{path} has a broken PFM header; write it anew") from None
+    except ValueError: raise ValueError(f"{path} has a broken PFM header; write it again") from None
     if len(data) != 4*width*height:
         problem = 'is truncated' if len(data) < 4*width*height else 'is too long'
         raise ValueError(f"{path} {problem}: {width} x {height} pixels need {4*width*height} "
-                         f"bytes, it holds {len(data)}. Write it anew")
+                         f"bytes, it holds {len(data)}. Write it again")
     rows = np.frombuffer(data, '<f4' if scale < 0 else '>f4').reshape(height, width)
     return np.ascontiguousarray(rows[::-1], np.float32)
 
@@ -70,28 +70,28 @@ def write_pfm(path,
     Raises `ValueError` for another shape. Source: method spec 2.1."""
     array = np.asarray(array, '<f4')
     if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"{path}: a PFM map has shape (height, width), this array has "
-                         f"{array.shape}")
+        raise ValueError(f"{path}: a PFM map has shape (height, width), "
+                         f"this array has {array.shape}")
     height, width = array.shape
     with atomic_path(path) as partial:
         partial.write_bytes(f'Pf\n{width} {height}\n-1.0\n'.encode() + array[::-1].tobytes())
 
 # %% ../../nbs/depth/01_maps.ipynb #inverse-depth-from
 def inverse_depth_from(depth,      # (H, W) metres, 0 where missing
-                       noise=.05,  # standard deviation of the smooth error, as a share of the map's range
+                       noise=.05,  # standard deviation of the smooth error, share of the range
                        blur=1.,    # standard deviation of the blur of edges, pixels
                        rng=None):  # `numpy.random.Generator` or seed
     """Relative inverse depth (H, W) float32 as a monocular estimator would give it: larger is
     nearer, positive, nothing missing.
 
-    Scale and shift are drawn anew at each call. Raises `ValueError` for depth that is negative, not
-    finite or missing everywhere."""
+    Scale and shift are drawn at random in each call. Raises `ValueError` for depth that is
+    negative, not finite or missing everywhere."""
     depth = np.array(depth, np.float32)
     if depth.ndim != 2:
         raise ValueError(f"depth: shape (height, width) is needed, this is {depth.shape}")
     if not (np.isfinite(depth).all() and (depth >= 0).all()):
-        raise ValueError("depth: metres, or 0 where missing, are needed; NaN, infinite or negative "
-                         "values are here")
+        raise ValueError("depth: metres, or 0 where missing, are needed; "
+                         "this map has NaN, infinite or negative values")
     if not depth.any(): raise ValueError("depth: every pixel is missing")
     if noise < 0 or blur < 0:
         raise ValueError(f"noise and blur are at least 0, these are {noise} and {blur}")
@@ -109,28 +109,28 @@ def inverse_depth_from(depth,      # (H, W) metres, 0 where missing
     return (scale*inverse + shift).astype(np.float32)
 
 # %% ../../nbs/depth/01_maps.ipynb #pseudo-depth
-def pseudo_depth(inverse_depth,    # (H, W) relative inverse depth, larger is nearer; an exact 0 is missing
+def pseudo_depth(inverse_depth,    # (H, W) relative inverse depth, larger is nearer, 0 is missing
                  size=512,         # side of the square canvas, pixels
-                 released=False):  # the camera of the released code: centre swapped and in pixels of the original picture
+                 released=False):  # released camera: centre swapped, in pixels of the original
     """Depth (size, size) float32 metres in 1..10, 0 missing, and its camera (3, 3) float64; of the
     input's kind, numpy or torch.
 
     Raises `ValueError` for another shape, NaN or infinite values, and for a constant map, which has
     no depth in it. Source: method spec 2.2."""
     as_torch = isinstance(inverse_depth, torch.Tensor)
-    q = inverse_depth.detach().float() if as_torch else torch.from_numpy(np.array(inverse_depth,
-        np.float32))
+    if as_torch: q = inverse_depth.detach().float()
+    else: q = torch.from_numpy(np.array(inverse_depth, np.float32))
     if q.ndim != 2 or q.numel() == 0:
-        raise ValueError(
-            f"inverse depth: shape (height, width) is needed, this is {tuple(q.shape)}")
+        raise ValueError("inverse depth: shape (height, width) is needed, "
+                         f"this is {tuple(q.shape)}")
     if size < 1: raise ValueError(f"size: a positive number of pixels is needed, this is {size}")
     near, far = q.max(), q.min()
     if not bool(torch.isfinite(near - far)):
-        raise ValueError("inverse depth: NaN or infinite values are here; the estimator has failed "
-                         "on this picture")
+        raise ValueError("inverse depth: the map has NaN or infinite values; "
+                         "the estimator has failed on this picture")
     if near == far:
-        raise ValueError(f"inverse depth: the map is constant ({near.item():g}), there is no depth "
-                         "in it")
+        raise ValueError(f"inverse depth: the map is constant ({near.item():g}), "
+                         "there is no depth in it")
     depth = (1 / ((q - far)/(near - far) + 1e-8)).clamp(0, 10)
     depth = torch.where(q == 0, 0., depth)
     height, width = q.shape
@@ -139,7 +139,7 @@ def pseudo_depth(inverse_depth,    # (H, W) relative inverse depth, larger is ne
     canvas = depth.new_zeros(size, size)
     canvas[:inner[0], :inner[1]] = F.interpolate(depth[None, None], inner, mode='bilinear',
                                                  align_corners=False)[0, 0]
-    camera = camera_matrix(500, height/2, width/2) if released else camera_matrix(500*size/512,
-        scale*width/2, scale*height/2)
-    return (canvas, torch.from_numpy(camera).to(canvas.device)) if as_torch else (canvas.numpy(),
-        camera)
+    if released: camera = camera_matrix(500, height/2, width/2)
+    else: camera = camera_matrix(500*size/512, scale*width/2, scale*height/2)
+    if as_torch: return canvas, torch.from_numpy(camera).to(canvas.device)
+    return canvas.numpy(), camera

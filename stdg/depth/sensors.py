@@ -20,7 +20,7 @@ from ..io.packed import Parts, run_parts
 
 # %% ../../nbs/depth/05_sensors.ipynb #read-depth
 MAX_MAP_PIXELS = 2 ** 26
-FAR = 1000.  # metres: farther than any camera of depth sees
+FAR = 1000.  # metres: farther than any depth camera sees
 
 def _read_png(path):
     "A 16-bit grey PNG as uint16."
@@ -31,7 +31,7 @@ def _read_png(path):
         return np.array(picture)
 
 def _read_npy(path):
-    "A floating-point .npy."
+    "A floating-point .npy, not yet read from the disk."
     array = np.load(path, mmap_mode='r', allow_pickle=False)
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != 'f':
         raise ValueError('a floating-point array (height, width) of metres is needed')
@@ -39,9 +39,10 @@ def _read_npy(path):
     return array
 
 def _check_pixels(shape):
+    "Raise `ValueError` for a map of too many pixels, or of none."
     if not 0 < shape[0] * shape[1] <= MAX_MAP_PIXELS:
-        raise ValueError(f"it has {shape[0]} x {shape[1]} pixels, at most {MAX_MAP_PIXELS:,} are "
-                         "read")
+        raise ValueError(f"it has {shape[0]} x {shape[1]} pixels, "
+                         f"at most {MAX_MAP_PIXELS:,} are read")
 
 # %% ../../nbs/depth/05_sensors.ipynb #read-depth-itself
 _READERS = {'.png': _read_png, '.npy': _read_npy, '.pfm': read_pfm}
@@ -53,22 +54,21 @@ def read_depth(path, unit=.001):
     Raises `FileNotFoundError` or `ValueError` naming the file, also for a map that is negative,
     empty, or farther than a kilometre."""
     path = Path(path)
-    if path.suffix.lower() not in _READERS:
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
         raise ValueError(f"{path}: depth maps are read from {', '.join(_READERS)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. Is the name of the depth map right?")
-    try:
-        found = np.asarray(_READERS[path.suffix.lower()](path),
-                           np.float32) * (unit if path.suffix.lower() == '.png' else 1)
+    try: found = np.asarray(_READERS[suffix](path), np.float32) * (unit if suffix == '.png' else 1)
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} can't be read as a depth map: {error}") from None
     found = np.where(np.isfinite(found), found, 0).astype(np.float32)
     if found.min() < 0:
-        raise ValueError(f"{path}: a depth is negative ({found.min():g}); metres, or 0 where "
-                         "missing, are needed")
+        raise ValueError(f"{path}: a depth is negative ({found.min():g}); "
+                         "metres, or 0 where missing, are needed")
     if found.max() > FAR:
-        raise ValueError(f"{path}: a depth of {found.max():g} m. Is the unit right? .npy and .pfm "
-                         f"hold metres, .png steps of {unit:g} m")
+        raise ValueError(f"{path}: a depth of {found.max():g} m. Is the unit right? "
+                         f".npy and .pfm hold metres, .png steps of {unit:g} m")
     if not found.any(): raise ValueError(f"{path}: every pixel is missing. Leave its picture out")
     return found
 
@@ -83,12 +83,12 @@ def fitted(found,  # (H, W) metres
     Raises `ValueError` if map and picture differ in aspect by more than 2 %."""
     height, width = picture
     if abs(found.shape[0] * width / (found.shape[1] * height) - 1) > .02:
-        raise ValueError(f"the depth map has {found.shape[1]} x {found.shape[0]} pixels, its "
-                         f"picture {width} x {height}: they don't show the same view. Is one of "
-                         "them turned?")
+        raise ValueError(f"the depth map has {found.shape[1]} x {found.shape[0]} pixels, "
+                         f"its picture {width} x {height}: they don't show the same view. "
+                         "Is one of them turned?")
     h, w = (int(side) for side in scaled_size(height, width, size))
-    out = F.interpolate(torch.from_numpy(found)[None, None], (h, w), mode='nearest-exact')[0,
-        0].numpy()
+    out = F.interpolate(torch.from_numpy(found)[None, None], (h, w), mode='nearest-exact')
+    out = out[0, 0].numpy()
     if camera is None: return out, camera_matrix(500 * size / 512, w / 2, h / 2)
     fx, fy, cx, cy = camera
     return out, np.array([[fx * w / width, 0, cx * w / width],
@@ -105,16 +105,16 @@ def _depth_files(listing, root, files):
     ids = listing.image_ids.tolist()
     lack = [i for i in ids if i not in files]
     if lack:
-        raise FileNotFoundError(f"{len(lack)} of {len(ids)} pictures have no depth map, image "
-                                f"{lack[0]} is the first. Name one in its record ('depth'), leave "
-                                "the picture out, or estimate the depth of all")
+        raise FileNotFoundError(f"{len(lack)} of {len(ids)} pictures have no depth map, "
+                                f"image {lack[0]} is the first. Name one in its record ('depth'), "
+                                "leave the picture out, or estimate the depth of all")
     for i in ids:
         if PurePosixPath(files[i]).is_absolute() or '..' in PurePosixPath(files[i]).parts:
             raise ValueError(f"image {i}: the depth map {files[i]!r} does not lie in {root}")
     paths = [Path(root)/files[i] for i in ids]
     if gone := [path for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"{len(gone)} of {len(ids)} depth maps are missing, {gone[0]} is "
-                                "the first")
+        raise FileNotFoundError(f"{len(gone)} of {len(ids)} depth maps are missing, "
+                                f"{gone[0]} is the first")
     return paths
 
 # %% ../../nbs/depth/05_sensors.ipynb #write-depth-itself
@@ -122,7 +122,8 @@ def write_depth(folder,  # of the database
                 listing,  # pictures that are there: image_ids, heights, widths
                 root,  # folder in which the maps lie
                 files:dict,  # image_id to file name, `Annotations.depth`
-                cameras:dict=None,  # image_id to [fx, fy, cx, cy] in pixels of the picture, `Annotations.cameras`
+                # `Annotations.cameras`: image_id to [fx, fy, cx, cy] in pixels of the picture
+                cameras:dict=None,
                 size=512,  # long side of the maps, pixels
                 unit=.001,  # metres a step of a .png
                 shard=(0, 1),  # (i, n): worker i of n
@@ -133,18 +134,17 @@ def write_depth(folder,  # of the database
     path, cameras = depth_path(folder, TAG), cameras or {}
     if path.exists(): return DepthFile(path, listing.image_ids).path
     paths = _depth_files(listing, root, files)
-    parts = Parts(path, 'depth', listing.image_ids, 32, np.float16, compress=True, model=TAG,
-                  metric=1, pixels=size, unit=unit)
+    parts = Parts(path, 'depth', listing.image_ids, 32, np.float16, compress=True,
+                  model=TAG, metric=1, pixels=size, unit=unit)
     def load(row):
         found = read_depth(paths[row], unit)
-        try:
-            return fitted(found, (int(listing.heights[row]), int(listing.widths[row])), size,
-                          cameras.get(int(listing.image_ids[row])))
+        picture = int(listing.heights[row]), int(listing.widths[row])
+        try: return fitted(found, picture, size, cameras.get(int(listing.image_ids[row])))
         except ValueError as error: raise ValueError(f"{paths[row]}: {error}") from None
     def make(rows, loaded):
-        return [one.astype(np.float16).ravel()
-                for one, _ in loaded], dict(shape=np.array([one.shape for one, _ in loaded],
-            np.int32), camera=np.stack([k for _, k in loaded]),
-                                            constant=np.zeros(len(loaded), np.uint8))
+        maps, matrices = zip(*loaded)
+        columns = dict(shape=np.array([one.shape for one in maps], np.int32),
+                       camera=np.stack(matrices), constant=np.zeros(len(maps), np.uint8))
+        return [one.astype(np.float16).ravel() for one in maps], columns
     run_parts(parts, load, make, shard, progress, 'reading depth')
     return finish_parts(parts, metric=np.array([1], np.int32)) if tuple(shard) == (0, 1) else None
