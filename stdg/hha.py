@@ -124,7 +124,8 @@ def normals(depth,     # (H, W) or (B, H, W) metres, 0 where missing; numpy or t
     """Unit normals (3, H, W) or (B, 3, H, W), float32 tensor, pointing away from the camera; NaN
     where the window's valid pixels do not span a plane.
 
-    Raises `ValueError` for wrong shapes, negative or non-finite depth. Source: method spec 2.3 b."""
+    Raises `ValueError` for wrong shapes, negative or non-finite depth.
+    Source: method spec 2.3 b."""
     batch, camera = _batch(depth, camera)
     found = _normals(batch, camera, radius)
     return found if np.ndim(depth) == 3 else found[0]
