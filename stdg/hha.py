@@ -20,8 +20,8 @@ def _batch(depth, camera):
     if not isinstance(depth, torch.Tensor): depth = torch.from_numpy(np.array(depth, np.float32))
     if not isinstance(camera, torch.Tensor): camera = torch.from_numpy(np.array(camera, np.float64))
     if depth.ndim not in (2, 3) or depth.numel() == 0:
-        raise ValueError(
-            f"depth: shape (H, W) or (B, H, W) is needed, this is {tuple(depth.shape)}")
+        raise ValueError("depth: shape (H, W) or (B, H, W) is needed, this is "
+                         f"{tuple(depth.shape)}")
     depth = depth.detach().float().reshape(-1, *depth.shape[-2:])
     camera = camera.detach().to(depth.device, torch.float64)
     if camera.shape not in ((3, 3), (len(depth), 3, 3)):
@@ -48,8 +48,7 @@ def _ray_slopes(depth, camera):
 
 # %% ../nbs/method/02_hha.ipynb #window-moments
 def _moved(moments, distance):
-    """The moments of the same pixels, counted from an origin that lies `distance` before the old
-    one."""
+    "The moments of the same pixels about an origin that lies `distance` before the old one."
     moved = []
     for p, moment in enumerate(moments):
         for j in range(p):
@@ -58,10 +57,9 @@ def _moved(moments, distance):
     return moved
 
 def _line_moments(x, radius, count, dim):
-    """The sums of k^p x over -radius <= k <= radius along `dim` (-1 or -2), for p < count; zeros
-    beyond the border.
+    """The sums of k^p x over -radius <= k <= radius along `dim` (-1 or -2), for p < count.
 
-    Each as large as `x`."""
+    Each has the shape of `x`, which counts as zero beyond its border."""
     def join(first, length, second):
         room = second[0].shape[dim] - length
         second = _moved([moment.narrow(dim, length, room) for moment in second], length)
@@ -100,18 +98,22 @@ def _normals(depth, camera, radius):
     (n, sv, svv), (su, suv), (suu,) = _mask_moments(mask, radius)
     (w, wv), (wu,) = _moments(torch.where(valid, 1/depth, 0.), radius, 2)
     # n^2 times the covariances of du, dv and the inverse depth w
-    cuu, cuv, cvv = (n*suu).addcmul_(su, su, value=-1), (n*suv).addcmul_(su, sv,
-        value=-1), (n*svv).addcmul_(sv, sv, value=-1)
-    cuw, cvw = (n*wu).addcmul_(su, w, value=-1), (n*wv).addcmul_(sv, w, value=-1)
+    cuu = (n*suu).addcmul_(su, su, value=-1)
+    cuv = (n*suv).addcmul_(su, sv, value=-1)
+    cvv = (n*svv).addcmul_(sv, sv, value=-1)
+    cuw = (n*wu).addcmul_(su, w, value=-1)
+    cvw = (n*wv).addcmul_(sv, w, value=-1)
+    # the plane w = alpha du + beta dv + gamma
     determinant = (cuu*cvv).addcmul_(cuv, cuv, value=-1)
     alpha = (cvv*cuw).addcmul_(cuv, cvw, value=-1).div_(determinant)
     beta = (cuu*cvw).addcmul_(cuv, cuw, value=-1).div_(determinant)
     gamma = w.addcmul(alpha, su, value=-1).addcmul_(beta, sv, value=-1).div_(n)
+    # its normal, away from the camera
     nx, ny = alpha.mul_(fx), beta.mul_(fy)
     nz = gamma.addcmul(nx, x, value=-1).addcmul_(ny, y, value=-1)
     length = (nx*nx).addcmul_(ny, ny).addcmul_(nz, nz).sqrt_()
-    length = length.copysign_(torch.where(gamma*mask != 0, gamma, nz)).masked_fill_(determinant
-        <= 0, math.nan)
+    length.copysign_(torch.where(gamma*mask != 0, gamma, nz))
+    length.masked_fill_(determinant <= 0, math.nan)
     return torch.stack([nx, ny, nz], 1).div_(length[:, None])
 
 # %% ../nbs/method/02_hha.ipynb #normals
@@ -120,10 +122,10 @@ def normals(depth,     # (H, W) or (B, H, W) metres, 0 where missing; numpy or t
             camera,    # (3, 3) or (B, 3, 3), pixels
             radius=3): # the window has 2*radius + 1 pixels a side
     """Unit normals (3, H, W) or (B, 3, H, W), float32 tensor, pointing away from the camera; NaN
-    where the window's valid pixels don't span a plane.
+    where the window's valid pixels do not span a plane.
 
-    Raises `ValueError` for wrong shapes, negative or non-finite depth. Source: method spec 2.3
-    b."""
+    Raises `ValueError` for wrong shapes, negative or non-finite depth.
+    Source: method spec 2.3 b."""
     batch, camera = _batch(depth, camera)
     found = _normals(batch, camera, radius)
     return found if np.ndim(depth) == 3 else found[0]
@@ -132,8 +134,8 @@ def normals(depth,     # (H, W) or (B, H, W) metres, 0 where missing; numpy or t
 def _gravity(found):
     "`gravity` of (B, 3, N) normals: (B, 3)."
     n = found.nan_to_num(0.).unbind(1)  # a normal of length 0 adds nothing
-    products = torch.stack([n[i]*n[j] for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))],
-                           1)
+    products = [n[i]*n[j] for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))]
+    products = torch.stack(products, 1)
     y = torch.tensor([0., 1, 0], dtype=torch.float64, device=found.device).expand(len(found), 3)
     for degrees in (45, 15):
         floor, wall = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -141,8 +143,8 @@ def _gravity(found):
             gx, gy, gz = y.to(found.dtype)[..., None].unbind(1)
             c = (n[0]*gx).addcmul_(n[1], gy).addcmul_(n[2], gz).abs_()
             weight = ((c < wall).view(torch.int8) - (c > floor).view(torch.int8)).to(found.dtype)
-            A = (products*weight[:, None]).sum(-1).double()[:,
-                [0, 1, 2, 1, 3, 4, 2, 4, 5]].unflatten(1, (3, 3))
+            A = (products*weight[:, None]).sum(-1).double()
+            A = A[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].unflatten(1, (3, 3))  # symmetric
             A = A - 1e-6*found.shape[-1] * y[:, :, None]*y[:, None, :]
             new = torch.linalg.eigh(A).eigenvectors[..., 0]
             new = torch.where((new*y).sum(-1, keepdim=True) < 0, -new, new)
@@ -151,8 +153,7 @@ def _gravity(found):
     return y
 
 @torch.no_grad()
-# (3, H, W) or (B, 3, H, W), NaN where unknown, as `normals` gives them with radius 10
-def gravity(normals):
+def gravity(normals): # (3, H, W) or (B, 3, H, W), NaN where unknown; `normals` with radius 10
     """The direction of gravity in camera coordinates, (3,) or (B, 3), a float64 unit vector.
 
     Source: method spec 2.3 c."""
@@ -165,8 +166,8 @@ def _encode(depth, camera):
     y = _gravity(_normals(depth, camera, 10).flatten(2))
     n = _normals(depth, camera, 3)
     level = y[:, 1:2] >= math.cos(math.radians(.1))
-    up = torch.where(level, y.new_tensor([0., 1, 0]), y).neg().to(depth.dtype)[..., None,
-        None].unbind(1)
+    up = torch.where(level, y.new_tensor([0., 1, 0]), y).neg()
+    up = up.to(depth.dtype)[..., None, None].unbind(1)
     y = y.to(depth.dtype)[..., None, None].unbind(1)
     z = 100*depth
     slope_x, slope_y = _ray_slopes(depth, camera)
@@ -188,8 +189,9 @@ def encode(depth,   # (H, W) or (B, H, W) metres, 0 where missing; numpy or torc
     A pixel without a normal has angle 218, a missing one disparity 255. Raises `ValueError` for
     wrong shapes, negative or non-finite depth, or an impossible camera. Source: method spec 2.3."""
     batch, camera = _batch(depth, camera)
-    if batch.is_cuda: pictures = _encode(batch, camera)
-    # one image stays in the cache
-    else: pictures = torch.cat([_encode(*one) for one in zip(batch.split(1), camera.split(1))])
+    if batch.is_cuda:
+        pictures = _encode(batch, camera)
+    else:  # one by one: a single image stays in the cache
+        pictures = torch.cat([_encode(*one) for one in zip(batch.split(1), camera.split(1))])
     if np.ndim(depth) == 2: pictures = pictures[0]
     return pictures if isinstance(depth, torch.Tensor) else pictures.numpy()

@@ -11,8 +11,8 @@ from stdg.model import STDG
 
 def case(c, b=2, h=9, w=7):
     torch.manual_seed(0)
-    return torch.randn(b, c, h, w, requires_grad=True), (4 * torch.randn(b, 18, h,
-        w)).requires_grad_()
+    x = torch.randn(b, c, h, w, requires_grad=True)
+    return x, (4 * torch.randn(b, 18, h, w)).requires_grad_()
 
 
 @pytest.mark.parametrize('c,n', [(8, 8), (8, 16), (32, 8)])
@@ -33,8 +33,8 @@ def test_training_under_autocast(c):
     with torch.autocast('cpu', dtype=torch.bfloat16): out = layer(x.bfloat16(), offsets.bfloat16())
     out.sum().backward()
     torch.testing.assert_close(out, layer(x.bfloat16().float(), offsets.bfloat16().float()))
-    assert out.dtype == torch.float32 and all(torch.isfinite(p.grad).all() for p in (x, offsets,
-        layer.weight))
+    assert out.dtype == torch.float32
+    assert all(torch.isfinite(p.grad).all() for p in (x, offsets, layer.weight))
 
 
 @pytest.mark.parametrize('c', [8, 32])
@@ -49,8 +49,8 @@ def test_compiles_without_a_break(c):
 def test_whole_network_exports_with_free_batch(backbone):
     model = STDG(backbone, n_objects=5, n_predicates=3, pretrained=False).eval()
     image = torch.randn(2, 3, 64, 64)
-    program = torch.export.export(model, (image,), dynamic_shapes=({0: torch.export.Dim('batch')},
-        )).module()
+    free_batch = {0: torch.export.Dim('batch')}
+    program = torch.export.export(model, (image,), dynamic_shapes=(free_batch,)).module()
     with torch.no_grad():
         for ours, theirs in zip(program(torch.cat([image, image[:1]])), model(image)):
             torch.testing.assert_close(ours[:2], theirs, rtol=1e-4, atol=1e-4)
@@ -69,8 +69,10 @@ def peak(function):
 @pytest.mark.parametrize('c,n', [(256, 256), (768, 256)])
 def test_needs_no_more_memory_than_torchvision(c, n):
     "Two pre-heads on one field, as in the published networks, forward and backward."
-    def run(): sum(head(x)[0].sum() for head in heads).backward()
     heads, x = [PreHead(c, n) for _ in range(2)], torch.randn(4, c, 24, 24, requires_grad=True)
+
+    def run(): sum(head(x)[0].sum() for head in heads).backward()
+
     run()  # gradients exist from here on
     ours = peak(run)
     for head in heads:

@@ -69,8 +69,8 @@ def plain_fields(graph, n_objects, n_predicates, size, stride):
         cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
         for y in range(max(0, int(cy) - r), min(h, int(cy) + r + 1)):
             for x in range(max(0, int(cx) - r), min(w, int(cx) + r + 1)):
-                value = math.exp(-((x - int(cx))**2 + (y - int(cy))**2) / (2
-                    * ((2 * r + 1) / 6)**2))
+                square = (x - int(cx))**2 + (y - int(cy))**2
+                value = math.exp(-square / (2 * ((2 * r + 1) / 6)**2))
                 heatmap[label, y, x] = max(heatmap[label, y, x], value)
         slots.append([cx - int(cx), cy - int(cy), x2 - x1, y2 - y1, int(cy) * w + int(cx)])
     for s, o, p in graph.relations.tolist():
@@ -110,8 +110,8 @@ def test_shapes_are_fixed_and_collate():
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in batch.items()}
     assert shapes == dict(heatmap=(5, 20, 26), offset=(128, 2), size=(128, 2), mask=(128,),
                           index=(128,), relation=(4, 9, 20, 26))
-    assert batch['relation'].isfinite().all() and batch['heatmap'].amax((1, 2, 3)).tolist() == [1,
-        0, 1]
+    assert batch['relation'].isfinite().all()
+    assert batch['heatmap'].amax((1, 2, 3)).tolist() == [1, 0, 1]
     assert batch['mask'].dtype == torch.uint8 and batch['index'].dtype == torch.int64
 
 
@@ -124,14 +124,14 @@ def test_earlier_relation_stays_on_a_tie():
 def test_predicates_do_not_compete_and_self_relations_have_no_line():
     boxes = [[0, 0, 40, 40], [300, 200, 360, 260]]
     fields = encode(SceneGraph(boxes, [0, 0], [(0, 1, 0), (1, 0, 1), (0, 0, 2)]), 1, 3)['relation']
-    assert torch.equal(fields[0, 0], fields[1, 0]) and torch.equal(fields[0, 1:3],
-        fields[1, 3:5]) and fields[2].sum() == 0
+    assert torch.equal(fields[0, 0], fields[1, 0])
+    assert torch.equal(fields[0, 1:3], fields[1, 3:5]) and fields[2].sum() == 0
 
 
 def test_two_objects_in_one_cell_keep_their_slots():
     fields = encode(SceneGraph([[0, 0, 100, 100], [2, 2, 98, 98]], [0, 1], []), 2, 1)
-    assert fields['mask'].sum() == 2 and fields['index'][0] == fields['index'][1] and fields[
-        'size'][0, 0] > fields['size'][1, 0]
+    assert fields['mask'].sum() == 2 and fields['index'][0] == fields['index'][1]
+    assert fields['size'][0, 0] > fields['size'][1, 0]
 
 
 def test_more_than_128_objects_keeps_the_largest():
@@ -139,9 +139,8 @@ def test_more_than_128_objects_keeps_the_largest():
     corner, side = rng.uniform(0, 400, (150, 2)), np.arange(20, 170)[:, None] / 2
     graph = SceneGraph(np.c_[corner, corner + side], np.zeros(150), [])
     with pytest.warns(UserWarning, match='largest 128'): fields = encode(graph, 1, 1)
-    # in their order
-    assert fields['mask'].sum() == 128 and np.allclose(fields['size'][:, 0], side[22:, 0] / 16,
-                                                       atol=1e-5)
+    assert fields['mask'].sum() == 128
+    assert np.allclose(fields['size'][:, 0], side[22:, 0] / 16, atol=1e-5)  # in their order
 
 
 def test_box_outside_the_field_takes_no_slot():
@@ -164,12 +163,12 @@ def test_valid_area():
 
 @pytest.mark.parametrize('change,message', [
     (dict(n_objects=3), 'label 4 for 3 classes'),
-                                            (dict(n_predicates=2), 'predicate 3 for 2 classes'),
-    (dict(stride=0), 'at least 1 pixel'), (dict(size=(0, 512)), 'at least 1 pixel'),
-                                            (dict(size=(512,)), 'at least 1 pixel'),
+    (dict(n_predicates=2), 'predicate 3 for 2 classes'),
+    (dict(stride=0), 'at least 1 pixel'),
+    (dict(size=(0, 512)), 'at least 1 pixel'),
+    (dict(size=(512,)), 'at least 1 pixel'),
     (dict(valid_area=(0, 0, 5)), 'four numbers'),
-                                            (dict(valid_area=(0, 0, float('nan'), 5)),
-                                             'four numbers')])
+    (dict(valid_area=(0, 0, float('nan'), 5)), 'four numbers')])
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         encode(**dict(graph=random_graph(1), n_objects=5, n_predicates=4) | change)

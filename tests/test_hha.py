@@ -20,17 +20,18 @@ def close(picture, golden):
 def plane(normal, distance, height=60, width=80, camera=CAMERA):
     "Depth of the plane normal . P = distance (metres); pixels count from 1."
     v, u = np.mgrid[1:height+1, 1:width+1]
-    return distance / (normal[0]*(u - camera[0, 2])/camera[0,
-        0] + normal[1]*(v - camera[1, 2])/camera[1, 1] + normal[2])
+    x, y = (u - camera[0, 2])/camera[0, 0], (v - camera[1, 2])/camera[1, 1]
+    return distance / (normal[0]*x + normal[1]*y + normal[2])
 
 
 @pytest.mark.parametrize('case', ['metric0', 'metric1', 'metric2'])
 def test_golden_metric(case):
     picture, golden = encode(GOLDEN[f'{case}_depth'], GOLDEN[f'{case}_K']), GOLDEN[f'{case}_hha']
     assert picture.dtype == np.uint8 and picture.shape == golden.shape
-    assert (close(picture, golden) >= .997).all(), close(picture, golden)
-    # the rest are windows whose pixels lie on one line: no normal here, rounding noise in the golden picture
-    assert (close(picture, golden)[1:] == 1).all()
+    share = close(picture, golden)
+    assert (share >= .997).all(), share
+    # the rest are windows whose pixels lie on one line: no normal here, noise in the golden picture
+    assert (share[1:] == 1).all()
     spanned = picture[..., 0] != 218
     assert np.abs(picture[spanned].astype(int) - golden[spanned]).max() <= 1
 
@@ -38,8 +39,8 @@ def test_golden_metric(case):
 @pytest.mark.parametrize('case', ['relative0', 'relative1'])
 def test_golden_relative(case):
     picture = encode(*pseudo_depth(GOLDEN[f'{case}_inverse_depth'], released=True))
-    assert (close(picture, GOLDEN[f'{case}_hha']) >= .997).all(), close(picture,
-        GOLDEN[f'{case}_hha'])
+    share = close(picture, GOLDEN[f'{case}_hha'])
+    assert (share >= .997).all(), share
 
 
 @pytest.mark.parametrize('case', ['relative0', 'relative1'])
@@ -47,8 +48,8 @@ def test_golden_from_stored_half_precision(case):
     depth = GOLDEN[f'{case}_pseudo_depth']
     assert depth.dtype == np.float16
     picture = encode(depth, GOLDEN[f'{case}_K'])
-    assert (close(picture, GOLDEN[f'{case}_hha']) >= .996).all(), close(picture,
-        GOLDEN[f'{case}_hha'])
+    share = close(picture, GOLDEN[f'{case}_hha'])
+    assert (share >= .996).all(), share
     assert np.array_equal(picture, encode(torch.from_numpy(depth), GOLDEN[f'{case}_K']).numpy())
 
 
@@ -61,8 +62,8 @@ def test_batch_is_single():
     for picture, depth, camera in zip(together, depths, cameras):
         assert np.array_equal(picture, encode(depth, camera))
     shared = encode(torch.from_numpy(depths), cameras[0])
-    assert isinstance(shared, torch.Tensor) and np.array_equal(shared[2].numpy(),
-        encode(depths[2], cameras[0]))
+    assert isinstance(shared, torch.Tensor)
+    assert np.array_equal(shared[2].numpy(), encode(depths[2], cameras[0]))
 
 
 @pytest.mark.parametrize('radius', [3, 10])
@@ -71,16 +72,16 @@ def test_normal_of_a_plane(radius, normal):
     for focal in (120, 500, 3000):  # the longer the lens, the worse the conditioning
         camera = camera_matrix(focal, 40, 30)
         found = normals(plane(normal, 2, camera=camera), camera, radius)
-        assert torch.allclose(found, torch.tensor(normal, dtype=torch.float32)[:, None,
-            None].expand_as(found), atol=2e-3)
+        expected = torch.tensor(normal, dtype=torch.float32)[:, None, None].expand_as(found)
+        assert torch.allclose(found, expected, atol=2e-3)
 
 
 def test_normal_of_a_plane_with_holes():
     depth = plane((.6, -.48, .64), 2)
     depth[np.random.default_rng(0).random(depth.shape) < .3] = 0
     found = normals(depth, CAMERA, 3)
-    assert torch.allclose(found, torch.tensor([.6, -.48, .64])[:, None, None].expand_as(found),
-                          atol=2e-3)
+    expected = torch.tensor([.6, -.48, .64])[:, None, None].expand_as(found)
+    assert torch.allclose(found, expected, atol=2e-3)
 
 
 def test_normals_batch_and_nan():
@@ -88,8 +89,8 @@ def test_normals_batch_and_nan():
     depth[0] = 2
     depth[1, 15] = 2  # one line of pixels spans no plane
     found = normals(depth, CAMERA)
-    assert found.shape == (2, 3, 30,
-                           30) and torch.isfinite(found[0]).all() and torch.isnan(found[1]).all()
+    assert found.shape == (2, 3, 30, 30)
+    assert torch.isfinite(found[0]).all() and torch.isnan(found[1]).all()
     assert torch.allclose(normals(depth[0], CAMERA), found[0], equal_nan=True)
 
 
@@ -100,8 +101,8 @@ def test_gravity_of_a_floor_and_a_wall(tilt):
     n = np.concatenate([np.tile(down, (500, 1)), np.tile(ahead, (700, 1)),
                         np.tile([1., 0, 0], (300, 1))])
     n += np.random.default_rng(0).normal(0, .02, n.shape)
-    n = torch.from_numpy(n/np.linalg.norm(n, axis=1, keepdims=True)).float().T.reshape(3, 30,
-        50).clone()
+    n /= np.linalg.norm(n, axis=1, keepdims=True)
+    n = torch.from_numpy(n).float().T.reshape(3, 30, 50).clone()
     n[:, 0] = torch.nan
     y = gravity(n)
     assert y.shape == (3,) and np.degrees(np.arccos(y.numpy() @ down)) < 1
@@ -117,8 +118,8 @@ def test_floor_and_wall_channels():
     on_floor[-8:] = True
     on_wall = np.zeros(depth.shape, bool)
     on_wall[:20] = True
-    assert np.abs(picture[on_floor, 0] - 38).max() <= 1 and np.abs(picture[on_wall,
-        0] - 128).max() <= 1
+    assert np.abs(picture[on_floor, 0] - 38).max() <= 1
+    assert np.abs(picture[on_wall, 0] - 128).max() <= 1
     assert picture[on_floor, 1].max() <= 1
     assert np.abs(picture[on_wall, 2] - 78).max() == 0  # 31000/400, rounded to even: 77.5 -> 78
 
@@ -127,8 +128,8 @@ def test_unseen_ground_is_130_below():
     picture = encode(np.full((60, 80), 2.), CAMERA)
     v = np.arange(1, 61)
     expected = np.round(130 - 200*(v - 30)/120)
-    assert np.abs(picture[..., 1] - expected[:, None]).max() <= 1 and (picture[...,
-        0] == 128).all() and (picture[..., 2] == 155).all()
+    assert np.abs(picture[..., 1] - expected[:, None]).max() <= 1
+    assert (picture[..., 0] == 128).all() and (picture[..., 2] == 155).all()
 
 
 def test_disparity_saturates():
@@ -156,8 +157,9 @@ def test_input_is_left_alone():
     tensor = torch.from_numpy(depth.copy()).requires_grad_()
     before = depth.copy()
     first = encode(depth, CAMERA)
-    assert np.array_equal(depth, before) and np.array_equal(encode(tensor, CAMERA).numpy(),
-        first) and np.array_equal(tensor.detach().numpy(), before)
+    assert np.array_equal(depth, before)
+    assert np.array_equal(encode(tensor, CAMERA).numpy(), first)
+    assert np.array_equal(tensor.detach().numpy(), before)
     depth.setflags(write=False)
     assert np.array_equal(encode(depth[:, ::-1][:, ::-1], CAMERA), first)
 

@@ -10,8 +10,7 @@ from stdg.losses import detection_loss, focal_loss, relation_loss, teaching_loss
 
 GOLDEN = np.load(Path(__file__).parent / 'golden/fields.npz')
 NAMES = dict(heatmap='detection_heatmap', offset='detection_offset', size='detection_size',
-             mask='detection_mask',
-             index='detection_index', relation='relation_fields')
+             mask='detection_mask', index='detection_index', relation='relation_fields')
 
 
 @pytest.fixture(scope='module')
@@ -78,14 +77,14 @@ def test_finite_at_the_extremes(small, dtype):
         output = torch.full((2, 7, 4, 5), value, dtype=dtype, requires_grad=True)
         terms = detection_loss(output, targets)
         sum(terms.values()).backward()
-        assert all(term.isfinite() and term.dtype == torch.float32
-                   for term in terms.values()) and output.grad.isfinite().all()
+        assert all(term.isfinite() and term.dtype == torch.float32 for term in terms.values())
+        assert output.grad.isfinite().all()
     for logit in (-1000., 0., 1000.):
         output = torch.full((2, 2, 7, 4, 5), logit, dtype=dtype, requires_grad=True)
         terms = relation_loss(output, targets)
         sum(terms.values()).backward()
-        assert all(term.isfinite() and term.dtype == torch.float32
-                   for term in terms.values()) and output.grad.isfinite().all()
+        assert all(term.isfinite() and term.dtype == torch.float32 for term in terms.values())
+        assert output.grad.isfinite().all()
 
 
 def test_half_precision_agrees(small):
@@ -98,21 +97,21 @@ def test_half_precision_agrees(small):
 
 def test_released_rule_skips_the_object_row(small):
     output = torch.zeros(2, 2, 7, 4, 5).double()
-    ours, theirs = relation_loss(output, small)['object'], relation_loss(output, small,
-        released=True)['object']
+    ours = relation_loss(output, small)['object']
+    theirs = relation_loss(output, small, released=True)['object']
     assert torch.isclose(ours, torch.tensor((3 * 1 + 2 * 4) / 6 / 2).double(), atol=1e-4)
     assert torch.isclose(theirs, torch.tensor((2 * 1 + 2 * 4) / 4 / 2).double(), atol=1e-4)
 
 
 def test_nothing_annotated(small):
     blank = {name: torch.zeros_like(t) for name, t in small.items()}
-    detection, relation = torch.rand(2, 7, 4, 5, requires_grad=True), torch.randn(2, 2, 7, 4, 5,
-        requires_grad=True)
+    detection = torch.rand(2, 7, 4, 5, requires_grad=True)
+    relation = torch.randn(2, 2, 7, 4, 5, requires_grad=True)
     terms = detection_loss(detection, blank) | relation_loss(relation, blank)
     assert all(terms[name].item() == 0 for name in terms if name not in ('heatmap', 'confidence'))
     sum(terms.values()).backward()
-    assert terms[
-        'heatmap'] > 0 and detection.grad.isfinite().all() and relation.grad.isfinite().all()
+    assert terms['heatmap'] > 0
+    assert detection.grad.isfinite().all() and relation.grad.isfinite().all()
 
 
 def test_focal_loss_divides_by_the_positives():
@@ -123,8 +122,8 @@ def test_focal_loss_divides_by_the_positives():
 
 
 def test_teacher_gets_no_gradient_and_wild_offsets_are_left_out():
-    teacher, student = torch.tensor([1., 9.99, -10, 30], requires_grad=True), torch.zeros(4,
-        requires_grad=True)
+    teacher = torch.tensor([1., 9.99, -10, 30], requires_grad=True)
+    student = torch.zeros(4, requires_grad=True)
     teaching_loss([student], [teacher]).backward()
     assert teacher.grad is None and (student.grad != 0).tolist() == [True, True, False, False]
 

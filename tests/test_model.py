@@ -1,4 +1,4 @@
-"The network against outputs of the released code, and what must hold of teacher and student."
+"The network against outputs of the released code; the frozen teacher; saving and loading."
 import json
 import zlib
 from pathlib import Path
@@ -52,18 +52,17 @@ def test_outputs_equal_released(config):
             taught = model.teacher.offsets(image.flip(1))
             for ours, head in zip(taught, ('detection', 'relation')):
                 close(ours, f'{config}_teacher_offsets_{head}')
-            assert float(teaching_loss(offsets,
-                                       taught)) == pytest.approx(
-                float(outputs[f'{config}_teaching_loss']), rel=1e-4)
+            expected = float(outputs[f'{config}_teaching_loss'])
+            assert float(teaching_loss(offsets, taught)) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize('config', sorted(layouts))
 def test_every_layout_is_recognised(config):
-    model = from_released({key: torch.zeros(shape,
-                                            dtype=getattr(torch, dtype.removeprefix('torch.')))
-                           for key, (shape, dtype) in layouts[config].items()})
-    assert model.mode in config and model.config['head_norm'] == config.endswith(
-        '_bn') and config.startswith(model.config['backbone'])
+    state = {key: torch.zeros(shape, dtype=getattr(torch, dtype.removeprefix('torch.')))
+             for key, (shape, dtype) in layouts[config].items()}
+    model = from_released(state)
+    assert model.mode in config and config.startswith(model.config['backbone'])
+    assert model.config['head_norm'] == config.endswith('_bn')
 
 
 @pytest.mark.parametrize('backbone,stride', [('resnet18', 8), ('mobilenetv3_small_100', 16),
@@ -71,17 +70,18 @@ def test_every_layout_is_recognised(config):
 def test_any_timm_backbone(backbone, stride):
     model = STDG(backbone, n_objects=5, n_predicates=3, pretrained=False, stride=stride).eval()
     with torch.no_grad(): detection, relation = model(torch.zeros(1, 3, 64, 96))
-    assert detection.shape == (1, 9, 64 // stride, 96 // stride) and relation.shape == (1, 3, 7,
-        64 // stride, 96 // stride)
+    h, w = 64 // stride, 96 // stride
+    assert detection.shape == (1, 9, h, w) and relation.shape == (1, 3, 7, h, w)
 
 
 def test_pretrained_weights_come_from_the_package():
-    model, bare = STDG('small', n_objects=3, n_predicates=2), STDG('small', n_objects=3,
-        n_predicates=2, pretrained=False)
-    first, other = (m.network.backbone.body.conv_stem.weight for m in (model, bare))
-    assert not torch.equal(first, other) and torch.equal(first,
-                                                         STDG('small', n_objects=3,
-        n_predicates=2).network.backbone.body.conv_stem.weight)
+    def first_weights(**options):
+        model = STDG('small', n_objects=3, n_predicates=2, **options)
+        return model.network.backbone.body.conv_stem.weight
+
+    weights = first_weights()
+    assert not torch.equal(weights, first_weights(pretrained=False))
+    assert torch.equal(weights, first_weights())
 
 
 def test_pretrained_from_a_local_file(tmp_path):
@@ -120,6 +120,5 @@ def test_save_and_load_every_mode(tmp_path):
         image, again = torch.randn(1, 3, 64, 64), load(tmp_path/f'{mode}.safetensors')
         with torch.no_grad():
             assert all(torch.equal(a, b) for a, b in zip(model(image), again(image)))
-        assert again.mode == mode and sorted(p.suffix
-                                             for p in tmp_path.glob(f'{mode}.*')) == ['.json',
-            '.safetensors']
+        suffixes = sorted(p.suffix for p in tmp_path.glob(f'{mode}.*'))
+        assert again.mode == mode and suffixes == ['.json', '.safetensors']
