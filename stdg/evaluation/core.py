@@ -207,7 +207,7 @@ def store(folder, model, dataset, tasks=TASKS, zero_shot=None, protocol=('strict
     Goes on where a killed call stopped. Raises `ValueError` naming the folder when it holds records
     of another network, other data or settings, and what `predictions` raises."""
     check_fit(model, dataset)
-    _evaluators(dataset.database.vocabulary, tasks, protocol)  # raises if they do not exist
+    _evaluators(dataset.database.vocabulary, tasks, protocol)  # raises for an unknown protocol
     path = Path(folder)/'records.h5'
     identity = _identity(model, dataset, tasks, zero_shot, protocol, released)
     if path.exists():
