@@ -1,5 +1,5 @@
-"""Runs `stdg.train` on a YAML file and ends it where it is told to: `python killed_run.py run.yaml
-KIND STAGE STEP`.
+"""Runs `stdg.train` on a YAML file and ends it at a given step: `python killed_run.py run.yaml KIND
+STAGE STEP`.
 
 KIND is 'step' (SIGKILL as that step begins), 'tensors' (SIGKILL in the middle of writing the
 tensors of that step's state), 'json' (SIGKILL between tensors and JSON), 'full' (no file may grow
@@ -12,12 +12,12 @@ import sys
 
 from stdg import train
 from stdg.backbone import OTHER
-from stdg.training import loop as training
-from stdg.training import resume as states
+from stdg.training import loop, resume
 
 config, kind, stage, step = sys.argv[1:]
 step = int(step)
-one_step, save_state, save_file, write_json = training._one_step, training.save_state, states.save_file, states.write_json
+one_step, save_state = loop._one_step, loop.save_state
+save_file, write_json = resume.save_file, resume.write_json
 # batch norms see what their own process sees
 if 'NO_NORM' in os.environ: OTHER['head_norm'] = False
 now = ['', -1]  # of the state that is being written
@@ -54,5 +54,6 @@ def at_json(path, record):
     write_json(path, record)
 
 
-training._one_step, training.save_state, states.save_file, states.write_json = at_step, at_state, at_tensors, at_json
+loop._one_step, loop.save_state = at_step, at_state
+resume.save_file, resume.write_json = at_tensors, at_json
 train.main(['--config', config])

@@ -1,5 +1,5 @@
-"""Evaluation of anything: shared, killed and taken up again, with any batch size; teachers,
-released files; the runbook."""
+"""Evaluation of anything: shared, killed and resumed, with any batch size; teachers, released
+files; the runbook."""
 import json
 import math
 import subprocess
@@ -14,29 +14,22 @@ from test_metrics import golden_cases
 from stdg import matching, metrics
 from stdg.checkpoint import _unused, released_name
 from stdg.data import SceneGraphs
-from stdg.datasets.visual_genome import Database, write_annotations, write_images
+from stdg.datasets.statistics import zero_shot_triplets
+from stdg.datasets.visual_genome import Database
 from stdg.depth.precompute import prepare_hha
 from stdg.evaluation import core as evaluation
-from stdg.evaluation import diagnostics as calibration
-from stdg.evaluation import diagnostics as report
+from stdg.evaluation import diagnostics
 from stdg.graph import TASKS, Prediction, SceneGraph, Vocabulary
 from stdg.model import STDG
 from stdg.released import any_network
 from stdg.rooms.build import make_rooms
+from stdg.testing import loud, toy_database
 
 root = Path(__file__).parent.parent
 NAMES = Vocabulary(['disc', 'square', '<b>'], ['near', 'on', '$under$'])
 SMALL = dict(n_objects=3, n_predicates=3, pretrained=False)
 UNSEEN = [[0, 1, 1], [1, 2, 2], [2, 0, 0]]
 
-
-@torch.no_grad()
-def loud(model):
-    "`model`, untrained, with last layers that claim much, at random."
-    layers, relation = model.network.detection.layers, model.network.relation.layer
-    layers.heatmap[-1].bias.zero_(), layers.size[-1].bias.fill_(2)
-    relation.weight.mul_(16), relation.bias.view(-1, 7)[:, 0].zero_()
-    return model
 
 
 def scene(i, size=(48, 64)):
@@ -49,16 +42,11 @@ def scene(i, size=(48, 64)):
     return graph, dict(image=rng.integers(0, 255, (*size, 3), dtype=np.uint8), image_id=100 + i)
 
 
-def make_database(folder, n):
-    scenes = [scene(i) for i in range(n)]
-    write_annotations(folder, [graph for graph, _ in scenes], [2] * n, NAMES, 64)
-    write_images(folder, [record for _, record in scenes], n, 64)
-    return Database(folder)
-
-
 @pytest.fixture(scope='module')
 def dataset(tmp_path_factory):
-    return SceneGraphs(make_database(tmp_path_factory.mktemp('noise'), 11), 'test')
+    scenes = [scene(i) for i in range(11)]
+    database = toy_database(tmp_path_factory.mktemp('noise'), scenes, [2] * 11, NAMES, 64)
+    return SceneGraphs(database, 'test')
 
 
 @pytest.fixture(scope='module')
@@ -75,8 +63,8 @@ def untimed(figures):
 def whole(model, dataset):
     figures = untimed(evaluation.evaluate(model, dataset, zero_shot=UNSEEN, batch_size=4,
                                           progress=False))
-    assert 0 < figures['predcls']['R@50'] < 1 and figures['AP50'] > 0 and figures[
-        'images'] == 11, 'there is something to compare'
+    assert 0 < figures['predcls']['R@50'] < 1 and figures['AP50'] > 0, 'there is something to compare'
+    assert figures['images'] == 11
     return figures
 
 
@@ -102,20 +90,20 @@ def test_shards_change_nothing(model, dataset, whole, n):
     assert [len(share) for share in shares] == [len(range(i, 11, n)) for i in range(n)]
     joined = sorted(sum(shares, []), key=lambda pair: pair[0])
     assert untimed(evaluation.figures(joined, dataset, zero_shot=UNSEEN)) == whole
-    for (_, mine), (_, alone) in zip(joined, evaluation.records(model, dataset, zero_shot=UNSEEN,
-        batch_size=4, progress=False), strict=True):
-        assert mine.keys() == alone.keys() and all(np.array_equal(mine[name], alone[name])
-                                                   for name in alone
-                                                   if name != 'seconds'), 'also the scores, to the last bit'
+    by_one = evaluation.records(model, dataset, zero_shot=UNSEEN, batch_size=4, progress=False)
+    for (_, mine), (_, alone) in zip(joined, by_one, strict=True):
+        assert mine.keys() == alone.keys()
+        for name in alone.keys() - {'seconds'}:  # also the scores, to the last bit
+            assert np.array_equal(mine[name], alone[name]), name
 
 
 def test_missing_and_double_records_are_refused(model, dataset):
     records = list(evaluation.records(model, dataset, ('predcls',), progress=False))
     figures = lambda these: evaluation.figures(these, dataset, ('predcls',), intervals=0)
-    for wrong, message in ((records[:-1], '10 for 11 images'), (records[1:], 'number 0 is expected '
-        'and 1 comes'),
-                           (records[:2] + records[1:], 'number 2 is expected and 1 comes')):
-        with pytest.raises(ValueError, match=message): figures(wrong)
+    twice = records[:2] + records[1:]
+    with pytest.raises(ValueError, match='10 for 11 images'): figures(records[:-1])
+    with pytest.raises(ValueError, match='number 0 is expected and 1 comes'): figures(records[1:])
+    with pytest.raises(ValueError, match='number 2 is expected and 1 comes'): figures(twice)
     assert figures(records)['images'] == 11
 
 
@@ -127,8 +115,9 @@ def close(a, b):
 
 @pytest.mark.parametrize('batch_size', (1, 3, 50))
 def test_batch_size_changes_nothing(model, dataset, whole, batch_size):
-    assert close(untimed(evaluation.evaluate(model, dataset, zero_shot=UNSEEN,
-                                             batch_size=batch_size, progress=False)), whole)
+    figures = evaluation.evaluate(model, dataset, zero_shot=UNSEEN, batch_size=batch_size,
+                                  progress=False)
+    assert close(untimed(figures), whole)
 
 
 def store(folder, model, dataset, **how):
@@ -158,8 +147,8 @@ def test_a_killed_evaluation_goes_on(model, dataset, whole, tmp_path, monkeypatc
         count = made(patch)
         path = store(tmp_path, model, dataset, batch_size=3)
     assert len(count) == 11 - 4 and not (tmp_path/'records-parts').exists()
-    assert close(untimed(evaluation.figures(evaluation.stored(path), dataset, zero_shot=UNSEEN)),
-                 whole)
+    figures = evaluation.figures(evaluation.stored(path), dataset, zero_shot=UNSEEN)
+    assert close(untimed(figures), whole)
     assert [position for position, _ in evaluation.stored(path)] == list(range(11))
 
 
@@ -167,7 +156,7 @@ def test_shards_on_the_disk(model, dataset, whole, tmp_path, monkeypatch):
     assert [store(tmp_path, model, dataset, shard=(i, 3)) for i in (2, 0, 1)] == [None] * 3
     count = made(monkeypatch)
     path = store(tmp_path, model, dataset)
-    assert store(tmp_path, model, dataset) == path and not count, 'all was done by the shards'
+    assert store(tmp_path, model, dataset) == path and not count, 'the shards have done it all'
     assert untimed(evaluation.figures(evaluation.stored(path), dataset, zero_shot=UNSEEN)) == whole
 
 
@@ -181,14 +170,14 @@ def test_other_weights_data_and_settings_are_refused(model, dataset, tmp_path):
     for finished in (False, True):
         store(tmp_path, model, dataset, **({} if finished else dict(shard=(0, 2))))
         for change, what in changes:
-            with pytest.raises(ValueError, match=f'{tmp_path}.*holds .* of something else: '
-                               f'.*({what}).*remove that') as error:
+            said = f'{tmp_path}.*holds .* of something else: .*({what}).*remove that'
+            with pytest.raises(ValueError, match=said) as error:
                 store(tmp_path, **dict(model=model, dataset=dataset) | change)
             assert '\n' not in str(error.value)
     assert store(tmp_path, model, dataset, batch_size=1, part=5), 'batches and parts may change'
 
 
-def test_nothing_is_left_of_a_run_that_never_began(model, dataset, tmp_path, monkeypatch):
+def test_nothing_is_left_of_a_run_that_never_started(model, dataset, tmp_path, monkeypatch):
     made(monkeypatch, 0)
     with pytest.raises(KeyboardInterrupt): store(tmp_path/'a', model, dataset)
     assert not list((tmp_path/'a').glob('*'))
@@ -220,8 +209,8 @@ def test_records_are_small():
                        np.c_[pairs[:40] % 30, rng.integers(0, 50, 40)])
     evaluators = evaluation._evaluators(Vocabulary.visual_genome(), ('sgdet',), matching.PROTOCOLS,
                                         0, [[0, 0, 0]])
-    assert sum(a.nbytes for a in evaluation._record(evaluators, truth, dict(sgdet=prediction),
-                                                    50).values()) < 6000
+    record = evaluation._record(evaluators, truth, dict(sgdet=prediction), 50)
+    assert sum(a.nbytes for a in record.values()) < 6000
 
 
 # Calibration
@@ -233,8 +222,8 @@ def test_right_claims_are_the_hits_of_the_golden_images(task):
     for prediction, truth in zip(predictions, truths):
         scores, right = matching.claims(prediction, truth, task, 50)
         found = evaluator.record(prediction, truth)['found'][0]
-        assert len(scores) <= 100 and right.sum() == found[2].sum() and right[:20].sum() == found[
-            0].sum()
+        assert len(scores) <= 100
+        assert right.sum() == found[2].sum() and right[:20].sum() == found[0].sum()
         if task == 'sgdet': assert np.all(np.diff(scores) <= 1e-6)
         n += right.sum()
     assert n > 50
@@ -244,13 +233,13 @@ def test_reliability_against_loops():
     rng = np.random.default_rng(0)
     scores = np.r_[rng.uniform(size=500) ** 3, 0, 1, .1, .2, .7]
     right = rng.uniform(size=len(scores)) < .4
-    found, ece = calibration.reliability(scores, right, 10), 0.
+    found, ece = diagnostics.reliability(scores, right, 10), 0.
     for b in range(10):
         inside = [i for i, s in enumerate(scores) if int(s * 10) == b or (b == 9 and s == 1)]
         assert found['count'][b] == len(inside)
         if not inside: continue
-        mean, share = sum(scores[i] for i in inside) / len(inside), sum(right[i]
-            for i in inside) / len(inside)
+        mean = sum(scores[i] for i in inside) / len(inside)
+        share = sum(right[i] for i in inside) / len(inside)
         assert math.isclose(found['score'][b], mean) and math.isclose(found['right'][b], share)
         ece += len(inside) / len(scores) * abs(mean - share)
     assert math.isclose(found['ece'], ece)
@@ -258,15 +247,15 @@ def test_reliability_against_loops():
 
 def test_records_hold_the_claims(model, dataset):
     records = list(evaluation.records(model, dataset, progress=False))
-    curves = report.reliabilities(records)
+    curves = diagnostics.reliabilities(records)
     for task in TASKS:
         hits = sum(record[f'strict/{task}/found'][0, 2].sum() for _, record in records)
-        curve = curves[report.CLAIMS[task]]
+        curve = curves[diagnostics.CLAIMS[task]]
         assert round(np.nansum(np.multiply(curve['right'], curve['count']))) == hits
     assert sum(curves['boxes']['count']) == sum(len(record['boxes/found']) for _, record in records)
-    recall, relations = report.image_recalls(records, 'strict/predcls')
-    assert math.isclose(recall.mean(),
-                        evaluation.figures(records, dataset, intervals=0)['predcls']['R@50'])
+    recall, relations = diagnostics.image_recalls(records, 'strict/predcls')
+    figures = evaluation.figures(records, dataset, intervals=0)
+    assert math.isclose(recall.mean(), figures['predcls']['R@50'])
     assert relations.tolist() == [len(dataset.truth(i).relations.unique(dim=0)) for i in range(11)]
 
 
@@ -282,17 +271,15 @@ def rooms(tmp_path_factory):
 def test_a_released_depth_teacher_on_hha(rooms, tmp_path):
     torch.manual_seed(0)
     teacher = STDG('resnet50', 'depth', n_objects=35, n_predicates=10, pretrained=False)
-    state = {released_name(k, 'depth'): v
-             for k, v in teacher.state_dict().items()} | {k: torch.zeros(shape)
-                                                          for k, shape in _unused(teacher).items()}
+    state = {released_name(k, 'depth'): v for k, v in teacher.state_dict().items()}
+    state |= {k: torch.zeros(shape) for k, shape in _unused(teacher).items()}
     torch.save(dict(model=state, epoch=60), tmp_path/'epoch060.pkl')
     read = any_network(tmp_path/'epoch060.pkl', rooms.vocabulary)
-    assert read.mode == 'depth' and all(torch.equal(a, b)
-                                        for a, b in zip(teacher.state_dict().values(),
-                                                        read.state_dict().values()))
-    with pytest.raises(ValueError, match='epoch060.pkl: it knows 35 object classes and 10 '
-                       'predicates, the vocabulary has 3 and 3'):
-        any_network(tmp_path/'epoch060.pkl', NAMES)
+    pairs = zip(teacher.state_dict().values(), read.state_dict().values())
+    assert read.mode == 'depth' and all(torch.equal(a, b) for a, b in pairs)
+    said = ('epoch060.pkl: it knows 35 object classes and 10 predicates, the vocabulary has 3 and '
+            '3')
+    with pytest.raises(ValueError, match=said): any_network(tmp_path/'epoch060.pkl', NAMES)
     with pytest.raises(ValueError, match="mode 'depth' reads 'hha'"):
         evaluation.evaluate(read, SceneGraphs(rooms, 'test'), progress=False)
     hha = SceneGraphs(rooms, 'test', ('hha',))
@@ -316,18 +303,18 @@ def test_the_runbook(rooms, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads((tmp_path/'some-test'/'results.json').read_text())
     dataset = SceneGraphs(rooms, 'test')
-    expected = evaluation.evaluate(network, dataset,
-                                   zero_shot=evaluation.statistics.zero_shot_triplets(rooms),
+    expected = evaluation.evaluate(network, dataset, zero_shot=zero_shot_triplets(rooms),
                                    intervals=50, batch_size=3, progress=False)
-    row = results['rows']['some']
-    assert close(untimed(row),
-                 json.loads(json.dumps(evaluation.finite(untimed(expected))))) and set(
-        results['rows']['frequency prior']['predcls']) >= {'R@50', 'intervals'}
-    assert set(results['calibration']) == set(report.CLAIMS.values()) and [len(results[end])
-        for end in ('worst', 'best')] == [1, 1]
-    assert results['worst'][0]['recall'] <= results['best'][0]['recall'] and {row['part']
-        for row in results['timing']} == {'load', 'forward', 'decode', 'whole'}
-    assert results['machine'] and results['images'] == len(dataset) and results[
-        'checkpoint'].endswith('some.safetensors')
-    assert {path.name for path in (tmp_path/'some-test').iterdir()} >= {'records.h5',
-        'records.json', 'predicates.png', 'calibration.png', 'worst-0.png', 'best-0.png'}
+    expected = json.loads(json.dumps(evaluation.finite(untimed(expected))))
+    assert close(untimed(results['rows']['some']), expected)
+    assert set(results['rows']['frequency prior']['predcls']) >= {'R@50', 'intervals'}
+    assert set(results['calibration']) == set(diagnostics.CLAIMS.values())
+    assert [len(results[end]) for end in ('worst', 'best')] == [1, 1]
+    assert results['worst'][0]['recall'] <= results['best'][0]['recall']
+    parts = {row['part'] for row in results['timing']}
+    assert parts == {'load', 'forward', 'decode', 'whole'}
+    assert results['machine'] and results['images'] == len(dataset)
+    assert results['checkpoint'].endswith('some.safetensors')
+    files = {path.name for path in (tmp_path/'some-test').iterdir()}
+    assert files >= {'records.h5', 'records.json', 'predicates.png', 'calibration.png',
+                     'worst-0.png', 'best-0.png'}

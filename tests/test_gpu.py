@@ -1,4 +1,4 @@
-"""What a GPU computes beside what a processor computes, and training there.
+"""What a GPU computes compared with a CPU, and training on a GPU.
 
 Skipped where there is none."""
 import json
@@ -37,29 +37,27 @@ def network(database, mode='rgb'):
 
 
 def samples(database, mode='rgb'):
-    return data.SceneGraphs(database, 'train',
-                            dict(rgb=('rgb',), depth=('hha',), combine=('rgb', 'hha'))[mode],
-                            train=True, stride=8)
+    inputs = dict(rgb=('rgb',), depth=('hha',), combine=('rgb', 'hha'))[mode]
+    return data.SceneGraphs(database, 'train', inputs, train=True, stride=8)
 
 
 def records(folder): return [json.loads(line) for line in open(folder/'log.jsonl')]
 
 
 @pytest.mark.parametrize('mode', ['rgb', 'combine'])
-def test_terms_are_those_of_the_processor(database, mode):
+def test_terms_are_those_of_the_cpu(database, mode):
     batch = next(iter(data.loader(samples(database, mode), 4)))
-    ours = {device: {k: float(v.detach())
-                     for k, v in training.loss_terms(network(database, mode).to(device).train(),
-                                                     batch).items()} for device in ('cpu', 'cuda')}
-    assert ours['cpu'] == pytest.approx(ours['cuda'], rel=2e-2)
+    def terms(device):
+        model = network(database, mode).to(device).train()
+        return {k: float(v.detach()) for k, v in training.loss_terms(model, batch).items()}
+    assert terms('cpu') == pytest.approx(terms('cuda'), rel=2e-2)
 
 
 @pytest.mark.parametrize('channels', [(64, 32), (32, 32)])
 def test_ways_of_the_deformable_convolution(channels):
     layer = deform.DeformConv(*channels).cuda()
-    x, offsets = torch.randn(2, channels[0], 9, 12, device='cuda',
-                             requires_grad=True), torch.randn(2, 18, 9, 12, device='cuda',
-        requires_grad=True)
+    x = torch.randn(2, channels[0], 9, 12, device='cuda', requires_grad=True)
+    offsets = torch.randn(2, 18, 9, 12, device='cuda', requires_grad=True)
     results = []
     for way in (None, deform.gather_then_project, deform.project_then_gather, deform.definition):
         layer.way = way
@@ -71,21 +69,20 @@ def test_ways_of_the_deformable_convolution(channels):
     with torch.autocast('cuda', dtype=torch.bfloat16):
         half = layer(x.bfloat16(), offsets.bfloat16())
     exact = layer(x.bfloat16().float(), offsets.bfloat16().float())
-    assert half.dtype == torch.float32 and float((half - exact).abs().max()) < .02 * float(
-        exact.abs().max()), 'products are rounded, places are not'
+    error, largest = float((half - exact).abs().max()), float(exact.abs().max())
+    assert half.dtype == torch.float32
+    assert error < .02 * largest, 'products are rounded, places are not'
 
 
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16', 'float16'])
 def test_training_in_each_precision(database, tmp_path, precision):
     model = training.fit(network(database, 'combine'), samples(database, 'combine'), tmp_path,
-                         'student', precision=precision, epochs=6,
-                         **{k: v for k, v in TINY.items() if k != 'epochs'})
+                         'student', precision=precision, **TINY | dict(epochs=6))
     losses = [r['loss'] for r in records(tmp_path)]
-    assert len(losses) == 24 and all(map(math.isfinite,
-                                         losses)) and np.mean(losses[-4:]) < .9 * np.mean(
-        losses[:4])
-    assert next(model.parameters()).is_cuda and all(torch.isfinite(p).all()
-                                                    for p in model.parameters())
+    assert len(losses) == 24 and all(map(math.isfinite, losses))
+    assert np.mean(losses[-4:]) < .9 * np.mean(losses[:4])
+    assert next(model.parameters()).is_cuda
+    assert all(torch.isfinite(p).all() for p in model.parameters())
     times = json.loads((tmp_path/'timing.jsonl').read_text().splitlines()[-1])
     assert times['memory'] > 0 and times['backward'] > 0 and times['teacher'] > 0
 
@@ -99,9 +96,9 @@ def test_resumed_and_compiled_training(database, tmp_path):
     assert saved_states(tmp_path/'cut'/'states', 'control')[-1].stem == 'control-00000008'
     for a, b in zip(records(tmp_path/'whole'), records(tmp_path/'cut')):
         assert a['loss'] == pytest.approx(b['loss'], rel=.05)
-    assert all(torch.isfinite(p).all()
-               for p in again.parameters()) and len(whole.state_dict()) == len(load(tmp_path/'cut'
-        /'control.safetensors').state_dict())
+    assert all(torch.isfinite(p).all() for p in again.parameters())
+    saved = load(tmp_path/'cut'/'control.safetensors')
+    assert len(whole.state_dict()) == len(saved.state_dict())
     thrifty = training.fit(network(database), samples(database), tmp_path/'thrifty', 'control',
                            **TINY, recompute=True, accumulate=2, clip=1.)
     compiled = training.fit(network(database), samples(database), tmp_path/'compiled', 'control',

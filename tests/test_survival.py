@@ -1,5 +1,5 @@
-"""A run that is killed, stopped, starved of disk or shared among processes ends as it would have
-ended."""
+"""A run that is killed, stopped, out of disk space or shared among processes ends as it would have
+ended otherwise."""
 import json
 import os
 import random
@@ -39,17 +39,17 @@ def home(tmp_path_factory):
 
 def run(home, name, kind='none', stage='-', step=0, processes=0, **settings):
     """(exit code, what was printed) of a run, alone or in `processes` under torchrun, that is
-    disturbed as told."""
-    train.write_settings(home/f'{name}.yaml',
-                         train.Settings(**asdict(TOY) | dict(name=name) | settings))
-    torchrun = ['-m', 'torch.distributed.run', '--standalone',
-                f'--nproc_per_node={processes}'] if processes else []
-    environment = dict(os.environ, OMP_NUM_THREADS='1',
-                       **(dict(NO_NORM='1') if settings.get('backbone') == PAIR['backbone']
-                          else {}))
-    done = subprocess.run([sys.executable, *torchrun, str(here/'killed_run.py'), f'{name}.yaml',
-                           kind, stage, str(step)], cwd=home, env=environment, capture_output=True,
-                          text=True, timeout=300)
+    disturbed as `killed_run` says."""
+    settings = asdict(TOY) | dict(name=name) | settings
+    train.write_settings(home/f'{name}.yaml', train.Settings(**settings))
+    command = [str(here/'killed_run.py'), f'{name}.yaml', kind, stage, str(step)]
+    if processes:
+        command = ['-m', 'torch.distributed.run', '--standalone',
+                   f'--nproc_per_node={processes}', *command]
+    environment = dict(os.environ, OMP_NUM_THREADS='1')
+    if settings['backbone'] == PAIR['backbone']: environment['NO_NORM'] = '1'
+    done = subprocess.run([sys.executable, *command], cwd=home, env=environment,
+                          capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -83,7 +83,9 @@ def test_killed_anywhere(home):
 @pytest.mark.parametrize('kind,stage,step', [('usr1', 'student', 2), ('term', 'teacher', 3)])
 def test_asked_to_stop(home, kind, stage, step):
     code, said = run(home, kind, kind, stage, step)
-    assert code == 75 and f'{stage}: asked to stop, the state after step {step + 1} is saved; the same command goes on from there' in said, said
+    message = (f'{stage}: asked to stop, the state after step {step + 1} is saved; the same '
+               'command goes on from there')
+    assert code == 75 and message in said, said
     assert load_state(last(home, kind, stage))[1]['step'] == step + 1
     assert run(home, kind)[0] == 0
     assert_same(home, kind)
@@ -100,9 +102,9 @@ def test_full_disk(home):
 
 def test_what_a_resumed_run_must_agree_on(home, monkeypatch):
     monkeypatch.chdir(home)
+    backbones = 'config.backbone was .resnet10t.c3_in1k., is .resnet18.tv_in1k.'
     for change, message in ((dict(batch_size=8), 'other settings: batch_size was 4, is 8'),
-                            (dict(backbone='resnet18.tv_in1k'), 'other settings: config.backbone '
-                             'was .resnet10t.c3_in1k., is .resnet18.tv_in1k.'),
+                            (dict(backbone='resnet18.tv_in1k'), f'other settings: {backbones}'),
                             (dict(hold_out=4), 'was written by a run on other data')):
         settings = train.Settings(**asdict(TOY) | change)
         with pytest.raises(ValueError, match=f'teacher-00000008.json.*{message}.*-p resume False'):
@@ -112,9 +114,9 @@ def test_what_a_resumed_run_must_agree_on(home, monkeypatch):
 
 def test_more_processes_than_pictures():
     dataset = type('Few', (), dict(training=True, __len__=lambda self: 9))()
-    with pytest.raises(ValueError, match='4 processes cannot share a batch of 2 pictures: make the '
-                       'batch size a multiple of 4, or take fewer devices'):
-        loader(dataset, 2, share=(0, 4))
+    said = ('4 processes cannot share a batch of 2 pictures: make the batch size a multiple of 4, '
+            'or take fewer devices')
+    with pytest.raises(ValueError, match=said): loader(dataset, 2, share=(0, 4))
 
 
 needs_two = pytest.mark.skipif(os.cpu_count() < 2, reason='one processor core')
@@ -133,15 +135,14 @@ def alone(home):
 
 def assert_close(home, name, alone):
     "Weights and log of a run differ from those of one process by rounding alone."
-    mine, theirs = (torch.cat([p.detach().flatten()
-                               for p in load(home/'runs'/n
-                                             /'student.safetensors').network.parameters()])
-                    for n in ('alone', name))
-    assert len(alone) == 20 and float((mine - theirs).abs().max()) < 1e-6
+    def weights(name):
+        network = load(home/'runs'/name/'student.safetensors').network
+        return torch.cat([p.detach().flatten() for p in network.parameters()])
+    assert len(alone) == 20 and float((weights('alone') - weights(name)).abs().max()) < 1e-6
     lines = [json.loads(line) for line in open(home/'runs'/name/'log.jsonl')]
     for a, b in zip(alone, lines, strict=True):
-        assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-3) for k in a
-                                            if k != 'stage')
+        assert a.keys() == b.keys()
+        for key in a.keys() - {'stage'}: assert a[key] == pytest.approx(b[key], rel=1e-3), key
     assert alone[-1]['loss'] < alone[0]['loss']
 
 
@@ -158,7 +159,8 @@ def test_a_dead_process_ends_the_others_and_one_goes_on(home, alone):
     start = time.monotonic()
     code, said = run(home, 'dead', 'raise', 'student', 11, processes=2, **PAIR)
     assert code == 1 and 'RuntimeError: this process has a bug' in said, said
-    assert time.monotonic() - start < 90, 'the survivor is ended at once, and does not wait for the dead'
+    took = time.monotonic() - start
+    assert took < 90, 'the survivor is ended at once, and does not wait for the dead'
     assert 0 < load_state(last(home, 'dead', 'student'))[1]['step'] <= 11
     code, said = run(home, 'dead', **PAIR)
     assert code == 0, said
@@ -168,9 +170,9 @@ def test_a_dead_process_ends_the_others_and_one_goes_on(home, alone):
 @needs_two
 def test_torchrun_is_asked_to_stop(home):
     """SIGTERM to torchrun, as a cluster or a notebook sends it: the processes save, and one process
-    goes on from there."""
-    train.write_settings(home/'asked.yaml',
-                         train.Settings(**asdict(TOY) | dict(name='asked', epochs=400)))
+    resumes the run."""
+    settings = train.Settings(**asdict(TOY) | dict(name='asked', epochs=400))
+    train.write_settings(home/'asked.yaml', settings)
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                '-m', 'stdg.train', '--config', 'asked.yaml']
     torchrun = subprocess.Popen(command, cwd=home, env=dict(os.environ, OMP_NUM_THREADS='1'),
@@ -182,9 +184,10 @@ def test_torchrun_is_asked_to_stop(home):
     torchrun.send_signal(signal.SIGTERM)
     said = torchrun.communicate(timeout=60)[0]
     step = load_state(last(home, 'asked', 'teacher'))[1]['step']
-    assert torchrun.returncode == 1 and f'asked to stop, the state after step {step} is saved' in said, said
+    assert torchrun.returncode == 1, said
+    assert f'asked to stop, the state after step {step} is saved' in said, said
     code, said = run(home, 'asked', epochs=step // 4 + 1, stages=['teacher'])
     assert code == 0, said
     lines = [json.loads(line) for line in open(home/'runs'/'asked'/'log.jsonl')]
-    assert [line['step'] for line in lines if 'loss' in line] == list(range(1,
-        4 * (step // 4 + 1) + 1))
+    steps = [line['step'] for line in lines if 'loss' in line]
+    assert steps == list(range(1, 4 * (step // 4 + 1) + 1))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'check_fit', 'choose_thresholds', 'difference', 'evaluate', 'evaluate_prior', 'extremes', 'figures',
-           'finite', 'group_recall', 'image_recalls', 'machine', 'plot_predicate_recall', 'plot_reliability',
-           'training_predicate_counts', 'predicate_table', 'predictions', 'records', 'reliabilities', 'reliability',
-           'resample', 'save_thresholds', 'store', 'stored', 'measure_latency', 'latency_table']
+           'finite', 'group_recall', 'image_recalls', 'latency_table', 'machine', 'measure_latency',
+           'plot_predicate_recall', 'plot_reliability', 'predicate_table', 'predictions', 'records', 'reliabilities',
+           'reliability', 'resample', 'save_thresholds', 'store', 'stored', 'training_predicate_counts']
 
 # %% ../../nbs/evaluation/00_about_evaluation.ipynb #face
 from stdg.evaluation.core import (
@@ -35,9 +35,7 @@ from .latency import latency_table, machine, measure_latency
 from .thresholds import choose_thresholds, save_thresholds
 
 _all_ = ['CLAIMS', 'check_fit', 'choose_thresholds', 'difference', 'evaluate', 'evaluate_prior',
-         'extremes', 'figures', 'finite', 'group_recall', 'image_recalls', 'machine',
-         'plot_predicate_recall', 'plot_reliability', 'training_predicate_counts',
-         'predicate_table',
-         'predictions', 'records', 'reliabilities', 'reliability', 'resample', 'save_thresholds',
-         'store',
-         'stored', 'measure_latency', 'latency_table']
+         'extremes', 'figures', 'finite', 'group_recall', 'image_recalls', 'latency_table',
+         'machine', 'measure_latency', 'plot_predicate_recall', 'plot_reliability',
+         'predicate_table', 'predictions', 'records', 'reliabilities', 'reliability', 'resample',
+         'save_thresholds', 'store', 'stored', 'training_predicate_counts']

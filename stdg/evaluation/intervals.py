@@ -19,37 +19,43 @@ _COLUMNS = [f'{kind}R@{k}' for kind in ('', 'ng-') for k in TOP]
 def _recalls(figures):
     """Truths (P,) and recall (P, 6) of each predicate, at each K with and without constraint; NaN
     without truths."""
+    names = [column.replace('R@', 'per_predicate_recall@') for column in _COLUMNS]
     try:
-        truths, columns = figures['truths_per_predicate'], [figures[c.replace('R@',
-            'per_predicate_recall@')] for c in _COLUMNS]
+        truths = np.asarray(figures['truths_per_predicate'])
+        recalls = np.transpose([figures[name] for name in names])
     except KeyError as error:
         raise ValueError(f"the figures lack {error}; evaluate with protocol='strict'") from None
-    truths = np.asarray(truths)
-    return truths, np.where(truths[:, None] > 0, np.transpose(columns), np.nan)
+    return truths, np.where(truths[:, None] > 0, recalls, np.nan)
 
 def group_recall(figures:dict,  # of `evaluate` with protocol 'strict'
                  groups,  # (P,) of `predicate_groups`
                 ):
     """Mean recall of the predicates in each group: {'head': {'R@20': ..., 'ng-R@100': ...}, 'body':
-    ..., 'tail': ...}, NaN for an empty group."""
+    ..., 'tail': ...}, NaN for an empty group.
+
+    Raises `ValueError` if the lengths disagree, or for figures of the reference protocol."""
     truths, recalls = _recalls(figures)
     if len(groups) != len(truths):
         raise ValueError(f"{len(groups)} groups for figures of {len(truths)} predicates")
-    rows = {group: recalls[(np.asarray(groups) == group) & (truths > 0)] for group in GROUPS}
-    return {group: dict(zip(_COLUMNS,
-                            (row.mean(0) if len(row) else np.full(len(_COLUMNS), np.nan)).tolist()))
-            for group, row in rows.items()}
+    found = {}
+    for group in GROUPS:
+        shown = recalls[(np.asarray(groups) == group) & (truths > 0)]
+        means = shown.mean(0) if len(shown) else np.full(len(_COLUMNS), np.nan)
+        found[group] = dict(zip(_COLUMNS, means.tolist()))
+    return found
 
 # %% ../../nbs/evaluation/01_intervals.ipynb #predicate-table
 class PredicateTable:
     "Recall of every predicate and every group, shown as a table. Made by `predicate_table`."
     def __init__(self, names, cells): self.names, self.cells = names, cells
-    def _block(self):
-        return 'predicate', ['group', 'in training', 'in test',
-                             *_COLUMNS], self.names, self.cells, np.zeros((len(self.cells),
-            3 + len(_COLUMNS)), bool)
-    def _repr_markdown_(self): return markdown_table(*self._block())
-    def _repr_html_(self): return html_table(*self._block())
+
+    def _table(self):
+        columns = ['group', 'in training', 'in test', *_COLUMNS]
+        bold = np.zeros((len(self.cells), len(columns)), bool)
+        return 'predicate', columns, self.names, self.cells, bold
+
+    def _repr_markdown_(self): return markdown_table(*self._table())
+    def _repr_html_(self): return html_table(*self._table())
     __str__ = _repr_markdown_
 
 def _percent(values): return ['–' if np.isnan(v) else f'{100 * v:.1f}' for v in values]
@@ -60,19 +66,22 @@ def predicate_table(figures:dict,  # of `evaluate` with protocol 'strict'
                    ):
     """Group, annotations in training and test, and recall in percent of every predicate.
 
-    Raises `ValueError` if the lengths disagree."""
+    Raises `ValueError` if the lengths disagree, or for figures of the reference protocol."""
     truths, recalls = _recalls(figures)
     if not len(names) == len(counts) == len(truths):
         raise ValueError(f"{len(names)} names and {len(counts)} counts for figures of "
                          f"{len(truths)} predicates")
     groups, counts = predicate_groups(counts), np.asarray(counts)
-    rows = [(names[p], [str(groups[p]), f'{counts[p]:.0f}', str(truths[p]), *_percent(recalls[p])])
-            for p in np.argsort(-counts, kind='stable')]
+    rows, cells = [], []
+    for p in np.argsort(-counts, kind='stable'):
+        rows.append(names[p])
+        cells.append([str(groups[p]), f'{counts[p]:.0f}', str(truths[p]), *_percent(recalls[p])])
     for group, means in group_recall(figures, groups).items():
-        rows.append((f'mean of {group}', [group, f'{counts[groups == group].sum():.0f}',
-                                          str(truths[groups == group].sum()),
-                                          *_percent(means.values())]))
-    return PredicateTable(*(list(column) for column in zip(*rows)))
+        inside = groups == group
+        rows.append(f'mean of {group}')
+        cells.append([group, f'{counts[inside].sum():.0f}', str(truths[inside].sum()),
+                      *_percent(means.values())])
+    return PredicateTable(rows, cells)
 
 # %% ../../nbs/evaluation/01_intervals.ipynb #counts
 def _counts(evaluator):
@@ -84,8 +93,8 @@ def _counts(evaluator):
     return truths, hits.reshape(len(hits), 6, -1)
 
 def _weighted(weights, truths, hits):
-    """R, mR, microR and F, (n, 6) each, where image i counts `weights[:, i]` times; `weights` (n,
-    I)."""
+    """R, mR, microR and F, (n, 6) each, of `truths` (I, P) and `hits` (I, 6, P), where image i
+    counts `weights[:, i]` times; `weights` (n, I)."""
     shown, total = truths > 0, truths.sum(1, keepdims=True)
     recall = weights @ (hits.sum(2) / total) / weights.sum(1, keepdims=True)
     micro = weights @ hits.sum(2) / (weights @ total)
@@ -96,7 +105,7 @@ def _weighted(weights, truths, hits):
     return dict(R=recall, mR=mean, microR=micro, F=harmonic_mean(recall, mean))
 
 def _named(tables):
-    "Tables (n, 6) by kind of figure, taken apart: {'R@20': (n,), 'ng-R@20': ..., ...}."
+    "The columns of tables {kind of figure: (n, 6)} by name: {'R@20': (n,), 'ng-R@20': ..., ...}."
     return {column.replace('R@', f'{kind}@'): table[:, i] for kind, table in tables.items()
             for i, column in enumerate(_COLUMNS)}
 
@@ -107,14 +116,14 @@ def resample(evaluator,  # `stdg.metrics.Evaluator` made with keep=True
     array, 'ng-R@20': ..., 'F@100': ...}.
 
     The same seed draws the same images, so figures of two models on one test set may be subtracted.
-    Raises `ValueError` if no images were kept."""
+    Raises `ValueError` if no images were kept, or for `n` below one."""
     if n < 1: raise ValueError(f"n is {n}: at least one resample is needed")
     truths, hits = _counts(evaluator)
-    rng, images = np.random.default_rng(seed), len(truths)
-    draw = lambda size: _weighted(rng.multinomial(images, np.full(images, 1 / images),
-                                                  size).astype(np.float64), truths, hits)
-    # a hundred at a time, for memory's sake
-    blocks = [_named(draw(min(100, n - start))) for start in range(0, n, 100)]
+    rng, images, blocks = np.random.default_rng(seed), len(truths), []
+    for start in range(0, n, 100):  # a hundred at a time, to save memory
+        size = min(100, n - start)
+        weights = rng.multinomial(images, np.full(images, 1 / images), size).astype(np.float64)
+        blocks.append(_named(_weighted(weights, truths, hits)))
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 def _percentiles(samples, level):
@@ -124,7 +133,9 @@ def _percentiles(samples, level):
 
 def intervals(evaluator, n:int=1000, level:float=.95, seed:int=0):
     """Confidence intervals {'R@20': [low, high], ...} of R, mR, microR and F, with and without
-    constraint, by bootstrap over the images of `evaluator`."""
+    constraint, by bootstrap over the images of `evaluator`.
+
+    Raises `ValueError` as `resample`, or for a `level` outside 0 to 1."""
     return _percentiles(resample(evaluator, n, seed), level)
 
 # %% ../../nbs/evaluation/01_intervals.ipynb #difference
@@ -138,6 +149,5 @@ def difference(evaluator, other, n:int=1000, level:float=.95, seed:int=0):
     if mine.shape != theirs.shape or not (mine == theirs).all():
         raise ValueError(f"the evaluators have seen other truths ({len(mine)} and {len(theirs)} "
                          "images); a difference needs the same images in the same order")
-    other = resample(other, n, seed)
-    return _percentiles({name: values - other[name] for name, values in resample(evaluator, n,
-        seed).items()}, level)
+    mine, theirs = resample(evaluator, n, seed), resample(other, n, seed)
+    return _percentiles({name: mine[name] - theirs[name] for name in mine}, level)

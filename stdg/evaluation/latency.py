@@ -21,13 +21,14 @@ from ..io.text import markdown_table
 
 # %% ../../nbs/evaluation/05_latency.ipynb #machine
 def machine():
-    "This machine in words: processor, threads, GPU, versions."
+    "A description of this machine: processor, threads, GPU, versions."
     info = Path('/proc/cpuinfo')
     names = [line.split(':')[1].strip() for line in info.read_text().splitlines()
              if line.startswith('model name')] if info.exists() else []
     cpu = (names or [platform.processor() or platform.machine()])[0]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'
-    return f"{cpu}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}, Python {platform.python_version()}"
+    return (f"{cpu}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}, "
+            f"Python {platform.python_version()}")
 
 # %% ../../nbs/evaluation/05_latency.ipynb #laps
 LATENCY_PARTS = ('load', 'forward', 'decode')
@@ -49,11 +50,12 @@ def _laps(model, dataset, positions, device):
 # %% ../../nbs/evaluation/05_latency.ipynb #timing
 @torch.no_grad()
 def measure_latency(model, dataset,  # as for `stdg.evaluation.predictions`
-           batches=(1, 16),  # pictures at a time
-           repeats:int=20, warm_up:int=3,  # batches that count, and before them some that do not
-           device=None):  # by default a GPU if there is one
-    """SGDet, milliseconds a picture: a list of {'batch', 'part', 'median', 'p90'}, parts being
-    load, forward, decode and whole.
+                    batches=(1, 16),  # pictures at a time
+                    repeats:int=20,  # batches that count
+                    warm_up:int=3,  # batches before them that do not
+                    device=None):  # by default a GPU if there is one
+    """Time of SGDet in milliseconds a picture: a list of {'batch', 'part', 'median', 'p90'}, parts
+    being load, forward, decode and whole.
 
     Raises `ValueError` for a model that does not fit the data, or nothing to count."""
     check_fit(model, dataset)
@@ -61,17 +63,20 @@ def measure_latency(model, dataset,  # as for `stdg.evaluation.predictions`
     device, rows = choose_device(device), []
     model.to(device, memory_format=torch.channels_last).eval()
     for size in dict.fromkeys(batches):
-        positions = lambda batch: [(batch * size + i) % len(dataset) for i in range(size)]
-        seconds = np.array([_laps(model, dataset, positions(batch), device)[0]
-                            for batch in range(warm_up + repeats)])[warm_up:]
+        laps = []
+        for batch in range(warm_up + repeats):
+            positions = [(batch * size + i) % len(dataset) for i in range(size)]
+            laps.append(_laps(model, dataset, positions, device)[0])
+        seconds = np.array(laps)[warm_up:]
         times = 1000 * np.column_stack([seconds, seconds.sum(1)]) / size
-        rows += [dict(batch=size, part=part, median=float(np.median(t)),
-                      p90=float(np.quantile(t, .9))) for part, t in zip((*LATENCY_PARTS, 'whole'),
-            times.T)]
+        for part, t in zip((*LATENCY_PARTS, 'whole'), times.T):
+            rows.append(dict(batch=size, part=part, median=float(np.median(t)),
+                             p90=float(np.quantile(t, .9))))
     return rows
 
 def latency_table(rows):
     "What `measure_latency` gives, as a Markdown table."
+    names = [f"batch of {row['batch']}: {row['part']}" for row in rows]
     cells = [[f'{row[what]:.3g}' for what in ('median', 'p90')] for row in rows]
-    return markdown_table('ms a picture', ['median', '90 %'], [f"batch of {row['batch']}: "
-        f"{row['part']}" for row in rows], cells, np.zeros((len(rows), 2), bool))
+    bold = np.zeros((len(rows), 2), bool)
+    return markdown_table('ms a picture', ['median', '90 %'], names, cells, bold)

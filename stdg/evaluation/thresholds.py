@@ -12,13 +12,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from .. import checkpoint
-from . import core as evaluation
+from .core import records
 from ..io.files import write_json
 
 # %% ../../nbs/evaluation/04_thresholds.ipynb #operating-curve
 def operating_curve(scores, right, truths:int):
     """Precision, recall and F1 at every threshold, from claims with `scores` (N,), `right` or not
-    (N,), and the number of `truths` there are.
+    (N,), and the number of `truths`.
 
     {'threshold', 'precision', 'recall', 'f1'}: arrays (T,), thresholds falling; a threshold lies
     midway between two scores. Raises `ValueError` for lengths that differ, scores outside 0 to 1,
@@ -35,36 +35,38 @@ def operating_curve(scores, right, truths:int):
         raise ValueError(f"{right.sum()} claims are right, but only {truths} things are there")
     order = np.argsort(-scores, kind='stable')
     scores, hits = scores[order], right[order].cumsum()
-    # of the claims with one score
+    # the last claim of each distinct score, and below it the next score
     last = np.flatnonzero(np.append(scores[:-1] > scores[1:], True)[:len(scores)])
+    below = np.append(scores[last[:-1] + 1], 0)[:len(last)]
+    threshold = (scores[last] + below) / 2
     claimed, hits = last + 1, hits[last]
-    threshold = (scores[last] + np.append(scores[last[:-1] + 1], 0)[:len(last)]) / 2
     return dict(threshold=threshold, precision=hits / claimed, recall=hits / truths,
                 f1=2 * hits / (claimed + truths))
 
 # %% ../../nbs/evaluation/04_thresholds.ipynb #choose
 def best_threshold(curve:dict,  # of `operating_curve`
-           precision:float=None,  # at least this; None: the largest F1
-          ):
+                   precision:float=None):  # at least this; None: the largest F1
     """The threshold of largest F1 (of equals the highest), or the lowest with at least `precision`:
     {'threshold', 'precision', 'recall', 'f1'}, floats; threshold 1 and zeros if there is none."""
-    places = np.arange(len(curve['f1'])) if precision is None else np.flatnonzero(
-        curve['precision'] >= precision)
-    if not len(places): return dict(threshold=1., precision=0., recall=0., f1=0.)
-    best = places[-1] if precision is not None else int(np.argmax(curve['f1']))
+    enough = np.flatnonzero(curve['precision'] >= (precision or 0))
+    if not len(enough): return dict(threshold=1., precision=0., recall=0., f1=0.)
+    best = int(np.argmax(curve['f1'])) if precision is None else enough[-1]
     return {name: float(values[best]) for name, values in curve.items()}
 
 # %% ../../nbs/evaluation/04_thresholds.ipynb #curves-of
 def curves_of(records):
     """{'objects': `operating_curve`, 'triplets': `operating_curve`} of the pictures in `records`,
-    (position, record) of `stdg.evaluation.records` with task sgdet and the strict protocol."""
-    kinds = dict(objects=('boxes', lambda r: int((r['boxes/true'][:, -1] == 0).sum())),
-                 triplets=('sgdet', lambda r: r['strict/sgdet/found'].shape[-1]))
-    records, curves = [record for _, record in records], {}
-    for kind, (name, count) in kinds.items():
-        scores, right = (np.concatenate([record[f'{name}/{what}'] for record in records])
-                         for what in ('score', 'right'))
-        curves[kind] = operating_curve(scores, right, sum(map(count, records)))
+    (position, record) of `stdg.evaluation.records` with task sgdet and the strict protocol.
+
+    Raises `ValueError` as `operating_curve`."""
+    records = [record for _, record in records]
+    truths = dict(objects=sum(int((r['boxes/true'][:, -1] == 0).sum()) for r in records),
+                  triplets=sum(r['strict/sgdet/found'].shape[-1] for r in records))
+    curves = {}
+    for kind, name in dict(objects='boxes', triplets='sgdet').items():
+        scores = np.concatenate([record[f'{name}/score'] for record in records])
+        right = np.concatenate([record[f'{name}/right'] for record in records])
+        curves[kind] = operating_curve(scores, right, truths[kind])
     return curves
 
 def plot_curves(curves:dict):  # kind -> `operating_curve`
@@ -73,9 +75,9 @@ def plot_curves(curves:dict):  # kind -> `operating_curve`
     figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 2.8), squeeze=False,
                                 layout='constrained')
     plt.close(figure)
+    lines = (('precision', 'precision', '--'), ('recall', 'recall', ':'), ('f1', 'F1', '-'))
     for ax, (kind, curve) in zip(axes[0], curves.items()):
-        for (name, label), style in zip(dict(precision='precision', recall='recall',
-                                             f1='F1').items(), ('--', ':', '-')):
+        for name, label, style in lines:
             ax.plot(curve['threshold'], curve[name], style, label=label)
         best = best_threshold(curve)
         ax.axvline(best['threshold'], color='.5', lw=1)
@@ -93,24 +95,25 @@ def chosen(curves:dict,  # of `curves_of`
     points = {kind: best_threshold(curve, precision) for kind, curve in curves.items()}
     at = {kind: {name: round(value, 4) for name, value in point.items() if name != 'threshold'}
           for kind, point in points.items()}
-    return {kind: round(point['threshold'], 6)
-            for kind, point in points.items()} | dict(images=images, at=at)
+    thresholds = {kind: round(point['threshold'], 6) for kind, point in points.items()}
+    return dict(thresholds, images=images, at=at)
 
 def choose_thresholds(model, dataset, precision=None, **options):
     """`chosen` for `model` on the pictures of `dataset` (`SceneGraphs` for evaluation); `options`
     are those of `stdg.evaluation.predictions`.
 
     Raises `ValueError` as `operating_curve`."""
-    return chosen(curves_of(evaluation.records(model, dataset, ('sgdet',), protocol='strict',
-                                               **options)), len(dataset), precision)
+    made = records(model, dataset, ('sgdet',), protocol='strict', **options)
+    return chosen(curves_of(made), len(dataset), precision)
 
 def save_thresholds(path, thresholds:dict):
     """Write `thresholds` into the JSON of the checkpoint `path`, whole or not at all.
 
     Raises as `stdg.checkpoint.facts`; `ValueError` for a threshold outside 0 to 1."""
     for kind in ('objects', 'triplets'):
-        if not isinstance(value := thresholds.get(kind), (int, float)) or not 0 <= value <= 1:
+        value = thresholds.get(kind)
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"{path}: the threshold of {kind} is {value!r}; a number from 0 to 1 "
                              "is needed")
-    write_json(Path(path).with_suffix('.json'),
-               checkpoint.facts(path) | dict(thresholds=thresholds))
+    record = checkpoint.facts(path) | dict(thresholds=thresholds)
+    write_json(Path(path).with_suffix('.json'), record)

@@ -38,34 +38,36 @@ class Run:
     notebook: str = 'nbs/train.ipynb'  # within the project's folder
 
     def __hash__(self): return hash(self.name)
+
     @property
     def folder(self): return project_folder()/'runs'/self.name
 
-def _values(run): return yaml.safe_dump(dict(run.parameters, name=run.name), allow_unicode=True)
+def _yaml(run): return yaml.safe_dump(dict(run.parameters, name=run.name), allow_unicode=True)
 
 def finished(run):
     """Whether the results of `run` are there.
 
-    Raises `ValueError` naming the folder if it was begun with other parameters."""
+    Raises `ValueError` naming the folder if it was started with other parameters."""
     file = run.folder/'parameters.yaml'
     if not file.is_file(): return False
-    before, now = yaml.safe_load(file.read_text(encoding='utf-8')), yaml.safe_load(_values(run))
+    before, now = yaml.safe_load(file.read_text(encoding='utf-8')), yaml.safe_load(_yaml(run))
     differ = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(before.keys() | now)
               if before.get(k) != now.get(k)]
     if differ:
-        raise ValueError(f"{run.folder} was begun with other parameters: {'; '.join(differ[:3])}. "
-                         "Give the study another name, or remove the folder")
+        raise ValueError(f"{run.folder} was started with other parameters: "
+                         f"{'; '.join(differ[:3])}. Give the study another name, or remove the "
+                         "folder")
     return (run.folder/'results.json').is_file()
 
 # %% ../../nbs/training/06_experiments.ipynb #start
 def _start(run, threads, slot):
-    "The process of `run`."
+    "Start the process of `run` with so many `threads`, on the GPU number `slot` if there are several."
     folder, file = writable_folder(run.folder), run.folder/'parameters.yaml'
     (folder/'results.json').unlink(missing_ok=True)
-    with atomic_path(file) as partial: partial.write_text(_values(run), encoding='utf-8')
+    with atomic_path(file) as partial: partial.write_text(_yaml(run), encoding='utf-8')
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MPLBACKEND='agg')
     gpus = torch.cuda.device_count()
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MPLBACKEND='agg',
-                       **(dict(CUDA_VISIBLE_DEVICES=str(slot % gpus)) if gpus > 1 else {}))
+    if gpus > 1: environment['CUDA_VISIBLE_DEVICES'] = str(slot % gpus)
     command = [sys.executable, '-m', 'papermill', '--no-progress-bar', run.notebook,
                folder/Path(run.notebook).name, '-k', 'python3', '-f', file]
     with open(folder/'run.log', 'wb') as log:
@@ -75,35 +77,43 @@ def _start(run, threads, slot):
 def _why(run, code):
     """Why a run failed: the last line that it has printed, or that its notebook went through and
     left no results; and where the notebook is."""
-    lines = [line for line in (run.folder/'run.log').read_text(encoding='utf-8',
-        errors='replace').splitlines() if line.strip()]
-    reason = (lines[-1] if lines
-              else f'it printed nothing and ended with exit code {code}') if code else 'it wrote no results.json'
+    printed = (run.folder/'run.log').read_text(encoding='utf-8', errors='replace')
+    lines = [line for line in printed.splitlines() if line.strip()]
+    if not code: reason = 'it wrote no results.json'
+    elif lines: reason = lines[-1]
+    else: reason = f'it printed nothing and ended with exit code {code}'
     return f"{run.name}: {reason} ({run.folder/Path(run.notebook).name})"
+
+def _end(running):
+    "End the processes that still run; kill those that have not ended after 20 seconds."
+    for process, _ in running.values(): process.terminate()
+    for process, _ in running.values():
+        try: process.wait(20)
+        except subprocess.TimeoutExpired: process.kill()
 
 # %% ../../nbs/training/06_experiments.ipynb #run-study
 def run_study(runs, processes=None, progress=True):
     """Do all `runs` that are not finished, `processes` at once (None: one for each two cores);
-    returns their names.
+    returns the names of those that were done.
 
-    A run that fails does not stop the others, but those that need it. Raises `ValueError` for names
-    that do not fit or changed parameters before anything is started, and `RuntimeError` with all
-    failures at the end. Whatever way it ends, no process of it is left."""
+    A run that fails stops only those that need it. Raises `ValueError`, before anything is started,
+    for names that do not fit and for changed parameters, and `RuntimeError` with all failures at
+    the end. However it ends, none of its processes is left."""
     names = [run.name for run in runs]
     for run in runs:
-        if names.count(run.name) > 1 or set(run.needs) - set(names):
+        missing = sorted(set(run.needs) - set(names))
+        if names.count(run.name) > 1 or missing:
             raise ValueError(f"run {run.name!r}: its name must be the only one, and it needs "
-                             f"{sorted(set(run.needs) - set(names))}, which this study does not "
-                             "have")
-    done, failed = {run.name for run in runs if finished(run)}, {}
-    waiting, running, did = [run for run in runs if run.name not in done], {}, []
+                             f"{missing}, which this study does not have")
+    done, failed, did = {run.name for run in runs if finished(run)}, {}, []
+    waiting, running = [run for run in runs if run.name not in done], {}
     processes = processes or max(os.cpu_count() // 2, 1)
-    threads, began = max(os.cpu_count() // processes, 1), time.monotonic()
+    threads, start = max(os.cpu_count() // processes, 1), time.monotonic()
     if progress and done: print(f"{len(done)} of {len(runs)} are finished already", flush=True)
     try:
         while waiting or running:
-            for run in [run for run in waiting if set(run.needs) <= done][:processes
-                - len(running)]:
+            ready = [run for run in waiting if set(run.needs) <= done]
+            for run in ready[:processes - len(running)]:
                 waiting.remove(run)
                 slot = min(set(range(processes)) - {slot for _, slot in running.values()})
                 running[run] = _start(run, threads, slot), slot
@@ -112,46 +122,43 @@ def run_study(runs, processes=None, progress=True):
             for run in [run for run, (process, _) in running.items() if process.poll() is not None]:
                 process, _ = running.pop(run)
                 if process.returncode == 0 and finished(run):
-                    done.add(run.name), did.append(run.name)
-                else: failed[run.name] = _why(run, process.returncode)
+                    done.add(run.name)
+                    did.append(run.name)
+                else:
+                    failed[run.name] = _why(run, process.returncode)
                 if progress:
-                    print(f"{time.monotonic() - began:6.0f} s  {len(done)}/{len(runs)}  "
-                          f"{run.name}{' FAILED' if run.name in failed else ''}", flush=True)
-    finally: _end(running)
+                    mark = ' FAILED' if run.name in failed else ''
+                    print(f"{time.monotonic() - start:6.0f} s  {len(done)}/{len(runs)}  "
+                          f"{run.name}{mark}", flush=True)
+    finally:
+        _end(running)
     if failed:
         raise RuntimeError(f"{len(failed)} runs failed and {len(waiting)} that need them were not "
                            "begun. The same command tries them again.\n"
                            + '\n'.join(failed.values()))
     return did
 
-# %% ../../nbs/training/06_experiments.ipynb #end
-def _end(running):
-    "End the processes that still run, those that do not want to as well."
-    for process, _ in running.values(): process.terminate()
-    for process, _ in running.values():
-        try: process.wait(20)
-        except subprocess.TimeoutExpired: process.kill()
-
 # %% ../../nbs/training/06_experiments.ipynb #interval
 def interval(values, level=.95):
     """(mean, low, high): the mean of `values` and its confidence interval by Student's
     distribution; NaN bounds for fewer than two."""
     values = np.asarray(values, float)
-    mean, half = values.mean(), stats.t.ppf((1 + level) / 2,
-                                            len(values) - 1) * stats.sem(values) if len(
-        values) > 1 else np.nan
+    mean, half = values.mean(), np.nan
+    if len(values) > 1:
+        half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
     return float(mean), float(mean - half), float(mean + half)
 
 # %% ../../nbs/training/06_experiments.ipynb #gather
 METRICS = ('AP50', 'sgdet/R@50', 'sgdet/mR@50', 'predcls/R@50', 'predcls/mR@50')
 
 def _figure_of(run, metric):
-    row = list(read_json(run.folder/'results.json', 'Run the study to its end.')['rows'].values())[
-        -1]
+    "The figure `metric`, 'sgdet/R@50' for example, of the last row of the results of `run`."
+    file = run.folder/'results.json'
+    figure = list(read_json(file, 'Run the study to its end.')['rows'].values())[-1]
     for part in metric.split('/'):
-        if part not in row: raise ValueError(f"{run.folder/'results.json'} has no figure {metric}")
-        row = row[part]
-    return float(row)
+        if part not in figure: raise ValueError(f"{file} has no figure {metric}")
+        figure = figure[part]
+    return float(figure)
 
 def gather(runs, metrics=METRICS):
     """{group: {configuration: {metric: {seed: value}}}} of finished `runs` that name a
@@ -159,17 +166,18 @@ def gather(runs, metrics=METRICS):
 
     Raises `FileNotFoundError` or `ValueError` naming the file."""
     figures = {}
-    for run in (run for run in runs if run.configuration):
-        by_metric = figures.setdefault(run.group, {}).setdefault(run.configuration,
-            {metric: {} for metric in metrics})
+    for run in runs:
+        if not run.configuration: continue
+        configurations = figures.setdefault(run.group, {})
+        by_metric = configurations.setdefault(run.configuration, {metric: {} for metric in metrics})
         for metric in metrics: by_metric[metric][run.seed] = _figure_of(run, metric)
     return figures
 
 def summary(figures, reference):
-    """The same with mean and interval for each metric, dict(seeds, mean, interval), and
-    `difference`, dict(mean, interval), to configuration `reference` seed by seed.
+    """The `figures` of `gather` with dict(seeds, mean, interval) for each metric and, for all
+    configurations but `reference`, `difference` to it seed by seed: dict(mean, interval).
 
-    Raises `ValueError` if a group lacks `reference`, or that lacks a seed which another
+    Raises `ValueError` if a group lacks `reference`, or if `reference` lacks a seed which another
     configuration has."""
     found = {}
     for group, configurations in figures.items():
@@ -179,57 +187,55 @@ def summary(figures, reference):
         for configuration, by_metric in configurations.items():
             for metric, values in by_metric.items():
                 base = configurations[reference][metric]
-                if values.keys() - base.keys():
-                    raise ValueError(f"{group!r}: {configuration!r} has seeds "
-                                     f"{sorted(values.keys() - base.keys())} that {reference!r} "
-                                     "does not have")
-                (mean, *bounds), (gain,
-                                  *about) = interval(list(values.values())), interval(
-                    [values[seed] - base[seed] for seed in values])
-                entry = dict(seeds=values, mean=mean,
-                             interval=bounds) | ({} if configuration == reference
-                                                 else dict(difference=dict(mean=gain,
-                    interval=about)))
+                more = sorted(values.keys() - base.keys())
+                if more:
+                    raise ValueError(f"{group!r}: {configuration!r} has seeds {more} that "
+                                     f"{reference!r} does not have")
+                mean, *bounds = interval(list(values.values()))
+                entry = dict(seeds=values, mean=mean, interval=bounds)
+                if configuration != reference:
+                    gain, *bounds = interval([values[seed] - base[seed] for seed in values])
+                    entry['difference'] = dict(mean=gain, interval=bounds)
                 found.setdefault(group, {}).setdefault(configuration, {})[metric] = entry
     return found
 
 # %% ../../nbs/training/06_experiments.ipynb #table
-class StudyTable:
-    "A `summary`, shown as a table for each group."
-    def __init__(self, found): self.found = found
-
-    def _blocks(self):
-        for group, configurations in self.found.items():
-            metrics = list(next(iter(configurations.values())))
-            cells = [[_cell(by_metric[metric]) for metric in metrics]
-                     for by_metric in configurations.values()]
-            yield group or 'configuration', metrics, list(configurations), [[text
-                for text, _ in row] for row in cells], np.array([[clear for _, clear in row]
-                for row in cells])
-
-    def _repr_markdown_(self): return '\n'.join(markdown_table(*block) for block in self._blocks())
-    def _repr_html_(self): return ''.join(html_table(*block) for block in self._blocks())
-    __str__ = _repr_markdown_
-
 def _cell(entry):
     "Text of one figure, and whether it differs clearly from the reference."
-    text = f"{100 * entry['mean']:.1f} ± {50 * (entry['interval'][1] - entry['interval'][0]):.1f}"
+    low, high = entry['interval']
+    text = f"{100 * entry['mean']:.1f} ± {50 * (high - low):.1f}"
     if 'difference' not in entry: return text, False
     mean, (low, high) = entry['difference']['mean'], entry['difference']['interval']
     return f"{text} / {100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", low > 0 or high < 0
 
+class StudyTable:
+    "A `summary`, shown in Jupyter as a table for each group; `str` of it is Markdown."
+    def __init__(self, found): self.found = found
+
+    def _tables(self):
+        for group, configurations in self.found.items():
+            metrics = list(next(iter(configurations.values())))
+            cells = [[_cell(by_metric[metric]) for metric in metrics]
+                     for by_metric in configurations.values()]
+            texts = [[text for text, _ in row] for row in cells]
+            bold = np.array([[clear for _, clear in row] for row in cells])
+            yield group or 'configuration', metrics, list(configurations), texts, bold
+
+    def _repr_markdown_(self): return '\n'.join(markdown_table(*table) for table in self._tables())
+    def _repr_html_(self): return ''.join(html_table(*table) for table in self._tables())
+    __str__ = _repr_markdown_
+
 # %% ../../nbs/training/06_experiments.ipynb #plot
-# Okabe and Ito: told apart by every kind of eye
+# Okabe and Ito: also told apart with a colour vision deficiency
 COLOURS = (HIT, MISS, '#009e73', '#cc79a7', '#56b4e9', '#e69f00')
 
 def plot(found, metrics=None):
     "A figure of a `summary`: a row for each metric, a column for each group."
     groups, configurations = list(found), list(next(iter(found.values())))
     metrics = metrics or list(next(iter(found[groups[0]].values())))
-    figure, axes = plt.subplots(len(metrics), len(groups),
-                                figsize=(1.5 + 3.6 * len(groups),
-                                         .6 + 1.15 * len(metrics) + .12
-                                         * len(configurations) * len(metrics)), squeeze=False,
+    width = 1.5 + 3.6 * len(groups)
+    height = .6 + 1.15 * len(metrics) + .12 * len(configurations) * len(metrics)
+    figure, axes = plt.subplots(len(metrics), len(groups), figsize=(width, height), squeeze=False,
                                 sharex='row', sharey=True, layout='constrained')
     plt.close(figure)
     for row, metric in zip(axes, metrics):
@@ -251,30 +257,32 @@ def plot(found, metrics=None):
     return figure
 
 # %% ../../nbs/training/06_experiments.ipynb #taught-or-not
-def taught_or_not(study, seeds=(0, 1, 2, 3, 4), clutters={'low': .1, 'high': .8}, **parameters):
-    """The `Run`s of that study: for each clutter and seed a teacher of depth and four students;
-    further `parameters` of the runbook hold for all.
+def taught_or_not(study, seeds=(0, 1, 2, 3, 4), clutters=None, **parameters):
+    """The `Run`s of the study named `study`: for each clutter and seed a teacher of depth and four
+    students.
 
-    Raises `ValueError` for one seed."""
+    `clutters` is {group: clutter of the rooms}, None for low .1 and high .8; further `parameters`
+    of the runbook hold for all runs. Raises `ValueError` for fewer than two seeds."""
     if len(seeds) < 2:
         raise ValueError(f"seeds={list(seeds)}: two or more are needed, since a teacher of colours "
                          "has the seed after its student's")
     runs = []
-    for group, clutter in clutters.items():
+    for group, clutter in (clutters or dict(low=.1, high=.8)).items():
         first = f'{study}/{group}-{seeds[0]}-teacher'  # renders the pictures of all
         def add(seed, kind, stage, configuration='', teacher='', needs=()):
             values = dict(parameters, seed=seed, clutter=clutter, data=f'rooms_{study}_{group}',
                           stages=[stage], teacher=teacher, untrained=False, pictures=False)
             name = f'{study}/{group}-{seed}-{kind}'
-            runs.append(Run(name, values, f'{group} clutter', configuration, seed,
-                            tuple(dict.fromkeys([*needs, first]) if name != first else ())))
+            needs = tuple(dict.fromkeys([*needs, first])) if name != first else ()
+            runs.append(Run(name, values, f'{group} clutter', configuration, seed, needs))
         for seed in seeds: add(seed, 'teacher', 'teacher')
         for seed in seeds: add(seed, 'nobody', 'control', 'nobody')
         for number, seed in enumerate(seeds):
             neighbour = seeds[(number + 1) % len(seeds)]
-            known = {'random': 'random', 'colours': f'{study}/{group}-{neighbour}-nobody',
-                     'depth': f'{study}/{group}-{seed}-teacher'}
-            for teacher, run in known.items():
-                path = run if run == 'random' else f"runs/{run}/{'control' if teacher == 'colours' else 'teacher'}.safetensors"
-                add(seed, teacher, 'student', teacher, path, () if run == 'random' else (run,))
+            control = f'{study}/{group}-{neighbour}-nobody'
+            teacher = f'{study}/{group}-{seed}-teacher'
+            add(seed, 'random', 'student', 'random', 'random')
+            add(seed, 'colours', 'student', 'colours', f'runs/{control}/control.safetensors',
+                [control])
+            add(seed, 'depth', 'student', 'depth', f'runs/{teacher}/teacher.safetensors', [teacher])
     return runs
