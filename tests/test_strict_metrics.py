@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stdg.datasets.statistics import predicate_groups
 from stdg.evaluation.intervals import difference, group_recall, intervals, predicate_table, resample
 from stdg.graph import TASKS, Prediction, SceneGraph
-from stdg.matching import PROTOCOLS, _own, found_relations
+from stdg.matching import PROTOCOLS, _one_to_one, found_relations
 from stdg.metrics import Evaluator, evaluate
 
 K = (20, 50, 100)
@@ -173,7 +173,7 @@ def test_one_to_one_is_greedy_by_score():
         left = {t: int((row >= .5).argmax()) for t, row in enumerate(overlap) if t not in own
                 and (row >= .5).any()}
         shared += bool(left) and bool(((overlap >= .5).sum(1) > 1).any())
-        assert {t: i for t, i in np.argwhere(_own(overlap)).tolist()} == own | left
+        assert {t: i for t, i in np.argwhere(_one_to_one(overlap)).tolist()} == own | left
     assert shared > 20 and refused > 20
 
 
