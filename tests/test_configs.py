@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from stdg import data, model, train, training
+from stdg import augmentation, model, train, training
 from stdg.backbone import CONFIGURATIONS
 from stdg.checkpoint import facts, load
 from stdg.model import STDG
@@ -122,9 +122,9 @@ def test_optimiser_is_the_published_one(name):
 def test_numbers_that_are_fixed_in_the_code():
     default = lambda function: {k: p.default
                                 for k, p in inspect.signature(function).parameters.items()}
-    assert default(data.photometry)['jpeg'] == .1 and default(data.photometry)['grey'] == .01
-    assert default(data.geometry)['flip'] == .5 and training.Options().ema == .01
-    assert [default(data.jitter)[k] for k in ('brightness', 'contrast', 'saturation',
+    assert default(augmentation.photometry)['jpeg'] == .1 and default(augmentation.photometry)['grey'] == .01
+    assert default(augmentation.geometry)['flip'] == .5 and training.Options().ema == .01
+    assert [default(augmentation.jitter)[k] for k in ('brightness', 'contrast', 'saturation',
                                               'hue')] == [.4, .1, .4, .1]
     numbers = {name: {k: CONFIGURATIONS[name].get(k) for k in ('stride', 'fpn', 'transformer',
         'drop_path_rate', 'head_norm')} for name in ('resnet50', 'swin_s')}

@@ -16,8 +16,9 @@ from scipy import ndimage
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms.v2.functional import adjust_hue
 
-from stdg import data, fields, training
-from stdg.data import FILL, SceneGraphs, geometry, jitter, loader, photometry
+from stdg import augmentation, data, fields, training
+from stdg.augmentation import FILL, geometry, jitter, photometry
+from stdg.data import SceneGraphs, loader
 from stdg.datasets.visual_genome import Database, write_annotations, write_images
 from stdg.depth.hha_file import hha_path
 from stdg.graph import SceneGraph, Vocabulary
@@ -147,9 +148,9 @@ def test_what_is_ignored_lost_a_quarter(folders):
     for seed in range(8):
         for i, row in enumerate(dataset.rows):
             graph = dataset._graph(row)
-            steps = data._draw(graph, CANVAS, (1.3, 2.), (.75, 1.33), .5, seeded(seed, i))
-            moved, _ = data._move(graph, steps)
-            picture = data._place(dataset._pictures(row, graph.size)['rgb'], steps)
+            steps = augmentation._draw(graph, CANVAS, (1.3, 2.), (.75, 1.33), .5, seeded(seed, i))
+            moved, _ = augmentation._move(graph, steps)
+            picture = augmentation._place(dataset._pictures(row, graph.size)['rgb'], steps)
             whole = (graph.boxes[:, 2:] - graph.boxes[:,
                                                       :2]).prod(1) * steps.factors[
                 0] * steps.factors[1]
@@ -169,9 +170,9 @@ def test_a_quarter_to_the_pixel():
     graph = SceneGraph([[0, 0, 20, 10], [30, 0, 40, 10], [5, 5, 5, 9]], [0, 1, 2],
                        [[0, 1, 0], [0, 2, 1]], (10, 40))
     for edge, ignored in ((15, True), (16, False)):
-        steps = data.Placement(False, (1., 1.), graph.boxes, (0., 0., 40., 10.), (0, 0, edge, 10),
+        steps = augmentation.Placement(False, (1., 1.), graph.boxes, (0., 0., 40., 10.), (0, 0, edge, 10),
                                40, False)
-        moved, valid = data._move(graph, steps)
+        moved, valid = augmentation._move(graph, steps)
         assert moved.ignore.tolist() == [ignored, True,
                                          True] and moved.boxes[0].tolist() == [(40 - edge) // 2, 15,
             (40 - edge) // 2 + edge, 25]
@@ -211,13 +212,13 @@ def test_window_as_the_spec_reads():
     for _ in range(300):
         length = int(rng.integers(513, 1100))
         lo, hi = np.sort(rng.uniform(0, length, 2))
-        ours = {data._window(lo, hi, 0, length, 512, seeded(k)) for k in range(12)}
+        ours = {augmentation._window(lo, hi, 0, length, 512, seeded(k)) for k in range(12)}
         span = [plain_window(lo, hi, length, 512, 50, draw) for draw in (lambda a, b: a, lambda a,
             b: b - 1)]
         assert span[0] <= min(ours) and max(ours) <= span[1] and 0 <= min(ours) and max(
             ours) + 512 <= length
         if span[1] - span[0] > 50: assert len(ours) > 1
-    many = np.array([data._window(100, 900, 0, 1000, 512, seeded(k)) for k in range(600)])
+    many = np.array([augmentation._window(100, 900, 0, 1000, 512, seeded(k)) for k in range(600)])
     assert all(abs((many == end).mean() - 256 / 900) < .06
                for end in (50, 438)), 'drawn from a wider range, then clamped'
 
@@ -226,7 +227,7 @@ def test_draws(folders):
     """Half are mirrored; scale and stretch keep to their ranges, the scale evenly on a logarithmic
     axis; sizes are cut to whole pixels."""
     graph = SceneGraph([[3, 3, 90, 90]], [0], [], (300, 401))
-    steps = [data._draw(graph, 512, (.7, 1.5), (.75, 1.33), .5, seeded(k)) for k in range(600)]
+    steps = [augmentation._draw(graph, 512, (.7, 1.5), (.75, 1.33), .5, seeded(k)) for k in range(600)]
     x, y = np.array([s.factors for s in steps]).T
     assert .44 < np.mean([s.flip for s in steps]) < .56
     assert .7 - 1/300 < y.min() < .72 and 1.46 < y.max() <= 1.5 and abs(
@@ -253,7 +254,7 @@ def test_photometry_steps():
     assert 5 < (jpegged.int() - clean.int()).abs().float().mean() and torch.equal(clean,
         jitter(picture, seeded(1)))
     for turn in (-.1, .06):
-        torch.testing.assert_close(data._turn_hue(picture.flatten(1).float(), turn).view(3, 64,
+        torch.testing.assert_close(augmentation._turn_hue(picture.flatten(1).float(), turn).view(3, 64,
             64) / 255, adjust_hue(picture / 255, turn), atol=2e-5, rtol=0)
     grey, = photometry([picture], jpeg=0, grey=1, generator=seeded(1))
     assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0],
@@ -267,12 +268,12 @@ def test_released_geometry_of_boxes():
     clipped to it."""
     graph = SceneGraph([[10, 20, 40, 60], [0, 0, 100, 80]], [0, 1], [], (80, 100))
     for flip, x1, x2, valid in ((0, 10, 40, (0, 0, 99, 79)), (1, 59, 89, (1, 0, 99, 79))):
-        steps = data._draw(graph, 100, (1., 1.), (1., 1.), flip, seeded(0), released=True)
-        moved, area = data._move(graph, steps)
+        steps = augmentation._draw(graph, 100, (1., 1.), (1., 1.), flip, seeded(0), released=True)
+        moved, area = augmentation._move(graph, steps)
         assert moved.boxes[0].tolist() == [x1, 30, x2, 70] and area == (valid[0], valid[1] + 10,
             *valid[2:])
         assert moved.boxes[1].tolist() == [flip * 1, 10, 99, 89] and not moved.ignore.any()
-        ours, whole = data._move(graph, data._draw(graph, 100, (1., 1.), (1., 1.), flip, seeded(0)))
+        ours, whole = augmentation._move(graph, augmentation._draw(graph, 100, (1., 1.), (1., 1.), flip, seeded(0)))
         assert ours.boxes[0].tolist() == [x1 + flip, 30, x2 + flip,
                                           70] and ours.boxes[1].tolist() == [0, 10, 100,
             90] and whole == (0, 10, 99, 79)
@@ -283,14 +284,14 @@ def test_released_zoom_is_corner_aligned():
     picture = np.repeat(np.repeat(rng.integers(0, 256, (20, 25, 3), dtype=np.uint8), 4, 0), 4, 1)
     graph = SceneGraph([[10, 10, 60, 60]], [0], [], (80, 100))
     for seed in range(5):
-        steps = data._draw(graph, 400, (.7, 1.5), (.75, 1.33), 0, seeded(seed), released=True)
+        steps = augmentation._draw(graph, 400, (.7, 1.5), (.75, 1.33), 0, seeded(seed), released=True)
         fx, fy = steps.factors
         x, y, w, h = steps.window
         theirs = ndimage.zoom(picture, (fy, fx, 1), order=1, mode='nearest')
-        ours = data._place(torch.from_numpy(picture).permute(2, 0, 1), steps)[:, (400 - h) // 2:,
+        ours = augmentation._place(torch.from_numpy(picture).permute(2, 0, 1), steps)[:, (400 - h) // 2:,
             (400 - w) // 2:][:, :h, :w].permute(1, 2, 0).numpy()
         assert theirs.shape == ours.shape and abs(theirs.astype(int) - ours).max() <= 1
-        smooth = data._place(torch.from_numpy(picture).permute(2, 0, 1),
+        smooth = augmentation._place(torch.from_numpy(picture).permute(2, 0, 1),
                              steps._replace(released=False))[:, (400 - h) // 2:, (400 - w) // 2:][:,
             :h, :w].permute(1, 2, 0).numpy()
         assert abs(theirs.astype(int) - smooth).max() > 10
