@@ -25,7 +25,8 @@ def golden_cases(task):
     cut = lambda name, lengths: np.split(z[name], np.cumsum(z[lengths])[:-1])
     boxes, labels = cut('gt_boxes', 'n_gt_objects'), cut('gt_labels', 'n_gt_objects')
     relations = cut('gt_relations', 'n_gt_relations')
-    truths = [SceneGraph(b, l - 1, r - [0, 0, 1]) for b, l, r in zip(boxes, labels, relations)]
+    truths = [SceneGraph(box, label - 1, relation - [0, 0, 1])
+              for box, label, relation in zip(boxes, labels, relations)]
     pairs = cut(f'{kind}_pairs', f'n_{kind}_pairs')
     predicates = cut(f'{kind}_predicates', f'n_{kind}_pairs')
     lengths = f'n_{objects}_objects'
@@ -33,8 +34,9 @@ def golden_cases(task):
     labels = cut('gt_labels' if task == 'predcls' else f'{task}_labels', lengths)
     if task == 'predcls': scores = [np.ones(len(b)) for b in boxes]
     else: scores = cut(f'{task}_scores', lengths)
-    predictions = [Prediction(b, l - 1, s, q, p[:, 1:])
-                   for b, l, s, q, p in zip(boxes, labels, scores, pairs, predicates)]
+    predictions = [Prediction(box, label - 1, score, pair, predicate[:, 1:])
+                   for box, label, score, pair, predicate
+                   in zip(boxes, labels, scores, pairs, predicates)]
     return predictions, truths, z['zero_shot_triplets'] - 1
 
 
