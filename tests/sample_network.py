@@ -1,11 +1,11 @@
-"""A network that knows a few pictures by heart, in a second and without training: its last layers
+"""A network that recognises a few pictures, made in a second and without training: its last layers
 are solved for."""
 import numpy as np
 import torch
 
 from stdg import fields
 from stdg.data import network_input
-from stdg.decode import ideal_output
+from stdg.decode import cell_grid, ideal_output
 from stdg.explore.scene import on_canvas
 from stdg.inference.predictor import letterbox
 from stdg.model import STDG
@@ -15,9 +15,10 @@ def _solve(layer, inputs, outputs):
     """Set the 1x1 convolution `layer` so that it makes `outputs` (n, out) of `inputs` (n, in) as
     nearly as it can."""
     inputs, outputs = (x.double().numpy() for x in (inputs, outputs))
-    with_one = np.hstack([inputs / (scale := inputs.std()), np.ones((len(inputs), 1))])
-    weights = with_one.T @ np.linalg.solve(with_one @ with_one.T + 1e-6 * np.eye(len(inputs)),
-                                           outputs)
+    scale = inputs.std()
+    with_one = np.hstack([inputs / scale, np.ones((len(inputs), 1))])
+    products = with_one @ with_one.T + 1e-6 * np.eye(len(inputs))
+    weights = with_one.T @ np.linalg.solve(products, outputs)
     layer.weight.data = torch.tensor(weights[:-1].T / scale, dtype=torch.float32)[:, :, None, None]
     layer.bias.data = torch.tensor(weights[-1], dtype=torch.float32)
 
@@ -28,7 +29,7 @@ def _flat(x): return x.movedim(1, -1).flatten(0, -2)
 @torch.no_grad()
 def by_heart(scenes, graphs, vocabulary, canvas, channels=640, sure=6.):
     """A `STDG` in mode 'combine' that finds `graphs` (one `SceneGraph` a scene, in its pixels) in
-    the pictures of `scenes`; its teacher knows nothing."""
+    the pictures of `scenes`; its teacher is untrained."""
     torch.manual_seed(0)
     sizes = dict(n_objects=len(vocabulary.objects), n_predicates=len(vocabulary.predicates))
     model = STDG('small', 'combine', pretrained=True, channels=channels, head_norm=False,
@@ -40,19 +41,16 @@ def by_heart(scenes, graphs, vocabulary, canvas, channels=640, sure=6.):
                for graph, (_, scale, corner) in zip(graphs, boxed)]
     detection, relation = (torch.stack(side) for side in zip(*map(ideal_output, targets)))
     logit = lambda p: (2 * p.clamp(0, 1) - 1) * sure
-    features = model.network.backbone(network_input(model,
-                                                    torch.stack([picture
-        for picture, *_ in boxed])))
+    pictures = torch.stack([picture for picture, *_ in boxed])
+    features = model.network.backbone(network_input(model, pictures))
     seen = model.network.detection.pre_head(features)[0]
     layers = model.network.detection.layers
     for branch, wanted in ((layers.heatmap, logit(detection[:, :-4])),
-                           (layers.offset, detection[:, -4:-2]), (layers.size, detection[:, -2:])):
+                           (layers.offset, detection[:, -4:-2]),
+                           (layers.size, detection[:, -2:])):
         _solve(branch[-1], _flat(branch[:-1](seen)), _flat(wanted))
-    h, w = relation.shape[-2:]
-    place = torch.stack(torch.meshgrid(torch.arange(w), torch.arange(h), indexing='xy')).repeat(2,
-        1, 1)
-    wanted = torch.cat([logit(relation[:, :, :1]), relation[:, :, 1:5] - place, relation[:, :, 5:]],
-                       2)
-    _solve(model.network.relation.layer, _flat(model.network.relation.pre_head(features)[0]),
-           _flat(wanted.flatten(1, 2)))
+    vectors = relation[:, :, 1:5] - cell_grid(*relation.shape[-2:]).repeat(2, 1, 1)
+    wanted = torch.cat([logit(relation[:, :, :1]), vectors, relation[:, :, 5:]], 2)
+    seen = model.network.relation.pre_head(features)[0]
+    _solve(model.network.relation.layer, _flat(seen), _flat(wanted.flatten(1, 2)))
     return model

@@ -10,26 +10,27 @@ import skimage.data
 from PIL import Image
 
 CAT = Image.fromarray(skimage.data.chelsea())
-FORK = multiprocessing.get_context(
-    'fork') if 'fork' in multiprocessing.get_all_start_methods() else None
+CAN_FORK = 'fork' in multiprocessing.get_all_start_methods()
+FORK = multiprocessing.get_context('fork') if CAN_FORK else None
 
 
 def forks(test):
-    return pytest.mark.skipif(FORK is None,
-                              reason='this system cannot fork')(
-        pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')(test))
+    "Mark a test that needs to fork."
+    test = pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')(test)
+    return pytest.mark.skipif(FORK is None, reason='this system cannot fork')(test)
 
 
 def saved(picture, kind='JPEG', **options):
-    picture.save(out := io.BytesIO(), kind, **options)
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
     return out.getvalue()
 
 
 def small(i, size=(40, 30)):
     "A smooth picture that no other number has."
     rows, cols = np.mgrid[:size[1], :size[0]]
-    return Image.fromarray(np.stack([rows * 4 + i, cols * 3 + 5 * i, 200 - 2 * rows + i],
-                                    -1).astype(np.uint8))
+    channels = rows * 4 + i, cols * 3 + 5 * i, 200 - 2 * rows + i
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
 
 
 def zipped(path, members, method=zipfile.ZIP_STORED):

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from stdg import backbone, data, train, training
+from stdg import augmentation, backbone, train, training
 from stdg.backbone import CONFIGURATIONS
 from stdg.checkpoint import facts, load
 from stdg.model import STDG
@@ -148,10 +148,11 @@ def test_optimiser_is_the_published_one(name):
 def test_numbers_that_are_fixed_in_the_code():
     default = lambda function: {k: p.default
                                 for k, p in inspect.signature(function).parameters.items()}
-    assert default(data.photometry)['jpeg'] == .1 and default(data.photometry)['grey'] == .01
-    assert default(data.geometry)['flip'] == .5 and settings.Settings().ema == .01
-    assert [default(data.jitter)[k] for k in ('brightness', 'contrast', 'saturation',
-                                              'hue')] == [.4, .1, .4, .1]
+    colour = default(augmentation.photometry)
+    assert colour['jpeg'] == .1 and colour['grey'] == .01
+    assert default(augmentation.geometry)['flip'] == .5 and settings.Settings().ema == .01
+    ranges = default(augmentation.jitter)
+    assert [ranges[k] for k in ('brightness', 'contrast', 'saturation', 'hue')] == [.4, .1, .4, .1]
     numbers = {name: {k: CONFIGURATIONS[name].get(k) for k in ('stride', 'fpn', 'transformer',
         'drop_path_rate', 'head_norm')} for name in ('resnet50', 'swin_s')}
     assert numbers == dict(resnet50=dict(stride=16, fpn=0, transformer=False, drop_path_rate=None,

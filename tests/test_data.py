@@ -1,11 +1,12 @@
 """Picture, HHA and boxes stay together; the same batches from any number of processes; the released
-ways; broken input."""
+variants; broken input."""
 import io
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -16,12 +17,14 @@ from scipy import ndimage
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms.v2.functional import adjust_hue
 
-from stdg import data, fields, training
-from stdg.data import FILL, SceneGraphs, geometry, jitter, loader, photometry
-from stdg.datasets.visual_genome import Database, write_annotations, write_images
+from stdg import augmentation, data, fields, training
+from stdg.augmentation import FILL, geometry, jitter, photometry
+from stdg.data import SceneGraphs, loader
+from stdg.datasets.visual_genome import Database, write_annotations
 from stdg.depth.hha_file import hha_path
 from stdg.graph import SceneGraph, Vocabulary
 from stdg.io.packed import write_packed
+from stdg.testing import toy_database
 
 CANVAS, SIZES = 256, [(256, 176), (170, 256), (256, 256), (131, 256), (256, 131), (255, 200)]
 COLOURS = np.array([(r, g, b) for r in (40, 230) for g in (40, 230) for b in (40, 230)][1:],
@@ -35,29 +38,30 @@ def scene(size):
     image, boxes = np.tile(BACKGROUND, (*size, 1)), []
     for i, colour in enumerate(COLOURS):
         row, column = divmod(i, 3)
-        y, x = (size[0] * (2 * row + 1)) // 6 - 12 + 3 * column, (size[1] * (2 * column
-            + 1)) // 6 - 9 + 2 * row
+        y = (size[0] * (2 * row + 1)) // 6 - 12 + 3 * column
+        x = (size[1] * (2 * column + 1)) // 6 - 9 + 2 * row
         image[y:y + 22, x:x + 17 + row] = colour
         boxes.append([x, y, x + 17 + row, y + 22])
     return image, SceneGraph(boxes, list(range(7)), [[0, 2, 0], [1, 6, 1], [4, 5, 0]], size)
 
 
+def saved(picture, kind, **options):
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, kind, **options)
+    return out.getvalue()
+
+
 def write_hha(database, pictures, image_ids=None):
-    def png(picture):
-        Image.fromarray(picture).save(out := io.BytesIO(), 'PNG')
-        return out.getvalue()
-    write_packed(hha_path(database), 'png', [png(p) for p in pictures], image_ids=database.image_ids
-                 if image_ids is None else image_ids)
+    if image_ids is None: image_ids = database.image_ids
+    write_packed(hha_path(database), 'png', [saved(p, 'PNG') for p in pictures],
+                 image_ids=image_ids)
 
 
 def write_jpeg(folder, pictures, image_ids):
-    def jpeg(picture):
-        Image.fromarray(picture).save(out := io.BytesIO(), 'JPEG', quality=98, subsampling=0)
-        return out.getvalue()
+    jpegs = [saved(p, 'JPEG', quality=98, subsampling=0) for p in pictures]
     sizes = dict(image_heights=[p.shape[0] for p in pictures],
                  image_widths=[p.shape[1] for p in pictures])
-    write_packed(folder/f'imdb_{CANVAS}.h5', 'jpeg', [jpeg(p) for p in pictures],
-                 image_ids=image_ids, **sizes)
+    write_packed(folder/f'imdb_{CANVAS}.h5', 'jpeg', jpegs, image_ids=image_ids, **sizes)
 
 
 @pytest.fixture(scope='module')
@@ -65,17 +69,14 @@ def folders(tmp_path_factory):
     """The same scenes in both layouts; their HHA shows the same pattern as the picture.
 
     Eight are for training."""
-    scenes = [scene(SIZES[i % len(SIZES)]) for i in range(9)]
-    made = {}
-    for layout in ('canvas', 'jpeg'):
-        folder = made[layout] = tmp_path_factory.mktemp(layout)
-        write_annotations(folder, [graph for _, graph in scenes], [0] * 8 + [2], names, CANVAS)
-        if layout == 'jpeg': write_jpeg(folder, [image for image, _ in scenes], np.arange(9) + 50)
-        else:
-            write_images(folder,
-                         [dict(image=image, image_id=50 + i)
-                          for i, (image, _) in enumerate(scenes)], 9, CANVAS)
-        write_hha(Database(folder), [image for image, _ in scenes])
+    images, graphs = zip(*[scene(SIZES[i % len(SIZES)]) for i in range(9)])
+    split = [0] * 8 + [2]
+    records = [dict(image=image, image_id=50 + i) for i, image in enumerate(images)]
+    made = {layout: tmp_path_factory.mktemp(layout) for layout in ('canvas', 'jpeg')}
+    toy_database(made['canvas'], list(zip(graphs, records)), split, names, CANVAS)
+    write_annotations(made['jpeg'], graphs, split, names, CANVAS)
+    write_jpeg(made['jpeg'], images, np.arange(9) + 50)
+    for folder in made.values(): write_hha(Database(folder), images)
     return made
 
 
@@ -92,20 +93,20 @@ def seeded(*key): return data._generator(*key)
 
 
 def found(picture, colour):
-    """Box and area of what has the `colour` of a marker, to a fraction of a pixel, in `picture` (3,
-    H, W); None if there is nothing."""
+    """Box and area of the pixels of a marker's `colour` in `picture` (3, H, W), to a fraction of a
+    pixel; None if there are none."""
     direction = torch.from_numpy(colour - BACKGROUND).float()
     apart = picture.float() - 40
     share = torch.einsum('c,chw->hw', direction, apart) / direction.square().sum()
-    share = torch.where((apart - share * direction[:, None, None]).abs().amax(0) < 40, share,
-                        0).clamp(0, 1)
+    alike = (apart - share * direction[:, None, None]).abs().amax(0) < 40
+    share = torch.where(alike, share, 0).clamp(0, 1)
     inside = share > .5
     if not inside.any(): return None
     rows, columns = inside.any(1).nonzero()[:, 0], inside.any(0).nonzero()[:, 0]
     middle = share[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
     height, width = middle[:, middle.shape[1] // 2].sum(), middle[middle.shape[0] // 2].sum()
-    return torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).float(), float(height
-        * width)
+    box = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).float()
+    return box, float(height * width)
 
 
 KINDS = dict(usual={}, cropped=dict(scale=(1.4, 2.2)), padded=dict(scale=(.45, .7)),
@@ -125,8 +126,8 @@ def test_picture_hha_and_boxes_are_in_the_same_place(folders, layout, kind):
             pictures, moved, _ = geometry(dataset._pictures(row, graph.size).values(), graph,
                                           CANVAS, **KINDS[kind], generator=seeded(seed, i))
             sample = dataset.sample(i, seeded(seed, i))
-            assert torch.equal(pictures[0], sample['rgb']) and torch.equal(pictures[1],
-                sample['hha'])
+            assert torch.equal(pictures[0], sample['rgb'])
+            assert torch.equal(pictures[1], sample['hha'])
             for picture in pictures:
                 for box, ignored, colour in zip(moved.boxes, moved.ignore.tolist(), COLOURS):
                     seen = found(picture, colour)
@@ -134,10 +135,11 @@ def test_picture_hha_and_boxes_are_in_the_same_place(folders, layout, kind):
                         lost += 1
                         continue
                     shown += 1
-                    assert seen is not None and (seen[0] - box).abs().max() <= 1, (seed, i, colour,
-                        box, seen)
-    assert shown >= 112 and (lost > 60 if kind == 'cropped' else lost == 0 if kind in ('padded',
-        'plain', 'mirrored') else True)
+                    case = seed, i, colour, box, seen
+                    assert seen is not None and (seen[0] - box).abs().max() <= 1, case
+    assert shown >= 112
+    if kind == 'cropped': assert lost > 60
+    if kind in ('padded', 'plain', 'mirrored'): assert lost == 0
 
 
 def test_what_is_ignored_lost_a_quarter(folders):
@@ -147,12 +149,11 @@ def test_what_is_ignored_lost_a_quarter(folders):
     for seed in range(8):
         for i, row in enumerate(dataset.rows):
             graph = dataset._graph(row)
-            steps = data._draw(graph, CANVAS, (1.3, 2.), (.75, 1.33), .5, seeded(seed, i))
-            moved, _ = data._move(graph, steps)
-            picture = data._place(dataset._pictures(row, graph.size)['rgb'], steps)
-            whole = (graph.boxes[:, 2:] - graph.boxes[:,
-                                                      :2]).prod(1) * steps.factors[
-                0] * steps.factors[1]
+            steps = augmentation._draw(graph, CANVAS, (1.3, 2.), (.75, 1.33), .5, seeded(seed, i))
+            moved, _ = augmentation._move(graph, steps)
+            picture = augmentation._place(dataset._pictures(row, graph.size)['rgb'], steps)
+            sides = graph.boxes[:, 2:] - graph.boxes[:, :2]
+            whole = sides.prod(1) * steps.factors[0] * steps.factors[1]
             for area, ignored, colour in zip(whole.tolist(), moved.ignore.tolist(), COLOURS):
                 left = found(picture, colour)
                 share = left[1] / area if left else 0
@@ -163,31 +164,32 @@ def test_what_is_ignored_lost_a_quarter(folders):
 
 
 def test_a_quarter_to_the_pixel():
-    """Cut at x = 15 of 20: exactly 0.75 is left, which is too little; at 16 it is enough.
+    """Cropped at x = 15 of 20: exactly 0.75 is left, which is too little; at 16 it is enough.
 
     What lies outside has no area and is ignored as well."""
     graph = SceneGraph([[0, 0, 20, 10], [30, 0, 40, 10], [5, 5, 5, 9]], [0, 1, 2],
                        [[0, 1, 0], [0, 2, 1]], (10, 40))
     for edge, ignored in ((15, True), (16, False)):
-        steps = data.Placement(False, (1., 1.), graph.boxes, (0., 0., 40., 10.), (0, 0, edge, 10),
-                               40, False)
-        moved, valid = data._move(graph, steps)
-        assert moved.ignore.tolist() == [ignored, True,
-                                         True] and moved.boxes[0].tolist() == [(40 - edge) // 2, 15,
-            (40 - edge) // 2 + edge, 25]
-        assert valid == ((40 - edge) // 2, 15, edge - 1, 9)
+        steps = augmentation.Placement(False, (1., 1.), graph.boxes, (0., 0., 40., 10.),
+                                       (0, 0, edge, 10), 40, False)
+        moved, valid = augmentation._move(graph, steps)
+        left = (40 - edge) // 2
+        assert moved.ignore.tolist() == [ignored, True, True]
+        assert moved.boxes[0].tolist() == [left, 15, left + edge, 25]
+        assert valid == (left, 15, edge - 1, 9)
         targets = fields.encode(moved, 7, 2, (40, 40), 4, valid)
-        assert targets['mask'].sum() == 1 - ignored and not targets[
-            'relation'].any(), 'nothing is painted of what has no area'
+        assert targets['mask'].sum() == 1 - ignored
+        assert not targets['relation'].any(), 'nothing is painted of what has no area'
 
 
 def test_outside_is_filled_and_inside_is_valid(folders):
     dataset = both(folders['canvas'], colour=False)
     padded = 0
     for seed in range(20):
-        graph = dataset._graph(dataset.rows[seed % 8])
-        pictures, _, (x, y, w, h) = geometry(dataset._pictures(dataset.rows[seed % 8],
-            graph.size).values(), graph, CANVAS, generator=seeded(seed))
+        row = dataset.rows[seed % 8]
+        graph = dataset._graph(row)
+        pictures, _, (x, y, w, h) = geometry(dataset._pictures(row, graph.size).values(), graph,
+                                             CANVAS, generator=seeded(seed))
         inside = torch.zeros(CANVAS, CANVAS, dtype=bool)
         inside[int(y):int(y + h) + 1, int(x):int(x + w) + 1] = True
         filled = [(picture == torch.tensor(FILL, dtype=torch.uint8)[:, None, None]).all(0)
@@ -202,8 +204,8 @@ def plain_window(lo, hi, length, canvas, margin, draw):
     start, end = max(lo - margin, 0), min(hi + margin, length)
     start, end = min(start, length - canvas), max(end, canvas)
     first, last = int(start), int(end) - canvas
-    return min(max(draw(first - canvas // 2, last + canvas // 2), first),
-               last) if last > first else first
+    if last <= first: return first
+    return min(max(draw(first - canvas // 2, last + canvas // 2), first), last)
 
 
 def test_window_as_the_spec_reads():
@@ -211,26 +213,28 @@ def test_window_as_the_spec_reads():
     for _ in range(300):
         length = int(rng.integers(513, 1100))
         lo, hi = np.sort(rng.uniform(0, length, 2))
-        ours = {data._window(lo, hi, 0, length, 512, seeded(k)) for k in range(12)}
-        span = [plain_window(lo, hi, length, 512, 50, draw) for draw in (lambda a, b: a, lambda a,
-            b: b - 1)]
-        assert span[0] <= min(ours) and max(ours) <= span[1] and 0 <= min(ours) and max(
-            ours) + 512 <= length
-        if span[1] - span[0] > 50: assert len(ours) > 1
-    many = np.array([data._window(100, 900, 0, 1000, 512, seeded(k)) for k in range(600)])
-    assert all(abs((many == end).mean() - 256 / 900) < .06
-               for end in (50, 438)), 'drawn from a wider range, then clamped'
+        ours = {augmentation._window(lo, hi, 0, length, 512, seeded(k)) for k in range(12)}
+        first, last = (plain_window(lo, hi, length, 512, 50, draw)
+                       for draw in (lambda a, b: a, lambda a, b: b - 1))
+        assert first <= min(ours) and max(ours) <= last
+        assert 0 <= min(ours) and max(ours) + 512 <= length
+        if last - first > 50: assert len(ours) > 1
+    many = np.array([augmentation._window(100, 900, 0, 1000, 512, seeded(k)) for k in range(600)])
+    for end in (50, 438):
+        share = (many == end).mean()
+        assert abs(share - 256 / 900) < .06, 'drawn from a wider range, then clamped'
 
 
 def test_draws(folders):
     """Half are mirrored; scale and stretch keep to their ranges, the scale evenly on a logarithmic
     axis; sizes are cut to whole pixels."""
     graph = SceneGraph([[3, 3, 90, 90]], [0], [], (300, 401))
-    steps = [data._draw(graph, 512, (.7, 1.5), (.75, 1.33), .5, seeded(k)) for k in range(600)]
+    steps = [augmentation._draw(graph, 512, (.7, 1.5), (.75, 1.33), .5, seeded(k))
+             for k in range(600)]
     x, y = np.array([s.factors for s in steps]).T
     assert .44 < np.mean([s.flip for s in steps]) < .56
-    assert .7 - 1/300 < y.min() < .72 and 1.46 < y.max() <= 1.5 and abs(
-        (y < np.sqrt(.7 * 1.5)).mean() - .5) < .06
+    assert .7 - 1/300 < y.min() < .72 and 1.46 < y.max() <= 1.5
+    assert abs((y < np.sqrt(.7 * 1.5)).mean() - .5) < .06
     assert .74 < (x / y).min() < .78 and 1.3 < (x / y).max() < 1.34
     assert np.allclose(y * 300, (y * 300).round()) and np.allclose(x * 401, (x * 401).round())
 
@@ -242,66 +246,74 @@ def test_colours_change_in_rgb_only(folders):
         assert torch.equal(a['hha'], b['hha']) and not torch.equal(a['rgb'], b['rgb'])
         assert all(torch.equal(a['targets'][k], b['targets'][k]) for k in a['targets'])
         alone = SceneGraphs(changed.database, 'train', ('rgb',), train=True).sample(i, seeded(i))
-        assert torch.equal(a['rgb'], alone['rgb']), 'the control sees what the student sees'
+        assert torch.equal(a['rgb'], alone['rgb']), 'RGB does not depend on whether HHA is read'
+
+
+def noise(low, high, side):
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(rng.integers(low, high, (3, side, side), dtype=np.uint8))
 
 
 def test_photometry_steps():
-    picture = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 64, 64),
-        dtype=np.uint8))
+    picture = noise(0, 256, 64)
     jpegged, = photometry([picture], jpeg=1, grey=0, generator=seeded(1))
     clean, = photometry([picture], jpeg=0, grey=0, generator=seeded(1))
-    assert 5 < (jpegged.int() - clean.int()).abs().float().mean() and torch.equal(clean,
-        jitter(picture, seeded(1)))
+    assert 5 < (jpegged.int() - clean.int()).abs().float().mean()
+    assert torch.equal(clean, jitter(picture, seeded(1)))
     for turn in (-.1, .06):
-        torch.testing.assert_close(data._turn_hue(picture.flatten(1).float(), turn).view(3, 64,
-            64) / 255, adjust_hue(picture / 255, turn), atol=2e-5, rtol=0)
+        turned = augmentation._turn_hue(picture.flatten(1).float(), turn).view(3, 64, 64) / 255
+        torch.testing.assert_close(turned, adjust_hue(picture / 255, turn), atol=2e-5, rtol=0)
     grey, = photometry([picture], jpeg=0, grey=1, generator=seeded(1))
-    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0],
-                                                         grey[2]) and grey.float().std() > 5
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
+    assert grey.float().std() > 5
 
 
-# the released ways, each as spec 1.5 tells it
+# The released variants, each as described in spec 1.5
 
 def test_released_geometry_of_boxes():
     """x <- -(x + w) - 1 + W; the valid area loses its last column, mirrored its first; boxes are
     clipped to it."""
     graph = SceneGraph([[10, 20, 40, 60], [0, 0, 100, 80]], [0, 1], [], (80, 100))
     for flip, x1, x2, valid in ((0, 10, 40, (0, 0, 99, 79)), (1, 59, 89, (1, 0, 99, 79))):
-        steps = data._draw(graph, 100, (1., 1.), (1., 1.), flip, seeded(0), released=True)
-        moved, area = data._move(graph, steps)
-        assert moved.boxes[0].tolist() == [x1, 30, x2, 70] and area == (valid[0], valid[1] + 10,
-            *valid[2:])
+        steps = augmentation._draw(graph, 100, (1., 1.), (1., 1.), flip, seeded(0), released=True)
+        moved, area = augmentation._move(graph, steps)
+        assert moved.boxes[0].tolist() == [x1, 30, x2, 70]
+        assert area == (valid[0], valid[1] + 10, *valid[2:])
         assert moved.boxes[1].tolist() == [flip * 1, 10, 99, 89] and not moved.ignore.any()
-        ours, whole = data._move(graph, data._draw(graph, 100, (1., 1.), (1., 1.), flip, seeded(0)))
-        assert ours.boxes[0].tolist() == [x1 + flip, 30, x2 + flip,
-                                          70] and ours.boxes[1].tolist() == [0, 10, 100,
-            90] and whole == (0, 10, 99, 79)
+        steps = augmentation._draw(graph, 100, (1., 1.), (1., 1.), flip, seeded(0))
+        ours, whole = augmentation._move(graph, steps)
+        assert ours.boxes[0].tolist() == [x1 + flip, 30, x2 + flip, 70]
+        assert ours.boxes[1].tolist() == [0, 10, 100, 90] and whole == (0, 10, 99, 79)
 
 
 def test_released_zoom_is_corner_aligned():
     rng = np.random.default_rng(0)
     picture = np.repeat(np.repeat(rng.integers(0, 256, (20, 25, 3), dtype=np.uint8), 4, 0), 4, 1)
+    tensor = torch.from_numpy(picture).permute(2, 0, 1)
     graph = SceneGraph([[10, 10, 60, 60]], [0], [], (80, 100))
     for seed in range(5):
-        steps = data._draw(graph, 400, (.7, 1.5), (.75, 1.33), 0, seeded(seed), released=True)
+        steps = augmentation._draw(graph, 400, (.7, 1.5), (.75, 1.33), 0, seeded(seed),
+                                   released=True)
         fx, fy = steps.factors
-        x, y, w, h = steps.window
+        _, _, w, h = steps.window
+        top, left = (400 - h) // 2, (400 - w) // 2
+
+        def placed(steps):
+            out = augmentation._place(tensor, steps)[:, top:top + h, left:left + w]
+            return out.permute(1, 2, 0).numpy()
+
         theirs = ndimage.zoom(picture, (fy, fx, 1), order=1, mode='nearest')
-        ours = data._place(torch.from_numpy(picture).permute(2, 0, 1), steps)[:, (400 - h) // 2:,
-            (400 - w) // 2:][:, :h, :w].permute(1, 2, 0).numpy()
+        ours, smooth = placed(steps), placed(steps._replace(released=False))
         assert theirs.shape == ours.shape and abs(theirs.astype(int) - ours).max() <= 1
-        smooth = data._place(torch.from_numpy(picture).permute(2, 0, 1),
-                             steps._replace(released=False))[:, (400 - h) // 2:, (400 - w) // 2:][:,
-            :h, :w].permute(1, 2, 0).numpy()
         assert abs(theirs.astype(int) - smooth).max() > 10
 
 
 def test_released_mirror_moves_the_hha_of_portraits(folders):
-    """By canvas - width pixels; ours stays with the picture, and so does the HHA of what is as wide
-    as the canvas."""
+    """By canvas - width pixels; ours stays with the picture, and so does the HHA of a picture as
+    wide as the canvas."""
     options = dict(colour=False, flip=1, scale=(1., 1.), stretch=(1., 1.))
-    old, ours = both(folders['canvas'], released=True, **options), both(folders['canvas'],
-        **options)
+    ours = both(folders['canvas'], **options)
+    old = both(folders['canvas'], released=True, **options)
     for i in range(6):
         h, w = SIZES[i]
         top, left = (CANVAS - h) // 2, (CANVAS - w) // 2
@@ -311,15 +323,15 @@ def test_released_mirror_moves_the_hha_of_portraits(folders):
         shift = CANVAS - w
         assert torch.equal(a['hha'][:, inside[0], left + shift:left + w],
                            b['hha'][:, inside[0], left:left + w - shift])
-        assert (a['hha'][:, inside[0],
-                         left:left + min(shift, w)] == 0).all(), 'black where the canvas was empty'
+        empty = a['hha'][:, inside[0], left:left + min(shift, w)]
+        assert (empty == 0).all(), 'black where the canvas was empty'
 
 
 def test_released_padding_is_blue_first(folders):
-    sample = both(folders['canvas'], released=True, colour=False, scale=(.5, .5)).sample(0,
-        seeded(0))
-    assert sample['rgb'][:, 0, 0].tolist() == [*FILL[::-1]] and sample['hha'][:, 0,
-        0].tolist() == [*FILL]
+    padded = both(folders['canvas'], released=True, colour=False, scale=(.5, .5))
+    sample = padded.sample(0, seeded(0))
+    assert sample['rgb'][:, 0, 0].tolist() == [*FILL[::-1]]
+    assert sample['hha'][:, 0, 0].tolist() == [*FILL]
     sample = SceneGraphs(Database(folders['canvas'], released=True), 'test')[0]
     assert sample['rgb'].shape == (3, CANVAS, CANVAS)
 
@@ -331,42 +343,44 @@ def test_released_jpeg_puts_the_picture_in_place_of_hha(folders, inputs):
     fired = 0
     for seed in range(40):
         sample, whole = old.sample(0, seeded(seed)), pair.sample(0, seeded(seed))
-        assert set(sample) == {*inputs, 'index', 'targets'} and torch.equal(sample['hha'],
-            whole['hha'])
+        assert set(sample) == {*inputs, 'index', 'targets'}
+        assert torch.equal(sample['hha'], whole['hha'])
         fired += torch.equal(whole['hha'], whole['rgb'].flip(0))
     assert 1 <= fired <= 10  # 4 are expected
 
 
 def test_released_colours_of_hha_have_draws_of_their_own():
-    picture = torch.from_numpy(np.random.default_rng(0).integers(60, 180, (3, 32, 32),
-        dtype=np.uint8))
+    picture = noise(60, 180, 32)
     rgb, hha = photometry([picture, picture], jpeg=0, grey=0, generator=seeded(3))
-    assert not torch.equal(rgb, picture) and not torch.equal(hha, picture) and not torch.equal(rgb,
-        hha)
-    grey = [[bool((p[0] == p[1]).all()) for p in photometry([picture, picture], jpeg=0, grey=.5,
-        generator=seeded(k))] for k in range(60)]
-    assert {tuple(g) for g in grey} == {(False, False), (False, True), (True, False), (True, True)}
+    assert not torch.equal(rgb, picture) and not torch.equal(hha, picture)
+    assert not torch.equal(rgb, hha)
+    grey = set()
+    for k in range(60):
+        changed = photometry([picture, picture], jpeg=0, grey=.5, generator=seeded(k))
+        grey.add(tuple(bool((p[0] == p[1]).all()) for p in changed))
+    assert grey == {(False, False), (False, True), (True, False), (True, True)}
     rgb, hha = photometry([picture, picture], jpeg=1, grey=0, generator=seeded(3))
     assert torch.equal(rgb, hha)
 
 
 def test_released_is_the_flag_of_the_database(folders):
-    ours, old = both(folders['canvas'], augment=False), both(folders['canvas'], released=True,
-        augment=False)
+    ours = both(folders['canvas'], augment=False)
+    old = both(folders['canvas'], released=True, augment=False)
     odd = (ours.database.graph(0).boxes[:, 2] - ours.database.graph(0).boxes[:, 0]) % 2 == 1
     assert odd.any() and not odd.all() and not ours.released and old.released
     difference = ours.truth(0).boxes - old.truth(0).boxes
     assert torch.equal(difference[:, 0], odd.float())
-    assert torch.equal(ours[0]['rgb'][:, :, 40:216],
-                       old[0]['rgb'][:, :, 40:216]) and torch.equal(ours[0]['hha'],
-        old[0]['hha']), 'the picture is red first in both'
+    inside = slice(40, 216)
+    assert torch.equal(ours[0]['rgb'][:, :, inside],
+                       old[0]['rgb'][:, :, inside]), 'the picture is red first in both'
+    assert torch.equal(ours[0]['hha'], old[0]['hha'])
 
 
-# batches
+# Batches
 
 def equal(a, b):
-    return all(equal(a[k], b[k]) for k in a) and set(a) == set(b) if isinstance(a,
-        dict) else torch.equal(a, b)
+    if not isinstance(a, dict): return torch.equal(a, b)
+    return set(a) == set(b) and all(equal(a[k], b[k]) for k in a)
 
 
 def two_epochs(dataset, workers, context=None, **options):
@@ -380,20 +394,19 @@ def test_any_number_of_workers_gives_the_same_batches(folders):
     dataset.database.image(0), dataset[0]  # files are open here before workers are made
     before = torch.get_rng_state()
     here = two_epochs(dataset, 0)
-    assert torch.equal(before,
-                       torch.get_rng_state()), 'the loader draws nothing from the global numbers'
-    assert len(here) == 4 and all(len({*a['index'].tolist(), *b['index'].tolist()}) == 6
-                                  for a, b in (here[:2], here[2:]))
+    after = torch.get_rng_state()
+    assert torch.equal(before, after), 'the loader draws nothing from the global numbers'
+    assert len(here) == 4
+    for a, b in (here[:2], here[2:]): assert len({*a['index'].tolist(), *b['index'].tolist()}) == 6
     for workers, context in ((1, 'fork'), (2, 'fork'), (1, 'spawn')):
         dataset[1]
-        assert all(equal(a, b) for a, b in zip(here, two_epochs(dataset, workers, context),
-                                               strict=True)), (workers, context)
+        there = two_epochs(dataset, workers, context)
+        assert all(equal(a, b) for a, b in zip(here, there, strict=True)), (workers, context)
     once = loader(dataset, 8, 7)
     first, second = next(iter(once)), next(iter(once))
-    order = first['index'].argsort(), second['index'].argsort()
-    assert not torch.equal(first['rgb'][order[0]],
-                           second['rgb'][order[1]]) and not torch.equal(first['index'],
-        second['index'])
+    assert not torch.equal(first['index'], second['index'])
+    sorted_first = first['rgb'][first['index'].argsort()]
+    assert not torch.equal(sorted_first, second['rgb'][second['index'].argsort()])
 
 
 def test_batches_are_whole(folders):
@@ -401,9 +414,8 @@ def test_batches_are_whole(folders):
     for batch in two_epochs(dataset, 0)[:2]:
         alone = default_collate([dataset.sample(i, seeded(7, 1, i))
                                  for i in batch['index'].tolist()])
-        assert equal(batch,
-                     alone) and batch['targets']['relation'].any() and batch['targets'][
-            'heatmap'].dtype == torch.float32
+        assert equal(batch, alone) and batch['targets']['relation'].any()
+        assert batch['targets']['heatmap'].dtype == torch.float32
 
 
 def test_a_plain_loader_works_too(folders):
@@ -413,16 +425,17 @@ def test_a_plain_loader_works_too(folders):
     assert [b['index'].tolist() for b in batches] == [[0, 1, 2], [3, 4, 5], [6, 7]]
     assert all(torch.equal(b['rgb'][k], dataset[i]['rgb']) for b in batches
                for k, i in enumerate(b['index'].tolist()))
-    assert [b['index'].tolist() for b in loader(dataset, 3)] == [[0, 1, 2], [3, 4, 5],
-        [6, 7]], 'nothing is dropped in evaluation'
+    read = [b['index'].tolist() for b in loader(dataset, 3)]
+    assert read == [[0, 1, 2], [3, 4, 5], [6, 7]], 'nothing is dropped in evaluation'
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='needs /proc')
 @pytest.mark.parametrize('layout', ['canvas', 'jpeg'])
 def test_no_open_file_crosses_a_fork(folders, layout):
     def open_here():
-        return [name for fd in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{fd}')
-                and (name := os.readlink(f'/proc/self/fd/{fd}')).startswith(str(folders[layout]))]
+        descriptors = [f'/proc/self/fd/{fd}' for fd in os.listdir('/proc/self/fd')]
+        names = [os.readlink(fd) for fd in descriptors if os.path.exists(fd)]
+        return [name for name in names if name.startswith(str(folders[layout]))]
     dataset = both(folders[layout])
     dataset[0]
     assert len(open_here()) >= 2
@@ -448,9 +461,9 @@ def test_training_does_not_depend_on_workers(folders, tmp_path):
 
 
 def test_memory_stays_flat(folders):
-    resident = lambda: int(open('/proc/self/statm').read().split()[1]) * os.sysconf(
-        'SC_PAGE_SIZE') / 2 ** 20
-    if not os.path.exists('/proc/self/statm'): pytest.skip('needs /proc')
+    statm = Path('/proc/self/statm')
+    if not statm.exists(): pytest.skip('needs /proc')
+    def resident(): return int(statm.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2 ** 20
     batches = loader(both(folders['jpeg']), 4)
     for _ in range(5): list(batches)
     before = resident()
@@ -458,7 +471,7 @@ def test_memory_stays_flat(folders):
     assert resident() < before + 30
 
 
-# broken input
+# Broken input
 
 def test_corrupt_jpeg_in_a_worker_is_named(copy):
     with h5py.File(copy/f'imdb_{CANVAS}.h5', 'r+') as file:
@@ -476,14 +489,15 @@ def test_damaged_hha_in_a_worker_is_named(copy):
         list(loader(both(copy), 4, workers=1))
 
 
-def test_killed_worker_is_told(folders):
-    """In a process of its own: PyTorch tells of a dead worker by a signal handler too, which may
+def test_killed_worker_is_reported(folders):
+    """In a process of its own: PyTorch also reports a dead worker by a signal handler, which may
     interrupt anything."""
     script = f"""if True:
         import os, signal
         from stdg.data import SceneGraphs, loader
         from stdg.datasets.visual_genome import Database
-        batches = loader(SceneGraphs(Database({str(folders['jpeg'])!r}), 'train', train=True), 1, workers=1)
+        dataset = SceneGraphs(Database({str(folders['jpeg'])!r}), 'train', train=True)
+        batches = loader(dataset, 1, workers=1)
         try:
             for _ in range(50):
                 for _ in batches: os.kill(batches._iterator._workers[0].pid, signal.SIGKILL)
@@ -518,13 +532,9 @@ def test_overlap_filter_counts_at_once(tmp_path):
         relations = np.c_[rng.integers(0, 6, (i % 5, 2)), rng.integers(0, 2, i % 5)]
         graphs.append(SceneGraph(np.c_[corner, corner + rng.integers(1, 12, (6, 2))],
                                  rng.integers(0, 7, 6), relations, (60, 60)))
-    write_annotations(tmp_path, graphs, [0] * 30, names, 60)
-    write_images(tmp_path,
-                 [dict(image=np.zeros((60, 60, 3), np.uint8), image_id=i) for i in range(30)], 30,
-                 60)
-    database = Database(tmp_path)
+    database = toy_database(tmp_path, [(graph, None) for graph in graphs], [0] * 30, names, 60)
     counts = [int(data.overlapping(database.graph(i)).sum()) for i in range(30)]
-    assert data.overlapping_counts(database).tolist() == counts and 0 < sum(counts) < sum(
-        len(g.relations) for g in graphs)
-    assert SceneGraphs(database, 'train', train=True,
-                       overlap=True).rows == np.flatnonzero(counts).tolist()
+    assert data.overlapping_counts(database).tolist() == counts
+    assert 0 < sum(counts) < sum(len(g.relations) for g in graphs)
+    filtered = SceneGraphs(database, 'train', train=True, overlap=True)
+    assert filtered.rows == np.flatnonzero(counts).tolist()

@@ -1,5 +1,5 @@
-"""Decoding: the released numbers, a plain loop over candidates, the way from graph to fields and
-back, and bad fields."""
+"""Decoding: the released numbers, a plain loop over candidates, round trips from graph to fields
+and back, and bad fields."""
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,8 @@ GOLDEN = np.load(Path(__file__).parent / 'golden/decode.npz')
 
 def golden(case):
     part = lambda name: torch.from_numpy(GOLDEN[f'case{case}_{name}'])
-    return part('detection'), part('relation'), SceneGraph(part('gt_boxes'), part('gt_labels') - 1,
-        []), part
+    truth = SceneGraph(part('gt_boxes'), part('gt_labels') - 1, [])
+    return part('detection'), part('relation'), truth, part
 
 
 def by_pair(pairs): return (pairs[:, 0] * 1000 + pairs[:, 1]).argsort()
@@ -24,8 +24,8 @@ def by_pair(pairs): return (pairs[:, 0] * 1000 + pairs[:, 1]).argsort()
 
 def random_fields(seed, classes=6, predicates=4, h=9, w=12, density=.3):
     g = torch.Generator().manual_seed(seed)
-    detection, relation = torch.rand(classes + 4, h, w, generator=g), torch.rand(predicates, 7, h,
-        w, generator=g)
+    detection = torch.rand(classes + 4, h, w, generator=g)
+    relation = torch.rand(predicates, 7, h, w, generator=g)
     detection[-2:] *= 4
     relation[:, 1] *= w
     relation[:, 2] *= h
@@ -65,11 +65,11 @@ def test_golden(case, task):
 def test_default_differs_in_rank_only(case):
     detection, relation, truth, _ = golden(case)
     for task in ('sgdet', 'predcls'):
-        ours, theirs = decode(detection, relation, task, truth), decode(detection, relation, task,
-            truth, released=True)
+        ours = decode(detection, relation, task, truth)
+        theirs = decode(detection, relation, task, truth, released=True)
         a, b = by_pair(ours.pairs), by_pair(theirs.pairs)
-        assert torch.equal(ours.pairs[a], theirs.pairs[b]) and torch.equal(ours.predicates[a],
-            theirs.predicates[b])
+        assert torch.equal(ours.pairs[a], theirs.pairs[b])
+        assert torch.equal(ours.predicates[a], theirs.predicates[b])
         rank = ours.scores[ours.pairs].prod(1) * ours.predicates.amax(1)
         assert (rank.diff() <= 1e-7).all()
         assert task == 'sgdet' or torch.equal(ours.pairs, theirs.pairs)
@@ -81,9 +81,10 @@ def plain_relations(relation, boxes, scores, filtered, stride):
     q, pairs = scores.double().numpy(), {}
     for p, y, x in (relation[:, 0] > .1).nonzero().tolist():
         c, *points = relation[p, :5, y, x].tolist()
-        s, o = (int((np.linalg.norm(centres - np.array(point) * stride,
-                                    axis=1) / (q * c + 1e-5)).argmin()) for point in (points[:2],
-            points[2:]))
+        def nearest(point):
+            distance = np.linalg.norm(centres - np.array(point) * stride, axis=1)
+            return int((distance / (q * c + 1e-5)).argmin())
+        s, o = nearest(points[:2]), nearest(points[2:])
         if s == o or filtered and c <= min(q[s], q[o]) / 2: continue
         row = pairs.setdefault((s, o), np.zeros(len(relation)))
         row[p] = max(row[p], c)
@@ -106,8 +107,8 @@ def test_many_candidates_need_no_more_than_blocks():
     detection, relation = random_fields(0, predicates=20, density=1.)
     ours = decode(detection, relation, stride=8)
     plain = plain_relations(relation, ours.boxes, ours.scores, True, 8)
-    assert {tuple(pair) for pair in ours.pairs.tolist()} == set(plain) and (relation[:,
-        0] > .1).sum() > 3 * 512
+    assert {tuple(pair) for pair in ours.pairs.tolist()} == set(plain)
+    assert (relation[:, 0] > .1).sum() > 3 * 512
 
 
 @pytest.mark.parametrize('stride', [8, 16])
@@ -115,8 +116,8 @@ def test_round_trip(stride):
     kept = total = right = 0
     for seed in range(30):
         graph = random_graph(seed)
-        prediction = decode(*ideal_output(encode(graph, 6, 4, graph.size, stride)), 'predcls',
-                            graph, stride)
+        fields = ideal_output(encode(graph, 6, 4, graph.size, stride))
+        prediction = decode(*fields, 'predcls', graph, stride)
         assert torch.equal(prediction.boxes, graph.boxes) and prediction.size == graph.size
         found = {(s, o, p) for (s, o), row in zip(prediction.pairs.tolist(), prediction.predicates)
                  for p in row.nonzero()[:, 0].tolist()}
@@ -133,10 +134,10 @@ def test_round_trip_detection():
     fields = ideal_output(encode(graph, 6, 4, graph.size, 8))
     prediction = decode(*fields, stride=8)
     order = [(prediction.boxes[:3] - box).abs().sum(1).argmin().item() for box in graph.boxes]
-    assert torch.allclose(prediction.boxes[order], graph.boxes,
-                          atol=1e-3) and torch.equal(prediction.labels[order], graph.labels)
-    assert {tuple(p) for p in prediction.pairs.tolist()} == {(order[0], order[1]),
-        (order[2], order[1])}
+    assert torch.allclose(prediction.boxes[order], graph.boxes, atol=1e-3)
+    assert torch.equal(prediction.labels[order], graph.labels)
+    pairs = {tuple(pair) for pair in prediction.pairs.tolist()}
+    assert pairs == {(order[0], order[1]), (order[2], order[1])}
     assert torch.equal(decode(*fields, 'sgcls', graph, 8).labels, graph.labels)
 
 
@@ -145,11 +146,11 @@ def test_unmatched_boxes_do_not_leak_their_class():
     detection[3, 4, 5] = .4  # a weak peak of class 3 beside the centre of the first box, of size 0
     truth = SceneGraph([[32, 24, 56, 56], [60, 60, 90, 90]], [5, 2], [], (96, 96))
     relation = torch.zeros(4, 7, 12, 12)
-    ours, theirs = (decode(detection, relation, 'sgcls', truth, 8, released) for released in (False,
-        True))
+    ours, theirs = (decode(detection, relation, 'sgcls', truth, 8, released)
+                    for released in (False, True))
     assert theirs.labels.tolist() == [5, 2] and theirs.scores.tolist() == [1, 1]
-    assert ours.labels[0] == 3 and torch.isclose(ours.scores[0],
-                                                 torch.tensor(.4)) and ours.scores[1] == 0
+    assert ours.labels[0] == 3 and ours.scores[1] == 0
+    assert torch.isclose(ours.scores[0], torch.tensor(.4))
 
 
 def test_match_is_one_to_one_and_best_in_total():
@@ -160,13 +161,13 @@ def test_match_is_one_to_one_and_best_in_total():
 
 
 def test_batch_is_the_images_one_by_one():
-    fields, truths = [random_fields(seed) for seed in range(3)], [random_graph(seed, n=4 + seed,
-        side=72, size=(72, 96)) for seed in range(3)]
+    fields = [random_fields(seed) for seed in range(3)]
+    truths = [random_graph(seed, n=4 + seed, side=72, size=(72, 96)) for seed in range(3)]
     fields[1][1].zero_()
     detections, relations = (torch.stack(part) for part in zip(*fields))
     for task in TASKS:
-        for one, (detection, relation), truth in zip(decode_batch(detections, relations, task,
-            truths, 8), fields, truths):
+        batch = decode_batch(detections, relations, task, truths, 8)
+        for one, (detection, relation), truth in zip(batch, fields, truths):
             alone = decode(detection, relation, task, truth, 8)
             for name in ('boxes', 'labels', 'scores', 'pairs', 'predicates'):
                 assert torch.equal(getattr(one, name), getattr(alone, name))
@@ -190,12 +191,13 @@ def test_negative_sizes_of_an_untrained_network():
 def test_nothing_to_find(task):
     detection, relation = random_fields(0)
     none = SceneGraph([], [], [])
-    assert decode(detection, torch.zeros_like(relation), task,
-                  random_graph(0, size=(144, 192))).predicates.shape == (0, 4)
+    unrelated = decode(detection, torch.zeros_like(relation), task,
+                       random_graph(0, size=(144, 192)))
+    assert unrelated.predicates.shape == (0, 4)
     if task != 'sgdet':
         prediction = decode(detection, relation, task, none)
-        assert len(prediction) == 0 and prediction.pairs.shape == (0,
-            2) and prediction.predicates.shape == (0, 4)
+        assert len(prediction) == 0
+        assert prediction.pairs.shape == (0, 2) and prediction.predicates.shape == (0, 4)
     lone = decode(detection, relation, task, SceneGraph([[0, 0, 9, 9]], [0], []))
     assert task == 'sgdet' or len(lone.pairs) == 0
 
@@ -224,8 +226,8 @@ def test_bad_input():
     with pytest.raises(ValueError, match='fields disagree'): decode(detection, relation[..., :-1])
     with pytest.raises(ValueError, match='fields disagree'):
         decode_batch(detection[None], relation[None].repeat(2, 1, 1, 1, 1))
-    with pytest.raises(ValueError, match=r'truth is of an image of \(192, 192\) pixels, at stride '
-                       r'8 \(24, 24\) cells; the fields have \(9, 12\)'):
+    with pytest.raises(ValueError, match=r'truth is of an image of \(192, 192\) pixels, '
+                       r'at stride 8 \(24, 24\) cells; the fields have \(9, 12\)'):
         decode(detection, relation, 'predcls', truth, 8)
     for broken in (float('nan'), float('inf')):
         with pytest.raises(ValueError, match='detection fields hold NaN'):

@@ -1,5 +1,5 @@
-"""The strict protocol against a plain evaluator in loops, hand-made traps, and the promises that it
-makes; intervals and groups of `stdg.evaluation.intervals`."""
+"""The strict protocol against a plain evaluator in loops, hand-made cases, and the properties that
+it guarantees; intervals and groups of `stdg.evaluation.intervals`."""
 import math
 
 import numpy as np
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stdg.datasets.statistics import predicate_groups
 from stdg.evaluation.intervals import difference, group_recall, intervals, predicate_table, resample
 from stdg.graph import TASKS, Prediction, SceneGraph
-from stdg.matching import PROTOCOLS, _own, found_relations
+from stdg.matching import PROTOCOLS, _one_to_one, found_relations
 from stdg.metrics import Evaluator, evaluate
 
 K = (20, 50, 100)
@@ -29,46 +29,51 @@ def iou(a, b):
     return shared / union if union else 0.
 
 
-def speakers(boxes, labels, scores, pairs):
-    "{object that takes part in a claim: who speaks for it}, best first."
-    speaker = {}
+def deduplicate(boxes, labels, scores, pairs):
+    "{object that takes part in a claim: the kept object that it is or repeats}, best first."
+    kept = {}
     for i in sorted({i for pair in pairs for i in pair}, key=lambda i: (-scores[i], i)):
-        same = [k for k in speaker if speaker[k] == k and labels[i] == labels[k]
+        same = [k for k in kept if kept[k] == k and labels[i] == labels[k]
                 and iou(boxes[i], boxes[k]) >= .5]
-        speaker[i] = max(same, key=lambda k: iou(boxes[i], boxes[k]), default=i)
-    return speaker
+        kept[i] = max(same, key=lambda k: iou(boxes[i], boxes[k]), default=i)
+    return kept
 
 
 def detections_of(truth, boxes, labels, kept):
     "{object of the truth: the one detection that may find it}."
     def fit(t, i):
         return iou(truth.boxes[t].tolist(), boxes[i]) if labels[i] == truth.labels[t] else 0.
-    own = {}
+    matched = {}
     for i in kept:
-        free = [t for t in range(len(truth)) if t not in own and fit(t, i) >= .5]
-        if free: own[max(free, key=lambda t: fit(t, i))] = i
-    shared = {t: next(i for i in kept if fit(t, i) >= .5) for t in range(len(truth)) if t not in own
-              and any(fit(t, i) >= .5 for i in kept)}
-    return own | shared
+        free = [t for t in range(len(truth)) if t not in matched and fit(t, i) >= .5]
+        if free: matched[max(free, key=lambda t: fit(t, i))] = i
+    shared = {}
+    for t in set(range(len(truth))) - matched.keys():
+        fitting = [i for i in kept if fit(t, i) >= .5]
+        if fitting: shared[t] = fitting[0]
+    return matched | shared
 
 
 def plain_triplets(prediction, truth, task):
     "Ranked triplets with constraint and without, and {object of the truth: detection}."
-    boxes, labels, scores = prediction.boxes.tolist(), prediction.labels.tolist(), prediction.scores.tolist()
+    boxes, labels = prediction.boxes.tolist(), prediction.labels.tolist()
+    scores = prediction.scores.tolist()
     if task == 'predcls': labels, scores = truth.labels.tolist(), [1.] * len(truth)
     claims = {}
     for (s, o), row in zip(prediction.pairs.tolist(), prediction.predicates.tolist()):
         if scores[s] * scores[o] * max(row) > 0:
             claims[s, o] = [max(two) for two in zip(row, claims.get((s, o), row))]
     if task == 'sgdet':
-        speaker, heard = speakers(boxes, labels, scores, claims), {}
-        place = {i: rank for rank, i in enumerate(speaker)}
-        of = detections_of(truth, boxes, labels, [i for i in speaker if speaker[i] == i])
-        for pair in sorted(claims, key=lambda pair: (*sorted((-place[i] for i in pair)),
-                                                     scores[pair[0]] * scores[pair[1]] * max(
-            claims[pair])), reverse=True):
-            heard.setdefault(tuple(speaker[i] for i in pair), claims[pair])
-        claims = heard
+        kept = deduplicate(boxes, labels, scores, claims)
+        place = {i: rank for rank, i in enumerate(kept)}
+        of = detections_of(truth, boxes, labels, [i for i in kept if kept[i] == i])
+        def rank(pair):
+            product = scores[pair[0]] * scores[pair[1]] * max(claims[pair])
+            return *sorted(-place[i] for i in pair), product
+        kept_claims = {}
+        for pair in sorted(claims, key=rank, reverse=True):
+            kept_claims.setdefault(tuple(kept[i] for i in pair), claims[pair])
+        claims = kept_claims
     else: of = {t: t for t in range(len(truth)) if labels[t] == truth.labels[t]}
     every = [(float(np.float32(scores[s]) * np.float32(scores[o]) * np.float32(r)), s, o, p)
              for (s, o), row in claims.items() for p, r in enumerate(row)]
@@ -91,12 +96,12 @@ def plain_strict(predictions, truths, task, zero_shot, n_predicates):
                 def share(rows): return sum(found[r] for r in rows) / len(rows)
                 sums.setdefault(f'{kind}@{k}', []).extend(found.values())
                 lists.setdefault(f'{kind}R@{k}', []).append(share(relations))
-                unseen = [r for r in relations if (int(truth.labels[r[0]]), int(truth.labels[r[1]]),
-                                                   r[2]) in zero_shot]
+                classes = truth.labels.tolist()
+                unseen = [r for r in relations if (classes[r[0]], classes[r[1]], r[2]) in zero_shot]
                 if unseen: lists.setdefault(f'{kind}zR@{k}', []).append(share(unseen))
                 for p in {r[2] for r in relations}:
-                    lists.setdefault((f'{kind}per_predicate_recall@{k}', p),
-                                     []).append(share([r for r in relations if r[2] == p]))
+                    of_p = share([r for r in relations if r[2] == p])
+                    lists.setdefault((f'{kind}per_predicate_recall@{k}', p), []).append(of_p)
     figures = {name: np.mean(values) for name, values in lists.items() if isinstance(name, str)}
     for kind in ('', 'ng-'):
         for k in K:
@@ -105,8 +110,9 @@ def plain_strict(predictions, truths, task, zero_shot, n_predicates):
                 np.mean(lists.get((f'{kind}per_predicate_recall@{k}', p), 0))
                 for p in range(n_predicates)]
             r, m = figures[f'{kind}R@{k}'], np.mean(each)
-            figures.update({f'{kind}mR@{k}': m, f'{kind}F@{k}': 2 * r * m / (r + m) if r + m
-                            else 0., f'A@{k}': np.mean(sums[f'A@{k}'])})
+            figures[f'{kind}mR@{k}'] = m
+            figures[f'{kind}F@{k}'] = 2 * r * m / (r + m) if r + m else 0.
+            figures[f'A@{k}'] = np.mean(sums[f'A@{k}'])
     return figures
 
 
@@ -117,16 +123,16 @@ def scenes(draw, n_predicates=5, classes=2):
 
     Equal products alone are left out."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    n, r, m, q = draw(st.integers(1, 5)), draw(st.integers(1, 8)), draw(st.integers(1,
-        9)), draw(st.sampled_from([0, 1, 6, 40]))
+    n, r, m = (draw(st.integers(1, high)) for high in (5, 8, 9))
+    q = draw(st.sampled_from([0, 1, 6, 40]))
     corner = rng.integers(0, 9, (n, 2))
     truth = SceneGraph(np.column_stack([corner, corner + rng.integers(5, 12, (n, 2))]),
                        rng.integers(0, classes, n),
                        np.column_stack([rng.integers(0, n, (r, 2)),
                                         rng.integers(0, n_predicates, r)]))
     source = rng.integers(0, n, m)
-    boxes = np.sort((truth.boxes.numpy()[source] + rng.integers(-2, 3, (m, 4))).reshape(m, 2, 2),
-                    axis=1).reshape(m, 4)
+    moved = truth.boxes.numpy()[source] + rng.integers(-2, 3, (m, 4))
+    boxes = np.sort(moved.reshape(m, 2, 2), axis=1).reshape(m, 4)
     labels = np.where(rng.uniform(size=m) < .8, truth.labels.numpy()[source],
                       rng.integers(0, classes, m))
     predicates = rng.uniform(size=(q, n_predicates)) * (rng.uniform(size=(q, n_predicates)) < .7)
@@ -135,7 +141,7 @@ def scenes(draw, n_predicates=5, classes=2):
 
 
 def on_truth(prediction, truth):
-    "The same scores for objects of the truth, whose number may be another."
+    "The same scores for the objects of the truth, which may be fewer or more."
     at = np.arange(len(truth)) % len(prediction)
     return Prediction(truth.boxes, prediction.labels[at], prediction.scores[at],
                       prediction.pairs % len(truth), prediction.predicates, truth.size)
@@ -150,8 +156,8 @@ def test_agrees_with_the_definition(cases, task):
     evaluator = Evaluator(task, 5, zero_shot, 'strict')
     for prediction, truth in zip(predictions, truths): evaluator.update(prediction, truth)
     figures, expected = evaluator.compute(), plain_strict(predictions, truths, task, zero_shot, 5)
-    assert figures.pop('truths_per_predicate') == np.sum([t.relations.unique(dim=0)[:,
-        2].bincount(minlength=5).numpy() for t in truths], 0).tolist()
+    counts = [t.relations.unique(dim=0)[:, 2].bincount(minlength=5).numpy() for t in truths]
+    assert figures.pop('truths_per_predicate') == np.sum(counts, 0).tolist()
     for name, value in figures.items():
         np.testing.assert_allclose(value, expected.get(name, math.nan), rtol=0, atol=1e-9,
                                    err_msg=name)
@@ -159,59 +165,61 @@ def test_agrees_with_the_definition(cases, task):
 
 
 def test_one_to_one_is_greedy_by_score():
-    """The rounds of asking and refusing against detections that choose one after another; overlaps
-    are seldom equal."""
-    rng, shared, refused = np.random.default_rng(0), 0, 0
+    """The rounds of proposals against detections that choose one after another; overlaps are seldom
+    equal."""
+    rng, shared, rejected = np.random.default_rng(0), 0, 0
     for _ in range(400):
         overlap = rng.uniform(0, 1, rng.integers(1, 6, 2))
-        own = {}
+        matched = {}
         for i in range(overlap.shape[1]):
-            free = [t for t in range(len(overlap)) if t not in own and overlap[t, i] >= .5]
-            if free: own[max(free, key=lambda t: overlap[t, i])] = i
-            refused += bool(free) and max(free, key=lambda t: overlap[t, i]) != overlap[:,
-                i].argmax()
-        left = {t: int((row >= .5).argmax()) for t, row in enumerate(overlap) if t not in own
-                and (row >= .5).any()}
+            free = [t for t in range(len(overlap)) if t not in matched and overlap[t, i] >= .5]
+            if not free: continue
+            best = max(free, key=lambda t: overlap[t, i])
+            matched[best] = i
+            rejected += best != overlap[:, i].argmax()
+        left = {t: int((row >= .5).argmax()) for t, row in enumerate(overlap)
+                if t not in matched and (row >= .5).any()}
         shared += bool(left) and bool(((overlap >= .5).sum(1) > 1).any())
-        assert {t: i for t, i in np.argwhere(_own(overlap)).tolist()} == own | left
-    assert shared > 20 and refused > 20
+        assert {t: i for t, i in np.argwhere(_one_to_one(overlap)).tolist()} == matched | left
+    assert shared > 20 and rejected > 20
 
 
-# What it promises
+# What it guarantees
 
 @settings(max_examples=200, deadline=None)
 @given(case=scenes(), seed=st.integers(0, 2**32 - 1))
 def test_a_copy_buys_no_second_guess_whatever_it_says(case, seed):
-    """Copies of objects that speak, of no better score, guess at pairs for which the originals have
-    spoken, right and with certainty.
+    """Copies of kept objects, of no better score, repeat pairs of the originals with a right guess
+    and score 1.
 
-    Not a figure moves, so R@K with graph constraint never rises."""
+    No figure changes, so R@K with graph constraint never rises."""
     prediction, truth = case
     rng, n = np.random.default_rng(seed), len(prediction)
-    own, labels = prediction.boxes.tolist(), prediction.labels.tolist()
+    originals, labels = prediction.boxes.tolist(), prediction.labels.tolist()
     claims = [pair for pair, row in zip(prediction.pairs.tolist(), prediction.predicates.tolist())
               if prediction.scores[pair].prod() * max(row) > 0]
-    speaker = speakers(own, labels, prediction.scores.tolist(), claims)
-    taken = [pair for pair in claims if all(speaker[i] == i for i in pair)]
+    kept = deduplicate(originals, labels, prediction.scores.tolist(), claims)
+    taken = [pair for pair in claims if all(kept[i] == i for i in pair)]
     if not taken: return
     pairs = np.array(taken)[rng.integers(0, len(taken), 12)]
     # a copy of either end of each pair, moved if it stays a copy of that object first of all
     sources, boxes = pairs.ravel(), []
     for i in sources:
-        moved = (np.array(own[i]) + rng.integers(-1, 2, 4)).tolist()
-        fits = {k: iou(moved, own[k]) for k in speaker if speaker[k] == k
-                and labels[k] == labels[i]} if moved[0] < moved[2] and moved[1] < moved[3] else {
-            i: 0}
-        boxes.append(moved if fits[i] >= .5 and max(fits, key=fits.get) == i else own[i])
+        moved = (np.array(originals[i]) + rng.integers(-1, 2, 4)).tolist()
+        fits = {i: 0}
+        if moved[0] < moved[2] and moved[1] < moved[3]:
+            fits = {k: iou(moved, originals[k]) for k in kept
+                    if kept[k] == k and labels[k] == labels[i]}
+        boxes.append(moved if fits[i] >= .5 and max(fits, key=fits.get) == i else originals[i])
     ends = n + np.arange(24).reshape(12, 2)
-    copies = np.where(rng.uniform(size=(12, 1)) < .4, ends,
-                      np.where(rng.permuted(np.tile([True, False], (12, 1)), axis=1), ends, pairs))
+    both = rng.uniform(size=(12, 1)) < .4
+    one = rng.permuted(np.tile([True, False], (12, 1)), axis=1)
+    copies = np.where(both | one, ends, pairs)
     right = truth.relations[rng.integers(0, len(truth.relations), 12), 2]
+    scores = prediction.scores[sources] * torch.tensor(rng.choice([.5, 1.], 24))
     copied = Prediction(torch.cat([prediction.boxes, torch.tensor(boxes)]),
                         torch.cat([prediction.labels, prediction.labels[sources]]),
-                        torch.cat([prediction.scores,
-                                   prediction.scores[sources] * torch.tensor(rng.choice([.5, 1.],
-        24))]),
+                        torch.cat([prediction.scores, scores]),
                         torch.cat([prediction.pairs, torch.tensor(copies)]),
                         torch.cat([prediction.predicates, torch.eye(5)[right]]))
     before, after = strict([prediction], [truth]), strict([copied], [truth])
@@ -233,7 +241,7 @@ def test_one_guess_for_a_pair_of_objects(case, task):
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), task=st.sampled_from(TASKS))
 def test_without_traps_it_is_the_reference(seed, task):
-    """Objects apart and found once, pairs delivered by product, no truth twice: all figures are
+    """Objects apart and found once, pairs in the order of products, no truth twice: all figures are
     those of the reference."""
     rng = np.random.default_rng(seed)
     n, p = 8, 4
@@ -243,8 +251,8 @@ def test_without_traps_it_is_the_reference(seed, task):
                        np.column_stack([ends[:9], rng.integers(0, p, 9)]))
     labels = np.where(rng.uniform(size=n) < .7, truth.labels, rng.integers(0, 3, n))
     scores = rng.uniform(.1, 1, n).astype(np.float32)
-    pairs, predicates = ends[rng.permutation(56)[:40]], rng.uniform(.01, 1,
-        (40, p)).astype(np.float32)
+    pairs = ends[rng.permutation(56)[:40]]
+    predicates = rng.uniform(.01, 1, (40, p)).astype(np.float32)
     value = predicates.max(1) * (1 if task == 'predcls' else scores[pairs].prod(1))
     order = np.argsort(-value)
     prediction = Prediction(boxes + rng.integers(-10, 11, (n, 4)), labels, scores, pairs[order],
@@ -265,11 +273,10 @@ def test_the_truth_scores_one():
                          torch.eye(2)[truth.relations[:, 2]])
     for task in TASKS:
         figures = strict([perfect], [truth], task)
-        assert all(figures[f'{kind}@20'] == 1 for kind in ('R', 'mR', 'ng-R', 'microR', 'F',
-            'ng-F'))
+        for kind in ('R', 'mR', 'ng-R', 'microR', 'F', 'ng-F'): assert figures[f'{kind}@20'] == 1
 
 
-# Traps by hand
+# Cases by hand
 
 CUP, TABLE, ON, NEAR = 0, 1, 0, 1
 scene = SceneGraph([[40, 10, 60, 40], [0, 40, 100, 90]], [CUP, TABLE], [[0, 1, ON]])
@@ -288,10 +295,10 @@ def recalls(prediction, truth=scene, task='sgdet', name='R@20'):
 
 @pytest.mark.parametrize('second', [[40, 10, 60, 40], [41, 12, 62, 41], [46, 10, 66, 40]])
 def test_a_copy_buys_no_second_guess(second):
-    # the last pair stands astride the cup, apart from one another
+    # the last two boxes lie on either side of the cup, apart from one another
     cups = [[34, 10, 54, 40] if second[0] == 46 else [40, 10, 60, 40], second]
     assert recalls(said(cups, [.9, .8], [[.1, .8], [1., 0.]])) == [1, 0]
-    # of equal scores the earlier speaks
+    # of equal scores the earlier is kept
     assert recalls(said(cups, [.9, .9], [[.1, .8], [1., 0.]])) == [1, 0]
     # the guess of the better box, and no other
     assert recalls(said(cups, [.8, .9], [[.1, .8], [1., 0.]])) == [1, 1]
@@ -299,35 +306,35 @@ def test_a_copy_buys_no_second_guess(second):
 
 
 def test_a_copy_may_make_a_first_guess():
-    """The better box has said nothing of the second table.
+    """The better box makes no claim about the second table.
 
-    The copy's claim is the object's own, with its box and score."""
+    The copy's claim becomes one of the better box, with its box and score."""
     truth = SceneGraph([*scene.boxes.tolist(), [200, 40, 300, 90]], [CUP, TABLE, TABLE],
                        [[0, 1, ON], [0, 2, NEAR]])
     boxes, labels = [*truth.boxes.tolist(), [44, 10, 64, 40]], [CUP, TABLE, TABLE, CUP]
     for scores, name in (([.9, 1, 1, .3], 'the copy is weaker'),
-                         ([.3, 1, 1, .9], 'the copy speaks')):
+                         ([.3, 1, 1, .9], 'the copy is kept')):
         prediction = Prediction(boxes, labels, scores, [[0, 1], [3, 2]], [[1., 0], [0, 1.]])
         assert recalls(prediction, truth) == [1, 1], name
     far = Prediction([[44, 10, 64, 40], *boxes[1:3], [50, 10, 70, 40]], labels, [.9, 1, 1, .3],
                      [[0, 1], [3, 2]], [[1., 0], [0, 1.]])
-    # the copy shares 10/30 with the true cup, but 14/26 with the box that speaks for it
+    # the copy shares 10/30 with the true cup, but 14/26 with the box that it repeats
     assert recalls(far, truth) == [1/2, 1]
 
 
 def test_a_claim_of_a_copy_ranks_by_the_score_of_the_object():
-    """Twenty pairs at 0.5; the copy's claim is worth 0.1 * 0.9, but it is a claim of the object, 1
-    * 0.9."""
+    """Twenty pairs at 0.5; the copy's claim has a product of 0.1 * 0.9, but as a claim of the object
+    it has 1 * 0.9."""
     boxes = [[100 * i, 0, 100 * i + 50, 50] for i in range(22)]
     truth = SceneGraph(boxes, range(22), [[0, 21, 0]])
     pairs = [[i, i + 1] for i in range(1, 21)] + [[0, 1], [22, 21]]
     prediction = Prediction([*boxes, [2, 0, 52, 50]], [*range(22), 0], [1.] * 22 + [.1], pairs,
                             [[.5]] * 20 + [[.1], [.9]])
-    assert recalls(prediction, truth) == [0, 1] and recalls(prediction, truth,
-        name='ng-R@20') == [0, 1]
+    assert recalls(prediction, truth) == [0, 1]
+    assert recalls(prediction, truth, name='ng-R@20') == [0, 1]
 
 
-def test_the_better_boxes_are_heard():
+def test_the_pair_of_the_better_boxes_is_kept():
     """Of copies that guess at the same pair the one whose weaker box is better, even where the
     product of the scores says otherwise."""
     cup, copy, table, slab = [40, 10, 60, 40], [41, 10, 61, 40], [0, 40, 100, 90], [1, 40, 101, 90]
@@ -343,13 +350,13 @@ def test_a_copy_of_another_class_is_another_object():
 
 
 def test_copies_take_no_ranks():
-    "Twenty-five copies that all say the wrong thing do not push the twentieth pair out."
+    "Twenty-five copies that all make a wrong claim do not push the right pair out."
     cups = [[40, 10, 60, 40]] * 25 + [[300, 10, 320, 40]]
     truth = SceneGraph([*scene.boxes.tolist(), cups[-1]], [CUP, TABLE, CUP], [[2, 1, ON]])
     assert recalls(said(cups, [.9] * 25 + [.1], [[0, 1.]] * 25 + [[1., 0]]), truth) == [0, 1]
 
 
-def test_an_object_without_a_claim_silences_nobody():
+def test_an_object_without_a_claim_removes_no_other():
     better = Prediction([[40, 10, 60, 40], [41, 10, 61, 40], [0, 40, 100, 90]], [CUP, CUP, TABLE],
                         [.9, .5, 1], [[1, 2], [0, 2]], [[1., 0], [0., 0]])
     assert recalls(better) == [1, 1]
@@ -410,17 +417,17 @@ def test_nothing_said_is_nothing_found():
     nothing = Prediction([], [], [], [], torch.zeros(0, 2))
     full = said([[40, 10, 60, 40]], [1], [[1., 0]])
     figures = strict([full, nothing, nothing, nothing], [scene] * 3 + [SceneGraph([], [], [])])
-    assert math.isclose(figures['R@20'], 1/3) and math.isclose(figures['microR@20'],
-        1/3) and math.isclose(figures['mR@20'], 1/6)
-    assert math.isclose(figures['F@20'], 2 / (3 + 6)) and figures['truths_per_predicate'] == [3, 0]
+    for name, value in {'R@20': 1/3, 'microR@20': 1/3, 'mR@20': 1/6, 'F@20': 2 / (3 + 6)}.items():
+        assert math.isclose(figures[name], value), name
+    assert figures['truths_per_predicate'] == [3, 0]
     assert strict([nothing], [scene])['F@100'] == 0 and math.isnan(strict([], [])['microR@20'])
 
 
-def test_a_repeated_pair_speaks_once_and_at_its_best():
+def test_a_repeated_pair_counts_once_and_at_its_best():
     twice = Prediction(scene.boxes, scene.labels, [1, 1], [[0, 1], [0, 1]], [[.2, .6], [.5, .1]])
     for task in TASKS:
-        assert recalls(twice, task=task) == [1, 0] and recalls(twice, task=task,
-            name='ng-R@20') == [1, 1]
+        assert recalls(twice, task=task) == [1, 0]
+        assert recalls(twice, task=task, name='ng-R@20') == [1, 1]
     twice.predicates[1, 0] = .7
     for task in TASKS: assert recalls(twice, task=task) == [1, 1]
 
@@ -461,8 +468,8 @@ def test_intervals_cover_the_truth():
     mean = shown @ [.65, .55, .45, .35] / shown.sum()
     truth = {'R@20': .5, 'microR@100': .45, 'mR@50': mean, 'F@20': mean / (.5 + mean)}
     found = [intervals(world(rng, 60), n=200, seed=seed) for seed in range(60)]
-    assert set(found[0]) == {f'{g}{kind}@{k}' for g in ('', 'ng-') for kind in ('R', 'mR', 'microR',
-        'F') for k in K}
+    assert set(found[0]) == {f'{g}{kind}@{k}' for g in ('', 'ng-')
+                             for kind in ('R', 'mR', 'microR', 'F') for k in K}
     for name, value in truth.items():
         covered = np.mean([low <= value <= high for low, high in (f[name] for f in found)])
         assert .87 <= covered <= 1, (name, covered)
@@ -528,8 +535,7 @@ def test_keeping_is_a_choice():
     def held(evaluator):
         return sum(np.asarray(value).nbytes for value in vars(evaluator).values()
                    if not isinstance(value, list))
-    few, many = world(np.random.default_rng(0), 5, keep=False), world(np.random.default_rng(0), 50,
-        keep=False)
+    few, many = (world(np.random.default_rng(0), images, keep=False) for images in (5, 50))
     assert few.kept is many.kept is None and held(few) == held(many)
     assert len(world(np.random.default_rng(0), 50).kept) == 50
 
@@ -547,15 +553,15 @@ def test_groups_keep_their_rule(counts):
     assert tail.sum() <= counts.sum() / 20
     rest = counts[groups == 'body']
     if len(rest):
-        assert head.min() >= rest.max() and (not len(tail)
-                                             or rest.min() >= tail.max()) and tail.sum() + rest.min() > counts.sum() / 20
+        assert head.min() >= rest.max() and (not len(tail) or rest.min() >= tail.max())
+        assert tail.sum() + rest.min() > counts.sum() / 20
 
 
 def test_group_recall_and_mean_recall_agree():
     figures = world(np.random.default_rng(2), 40).compute()
     means = group_recall(figures, np.array(['head', 'body', 'body']))
-    assert math.isclose((means['head']['ng-R@50'] + 2 * means['body']['ng-R@50']) / 3,
-                        figures['ng-mR@50']) and math.isnan(means['tail']['R@20'])
+    mean = (means['head']['ng-R@50'] + 2 * means['body']['ng-R@50']) / 3
+    assert math.isclose(mean, figures['ng-mR@50']) and math.isnan(means['tail']['R@20'])
     with pytest.raises(ValueError, match='2 groups for figures of 3'):
         group_recall(figures, ['head', 'tail'])
     with pytest.raises(ValueError, match="protocol='strict'"):
@@ -571,5 +577,5 @@ def test_predicate_table_escapes_names(name):
     assert '<script' not in html + markdown and len(html + markdown) < 5000
     lines = markdown.strip().splitlines()
     assert len(lines) == 8 and len({line.replace(r'\|', '').count('|') for line in lines}) == 1
-    assert lines[2].startswith('| on | head | 60 |') and '| tail | 1 |' in lines[4] and lines[
-        5].startswith('| mean of head | head | 60 |')
+    assert lines[2].startswith('| on | head | 60 |') and '| tail | 1 |' in lines[4]
+    assert lines[5].startswith('| mean of head | head | 60 |')

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as T
 
 from .. import checkpoint, decode
-from ..data import centred, network_input
+from ..augmentation import centred
+from ..data import network_input
 from ..graph import Prediction, Vocabulary
 from .display import DEFAULTS, PicturePrediction
 from ..io.archives import FORMATS, MAX_PIXELS, FolderSource, read_picture
