@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..datasets.images import read_listing
+from ..datasets.listing import read_listing
 from . import maps as depth
 from .depth_file import DepthFile, PfmFolder, depth_path, finish_parts, model_tag
 from ..io.devices import choose_device
@@ -233,7 +233,7 @@ def merge_depth(database, model=MODEL):
 # %% ../../nbs/depth/04_estimators.ipynb #originals
 class Originals:
     """The photographs themselves, in the order of the listing in `folder`, from opened `sources`
-    (see `stdg.datasets.images.open_sources`): to be given to `estimate_depth` in place of a
+    (see `stdg.io.archives.open_sources`): to be given to `estimate_depth` in place of a
     database."""
     def __init__(self, folder, sources):
         self.folder, self.listing, self.sources = Path(folder), read_listing(folder), sources
