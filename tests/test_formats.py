@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from stdg.datasets.coco import image_number, read_own, scaled_boxes, to_coco, write_database
+from stdg.datasets.annotations import image_number
+from stdg.datasets.coco import read_own, scaled_boxes, to_coco, write_database
 from stdg.datasets.public import read_gqa, read_open_images, read_psg
 from stdg.datasets.visual_genome import Database, write_annotations, write_images
 from stdg.graph import SceneGraph, Vocabulary

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 from sample_pictures import CAT, FORK, forks, saved, small, zipped
 
-from stdg.datasets import images as pictures
-from stdg.datasets.images import check_pictures, make_images, read_listing, scaled_size
-from stdg.datasets.visual_genome import Database, annotation_file
+from stdg.datasets import images, listing
+from stdg.datasets.images import make_images, scaled_size
+from stdg.datasets.listing import check_pictures, read_listing
+from stdg.datasets.vg_files import annotation_file
+from stdg.datasets.visual_genome import Database
 from stdg.graph import Vocabulary
 from stdg.io.archives import open_sources, picture_size, read_picture
 
@@ -46,7 +48,7 @@ def test_every_problem_is_counted_and_named(tmp_path):
                wrong_size=[(8, '8.jpg', 41, 30), (9, '9.jpg', 30, 40)])
     report = check(tmp_path/'db', good + list(itertools.chain.from_iterable(bad.values())), sources)
     assert report['counts'] == {kind: len(bad.get(kind, []))
-                                for kind in pictures.PROBLEMS} and report[
+                                for kind in listing.PROBLEMS} and report[
         'pictures'] == 4 and report['entries'] == 4 + sum(map(len, bad.values()))
     text = ' '.join(itertools.chain.from_iterable(report['problems'].values()))
     for part in ("entry 4, ('7', '7.jpg'", 'image 2 (entry 18, 5.jpg) occurs before',
@@ -61,14 +63,14 @@ def test_visual_genome_counts_and_the_four_known_files(tmp_path):
     sources = open_sources([zipped(tmp_path/'images.zip',
                                    [(f'VG_100K/{i}.jpg', saved(small(i))) for i in ids])])
     report = check(tmp_path/'db', [(i, f'{i}.jpg', 40, 30) for i in ids], sources,
-                   skip=pictures.VG_CORRUPTED, expected=pictures.VG_EXPECTED)
+                   skip=listing.VG_CORRUPTED, expected=listing.VG_EXPECTED)
     assert report['skipped'] == [1592, 1722, 4616, 4617] and not any(report['counts'].values())
     assert report['warnings'][:2] == ['6 entries, 108,077 are expected',
                                       '2 sound pictures, 108,073 are expected']
-    listing = read_listing(tmp_path/'db')
-    assert listing.image_ids.tolist() == [1591, 4618] and listing.valid_idx.tolist() == [0, 5]
+    found = read_listing(tmp_path/'db')
+    assert found.image_ids.tolist() == [1591, 4618] and found.valid_idx.tolist() == [0, 5]
     assert check(tmp_path/'db', [(i, f'{i}.jpg', 40, 30) for i in ids], sources,
-                 skip=pictures.VG_CORRUPTED, expected=(6, 2))['warnings'] == []
+                 skip=listing.VG_CORRUPTED, expected=(6, 2))['warnings'] == []
 
 
 def test_nothing_there_is_an_error_and_leaves_the_listing_alone(tmp_path):
@@ -84,7 +86,7 @@ def test_nothing_there_is_an_error_and_leaves_the_listing_alone(tmp_path):
 
 
 def test_too_little_disk_is_a_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures.shutil, 'disk_usage',
+    monkeypatch.setattr(listing.shutil, 'disk_usage',
                         lambda folder: type('', (), dict(free=10_000)))
     report = check(tmp_path/'db', plain(3), archive(tmp_path))
     assert 'are needed at the peak, 0.0 GB are free' in report['warnings'][0] and report['disk'][
@@ -96,7 +98,7 @@ def test_the_same_check_is_not_done_twice_another_one_is(tmp_path, monkeypatch):
     folder.mkdir()
     for i in range(4): (folder/f'{i}.jpg').write_bytes(saved(small(i)))
     (folder/'2.jpg').write_bytes(saved(small(2))[:-200])
-    monkeypatch.setattr(pictures, 'picture_size', lambda data, bound: decoded.append(1)
+    monkeypatch.setattr(listing, 'picture_size', lambda data, bound: decoded.append(1)
                         or picture_size(data, bound))
     first = check(tmp_path/'db', plain(4), open_sources([folder]))
     assert first['counts']['unreadable'] == 1 and len(decoded) == 4
@@ -121,8 +123,8 @@ def _until_killed(function, number, folder):
             if next(left) > number: os.kill(os.getpid(), signal.SIGKILL)
             return read(*args)
         return call
-    pictures._CHECKED, pictures._PART = 4, dict(jpeg=4, canvas=4)
-    pictures.picture_size, pictures.read_picture = counted(picture_size), counted(read_picture)
+    listing._CHECKED, images._PART = 4, dict(jpeg=4, canvas=4)
+    listing.picture_size, listing.read_picture = counted(picture_size), counted(read_picture)
     function(folder)
 
 
@@ -138,8 +140,8 @@ def test_a_killed_check_goes_on(tmp_path, monkeypatch):
     sources, decoded = archive(tmp_path, 22), []
     killed(lambda folder: check(folder, plain(22), sources, workers=1), 11, tmp_path/'db')
     assert not (tmp_path/'db'/'pictures.h5').exists() and not (tmp_path/'db'/'check.json').exists()
-    monkeypatch.setattr(pictures, '_CHECKED', 4)
-    monkeypatch.setattr(pictures, 'picture_size', lambda data, bound: decoded.append(1)
+    monkeypatch.setattr(listing, '_CHECKED', 4)
+    monkeypatch.setattr(listing, 'picture_size', lambda data, bound: decoded.append(1)
                         or picture_size(data, bound))
     report = check(tmp_path/'db', plain(22), sources)
     # one worker runs a few pictures ahead of the part that it fills
@@ -179,9 +181,9 @@ def test_killed_twice_and_in_three_shards_it_is_the_same_file(tmp_path, layout, 
         killed(lambda folder: make_images(folder, sources, 32, layout, workers=1, progress=False),
                number, tmp_path/'db')
     assert not (tmp_path/'db'/'imdb_32.h5').exists()
-    monkeypatch.setattr(pictures, '_PART', dict(jpeg=4, canvas=4))
+    monkeypatch.setattr(images, '_PART', dict(jpeg=4, canvas=4))
     read = []
-    monkeypatch.setattr(pictures, 'read_picture', lambda data,
+    monkeypatch.setattr(listing, 'read_picture', lambda data,
                         bound: read.append(1) or read_picture(data, bound))
     assert same(stored(make_images(tmp_path/'db', sources, 32, layout, progress=False)),
                 whole) and 6 <= len(read) <= 18
@@ -197,19 +199,19 @@ def test_killed_twice_and_in_three_shards_it_is_the_same_file(tmp_path, layout, 
 
 
 def test_two_shards_may_end_at_the_same_moment(tmp_path, monkeypatch):
-    sources, merge = archive(tmp_path), pictures.Parts.merge
+    sources, merge = archive(tmp_path), images.Parts.merge
     check(tmp_path/'db', plain(12), sources)
     def late(self, **columns):
         merge(self, **columns)  # the other shard's
         return merge(self, **columns)
-    monkeypatch.setattr(pictures.Parts, 'merge', late)
+    monkeypatch.setattr(images.Parts, 'merge', late)
     assert make_images(tmp_path/'db', sources, 32, progress=False).exists()
 
 
 def test_a_broken_part_is_named(tmp_path, monkeypatch):
     sources = archive(tmp_path)
-    monkeypatch.setattr(pictures, '_PART', dict(jpeg=4, canvas=4))
-    for layout in pictures.LAYOUTS:
+    monkeypatch.setattr(images, '_PART', dict(jpeg=4, canvas=4))
+    for layout in listing.LAYOUTS:
         check(tmp_path/layout, plain(12), sources)
         make_images(tmp_path/layout, sources, 32, layout, shard=(0, 2), progress=False)
         part = tmp_path/layout/'imdb_32-parts'/'part-000002.h5'
@@ -232,12 +234,12 @@ def test_other_settings_are_refused_by_name(tmp_path):
     make_images(tmp_path/'db', sources, 32, progress=False)
     for options, why in [(dict(quality=90), r'quality 95 \(asked: 90\)'),
                          (dict(layout='canvas'), r'layout jpeg \(asked: canvas\)')]:
-        with pytest.raises(ValueError, match=f'imdb_32.h5 was made otherwise: .*{why}'):
+        with pytest.raises(ValueError, match=f'imdb_32.h5 was made with other settings: .*{why}'):
             make_images(tmp_path/'db', sources, 32, progress=False, **options)
     check(tmp_path/'db', plain(11), sources)
     with pytest.raises(ValueError, match='other image_ids than pictures.h5'):
         make_images(tmp_path/'db', sources, 32, progress=False)
-    pictures.Parts(tmp_path/'db'/'imdb_16.h5', 'jpeg', np.arange(11), layout='jpeg', quality=90)
+    images.Parts(tmp_path/'db'/'imdb_16.h5', 'jpeg', np.arange(11), layout='jpeg', quality=90)
     with pytest.raises(ValueError, match=r'imdb_16-parts holds parts of something else: quality 90 '
                        r'\(asked: 95\)'):
         make_images(tmp_path/'db', sources, 16, progress=False)
@@ -289,7 +291,7 @@ def test_database_reads_both_layouts(tmp_path):
         wanted[int(name[0])] = np.asarray(picture.convert('RGB').resize((int(picture.width * f),
             max(int(picture.height * f), 1)), Image.Resampling.BILINEAR))
     databases = []
-    for layout in pictures.LAYOUTS:
+    for layout in listing.LAYOUTS:
         check(tmp_path/layout,
               [(int(name[0]), name, *sides.get(int(name[0]), (None, None))) for name in files],
               sources)

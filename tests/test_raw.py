@@ -17,10 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stdg.datasets import vg_raw as raw
-from stdg.datasets.images import Listing, write_listing
-from stdg.datasets.vg_raw import RAW, make_database, merge_boxes
-from stdg.datasets.visual_genome import Database, to_corners, write_images
+from stdg.datasets import vg_rules
+from stdg.datasets.listing import Listing, write_listing
+from stdg.datasets.vg_files import to_corners
+from stdg.datasets.vg_raw import RAW, make_database
+from stdg.datasets.vg_rules import merge_boxes
+from stdg.datasets.visual_genome import Database, write_images
 
 OBJECTS, PREDICATES = ['cup', 'man', 'person', 'table'], ['near', 'on']
 FILES = {'object_alias.txt': 'cup,mug\nman,guy\n', 'predicate_alias.txt': 'on,on top of\n',
@@ -332,7 +334,7 @@ def test_stopped_while_the_database_is_written(tmp_path, monkeypatch):
                  relationships=[dict(image_id=7, relationships=[])])
     def stop(*args): raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(raw, 'encode_boxes', stop)
+        patch.setattr(vg_rules, 'encode_boxes', stop)
         with pytest.raises(KeyboardInterrupt): made(tmp_path, lists, [(7, 0, 100, 100)])
     assert [p.name for p in (tmp_path/'db').iterdir()] == ['pictures.h5']
     assert made(tmp_path, lists, [(7, 0, 100, 100)])['counts']['objects kept'] == 2
