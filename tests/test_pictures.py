@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import tracemalloc
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 from sample_pictures import CAT, FORK, forks, saved, small, zipped
 
-from stdg.datasets import images as pictures
-from stdg.datasets.images import check_pictures, make_images, read_listing, scaled_size
-from stdg.datasets.visual_genome import Database, annotation_file
+from stdg.datasets import images, listing
+from stdg.datasets.images import make_images, scaled_size
+from stdg.datasets.listing import check_pictures, read_listing
+from stdg.datasets.vg_files import annotation_file
+from stdg.datasets.visual_genome import Database
 from stdg.graph import Vocabulary
 from stdg.io.archives import open_sources, picture_size, read_picture
 
@@ -25,9 +28,8 @@ from stdg.io.archives import open_sources, picture_size, read_picture
 def plain(n, start=0): return [(start + i, f'{start + i}.jpg', 40, 30) for i in range(n)]
 
 def archive(tmp_path, n=12):
-    return open_sources([zipped(tmp_path/'images.zip',
-                                [(f'VG_100K/{i}.jpg', saved(small(i), quality=95))
-                                 for i in range(n)])])
+    members = [(f'VG_100K/{i}.jpg', saved(small(i), quality=95)) for i in range(n)]
+    return open_sources([zipped(tmp_path/'images.zip', members)])
 
 def check(folder, entries, sources, **options):
     return check_pictures(folder, entries, sources, progress=False, **options)
@@ -44,51 +46,49 @@ def test_every_problem_is_counted_and_named(tmp_path):
                duplicate_id=[(2, '5.jpg', 40, 30)],
                missing=[(50, '50.jpg', 40, 30), (51, '../../../etc/passwd', None, None)],
                wrong_size=[(8, '8.jpg', 41, 30), (9, '9.jpg', 30, 40)])
-    report = check(tmp_path/'db', good + list(itertools.chain.from_iterable(bad.values())), sources)
-    assert report['counts'] == {kind: len(bad.get(kind, []))
-                                for kind in pictures.PROBLEMS} and report[
-        'pictures'] == 4 and report['entries'] == 4 + sum(map(len, bad.values()))
+    entries = good + list(itertools.chain.from_iterable(bad.values()))
+    report = check(tmp_path/'db', entries, sources)
+    assert report['counts'] == {kind: len(bad.get(kind, [])) for kind in listing.PROBLEMS}
+    assert report['pictures'] == 4 and report['entries'] == len(entries)
     text = ' '.join(itertools.chain.from_iterable(report['problems'].values()))
-    for part in ("entry 4, ('7', '7.jpg'", 'image 2 (entry 18, 5.jpg) occurs before',
-                 'image 50: 50.jpg', 'image 8: VG_100K/8.jpg has 40 x 30 pixels, 41 x 30 are '
-                 'announced', '30 x 40 are announced (is it to be turned'):
+    for part in ("entry 4, ('7', '7.jpg'", 'image 2 (entry 18, 5.jpg) occurs before', 'image 50: 50.jpg',
+                 'image 8: VG_100K/8.jpg has 40 x 30 pixels, 41 x 30 are announced',
+                 '30 x 40 are announced (is it to be turned'):
         assert part in text
     assert read_listing(tmp_path/'db').image_ids.tolist() == [0, 1, 2, 3]
 
 
 def test_visual_genome_counts_and_the_four_known_files(tmp_path):
     ids = (1591, 1592, 1722, 4616, 4617, 4618)
-    sources = open_sources([zipped(tmp_path/'images.zip',
-                                   [(f'VG_100K/{i}.jpg', saved(small(i))) for i in ids])])
-    report = check(tmp_path/'db', [(i, f'{i}.jpg', 40, 30) for i in ids], sources,
-                   skip=pictures.VG_CORRUPTED, expected=pictures.VG_EXPECTED)
+    members = [(f'VG_100K/{i}.jpg', saved(small(i))) for i in ids]
+    sources = open_sources([zipped(tmp_path/'images.zip', members)])
+    entries = [(i, f'{i}.jpg', 40, 30) for i in ids]
+    report = check(tmp_path/'db', entries, sources, skip=listing.VG_CORRUPTED, expected=listing.VG_EXPECTED)
     assert report['skipped'] == [1592, 1722, 4616, 4617] and not any(report['counts'].values())
     assert report['warnings'][:2] == ['6 entries, 108,077 are expected',
                                       '2 sound pictures, 108,073 are expected']
-    listing = read_listing(tmp_path/'db')
-    assert listing.image_ids.tolist() == [1591, 4618] and listing.valid_idx.tolist() == [0, 5]
-    assert check(tmp_path/'db', [(i, f'{i}.jpg', 40, 30) for i in ids], sources,
-                 skip=pictures.VG_CORRUPTED, expected=(6, 2))['warnings'] == []
+    found = read_listing(tmp_path/'db')
+    assert found.image_ids.tolist() == [1591, 4618] and found.valid_idx.tolist() == [0, 5]
+    again = check(tmp_path/'db', entries, sources, skip=listing.VG_CORRUPTED, expected=(6, 2))
+    assert again['warnings'] == []
 
 
 def test_nothing_there_is_an_error_and_leaves_the_listing_alone(tmp_path):
     sources = archive(tmp_path)
     check(tmp_path/'db', plain(3), sources)
     before = (tmp_path/'db'/'pictures.h5').read_bytes()
-    for entries, why in [([], 'there are no entries'), (plain(3, 90), "'missing': 3.*image 90: "
-                                                        "90.jpg"), ([(1, '1.jpg', 9, 9)],
-        "'wrong_size': 1")]:
+    for entries, why in [([], 'there are no entries'), (plain(3, 90), "'missing': 3.*image 90: 90.jpg"),
+                         ([(1, '1.jpg', 9, 9)], "'wrong_size': 1")]:
         with pytest.raises(ValueError, match=f'none is there and whole.*images.zip.*{why}'):
             check(tmp_path/'db', entries, sources)
     assert (tmp_path/'db'/'pictures.h5').read_bytes() == before
 
 
 def test_too_little_disk_is_a_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures.shutil, 'disk_usage',
-                        lambda folder: type('', (), dict(free=10_000)))
+    monkeypatch.setattr(listing.shutil, 'disk_usage', lambda folder: SimpleNamespace(free=10_000))
     report = check(tmp_path/'db', plain(3), archive(tmp_path))
-    assert 'are needed at the peak, 0.0 GB are free' in report['warnings'][0] and report['disk'][
-        'needed']['peak'] > report['disk']['free'] == 10_000
+    assert 'are needed at the peak, 0.0 GB are free' in report['warnings'][0]
+    assert report['disk']['needed']['peak'] > report['disk']['free'] == 10_000
 
 
 def test_the_same_check_is_not_done_twice_another_one_is(tmp_path, monkeypatch):
@@ -96,17 +96,15 @@ def test_the_same_check_is_not_done_twice_another_one_is(tmp_path, monkeypatch):
     folder.mkdir()
     for i in range(4): (folder/f'{i}.jpg').write_bytes(saved(small(i)))
     (folder/'2.jpg').write_bytes(saved(small(2))[:-200])
-    monkeypatch.setattr(pictures, 'picture_size', lambda data, bound: decoded.append(1)
-                        or picture_size(data, bound))
-    first = check(tmp_path/'db', plain(4), open_sources([folder]))
+    noted = lambda data, bound: decoded.append(1) or picture_size(data, bound)
+    monkeypatch.setattr(listing, 'picture_size', noted)
+    def again(entries): return check(tmp_path/'db', entries, open_sources([folder]))
+    first = again(plain(4))
     assert first['counts']['unreadable'] == 1 and len(decoded) == 4
-    assert check(tmp_path/'db', iter(plain(4)),
-                 open_sources([folder]))['problems'] == first['problems'] and len(decoded) == 4
+    assert again(iter(plain(4)))['problems'] == first['problems'] and len(decoded) == 4
     (folder/'2.jpg').write_bytes(saved(small(2)))
-    assert check(tmp_path/'db', plain(4),
-                 open_sources([folder]))['pictures'] == 4 and len(decoded) == 8
-    assert check(tmp_path/'db', plain(4)[::-1],
-                 open_sources([folder]))['pictures'] == 4 and len(decoded) == 12
+    assert again(plain(4))['pictures'] == 4 and len(decoded) == 8
+    assert again(plain(4)[::-1])['pictures'] == 4 and len(decoded) == 12
     assert read_listing(tmp_path/'db').image_ids.tolist() == [3, 2, 1, 0]
     (tmp_path/'db'/'check.json').write_text('{"inputs"')
     with pytest.raises(ValueError, match='check.json is not whole JSON.*Remove it and check again'):
@@ -121,8 +119,8 @@ def _until_killed(function, number, folder):
             if next(left) > number: os.kill(os.getpid(), signal.SIGKILL)
             return read(*args)
         return call
-    pictures._CHECKED, pictures._PART = 4, dict(jpeg=4, canvas=4)
-    pictures.picture_size, pictures.read_picture = counted(picture_size), counted(read_picture)
+    listing._CHECKED, images._PART = 4, dict(jpeg=4, canvas=4)
+    listing.picture_size, listing.read_picture = counted(picture_size), counted(read_picture)
     function(folder)
 
 
@@ -138,9 +136,9 @@ def test_a_killed_check_goes_on(tmp_path, monkeypatch):
     sources, decoded = archive(tmp_path, 22), []
     killed(lambda folder: check(folder, plain(22), sources, workers=1), 11, tmp_path/'db')
     assert not (tmp_path/'db'/'pictures.h5').exists() and not (tmp_path/'db'/'check.json').exists()
-    monkeypatch.setattr(pictures, '_CHECKED', 4)
-    monkeypatch.setattr(pictures, 'picture_size', lambda data, bound: decoded.append(1)
-                        or picture_size(data, bound))
+    monkeypatch.setattr(listing, '_CHECKED', 4)
+    noted = lambda data, bound: decoded.append(1) or picture_size(data, bound)
+    monkeypatch.setattr(listing, 'picture_size', noted)
     report = check(tmp_path/'db', plain(22), sources)
     # one worker runs a few pictures ahead of the part that it fills
     assert len(decoded) in (14, 18) and report['pictures'] == 22
@@ -157,8 +155,8 @@ def test_a_killed_check_goes_on(tmp_path, monkeypatch):
 def test_scaled_sizes_are_the_truncated_ones(w, h, size):
     f = size / max(w, h)
     (rows,), (cols,) = scaled_size(np.array([h], np.int32), np.array([w], np.int32), size)
-    assert (rows, cols) == (max(int(h * f), 1), max(int(w * f), 1)) and size - 1 <= max(rows,
-        cols) <= size
+    assert (rows, cols) == (max(int(h * f), 1), max(int(w * f), 1))
+    assert size - 1 <= max(rows, cols) <= size
 
 
 def stored(path):
@@ -179,48 +177,47 @@ def test_killed_twice_and_in_three_shards_it_is_the_same_file(tmp_path, layout, 
         killed(lambda folder: make_images(folder, sources, 32, layout, workers=1, progress=False),
                number, tmp_path/'db')
     assert not (tmp_path/'db'/'imdb_32.h5').exists()
-    monkeypatch.setattr(pictures, '_PART', dict(jpeg=4, canvas=4))
+    monkeypatch.setattr(images, '_PART', dict(jpeg=4, canvas=4))
     read = []
-    monkeypatch.setattr(pictures, 'read_picture', lambda data,
-                        bound: read.append(1) or read_picture(data, bound))
-    assert same(stored(make_images(tmp_path/'db', sources, 32, layout, progress=False)),
-                whole) and 6 <= len(read) <= 18
+    noted = lambda data, bound: read.append(1) or read_picture(data, bound)
+    monkeypatch.setattr(listing, 'read_picture', noted)
+    path = make_images(tmp_path/'db', sources, 32, layout, progress=False)
+    assert same(stored(path), whole) and 6 <= len(read) <= 18
     made = [make_images(tmp_path/'shards', sources, 32, layout, shard=(i, 3), progress=False)
             for i in (2, 0, 1)]
     assert made[:2] == [None, None] and same(stored(made[2]), whole)
     read.clear()
     (tmp_path/'shards'/'imdb_32-parts').mkdir()  # left by a kill after the joining
-    assert make_images(tmp_path/'shards', sources, 32, layout, shard=(0, 3),
-                       progress=False) == made[2] and not read
-    assert sorted(path.name for path in (tmp_path/'shards').iterdir()) == ['check.json',
-        'imdb_32.h5', 'pictures.h5']
+    again = make_images(tmp_path/'shards', sources, 32, layout, shard=(0, 3), progress=False)
+    assert again == made[2] and not read
+    there = sorted(path.name for path in (tmp_path/'shards').iterdir())
+    assert there == ['check.json', 'imdb_32.h5', 'pictures.h5']
 
 
 def test_two_shards_may_end_at_the_same_moment(tmp_path, monkeypatch):
-    sources, merge = archive(tmp_path), pictures.Parts.merge
+    sources, merge = archive(tmp_path), images.Parts.merge
     check(tmp_path/'db', plain(12), sources)
     def late(self, **columns):
         merge(self, **columns)  # the other shard's
         return merge(self, **columns)
-    monkeypatch.setattr(pictures.Parts, 'merge', late)
+    monkeypatch.setattr(images.Parts, 'merge', late)
     assert make_images(tmp_path/'db', sources, 32, progress=False).exists()
 
 
 def test_a_broken_part_is_named(tmp_path, monkeypatch):
     sources = archive(tmp_path)
-    monkeypatch.setattr(pictures, '_PART', dict(jpeg=4, canvas=4))
-    for layout in pictures.LAYOUTS:
+    monkeypatch.setattr(images, '_PART', dict(jpeg=4, canvas=4))
+    for layout in listing.LAYOUTS:
         check(tmp_path/layout, plain(12), sources)
         make_images(tmp_path/layout, sources, 32, layout, shard=(0, 2), progress=False)
         part = tmp_path/layout/'imdb_32-parts'/'part-000002.h5'
         data = part.read_bytes()
         part.write_bytes((part.parent/'part-000000.h5').read_bytes())
-        with pytest.raises(ValueError, match='part-000002.h5 holds other pictures|part-000002.h5 '
-                           'holds other pieces'):
+        with pytest.raises(ValueError, match='part-000002.h5 holds other (pictures|pieces)'):
             make_images(tmp_path/layout, sources, 32, layout, shard=(1, 2), progress=False)
         part.write_bytes(data[:500])
-        with pytest.raises(ValueError, match='part-000002.h5 is not a whole HDF5 file.*Remove it '
-                           'and run the step again'):
+        message = 'part-000002.h5 is not a whole HDF5 file.*Remove it and run the step again'
+        with pytest.raises(ValueError, match=message):
             make_images(tmp_path/layout, sources, 32, layout, progress=False)
         part.unlink()
         assert make_images(tmp_path/layout, sources, 32, layout, progress=False).exists()
@@ -232,14 +229,14 @@ def test_other_settings_are_refused_by_name(tmp_path):
     make_images(tmp_path/'db', sources, 32, progress=False)
     for options, why in [(dict(quality=90), r'quality 95 \(asked: 90\)'),
                          (dict(layout='canvas'), r'layout jpeg \(asked: canvas\)')]:
-        with pytest.raises(ValueError, match=f'imdb_32.h5 was made otherwise: .*{why}'):
+        with pytest.raises(ValueError, match=f'imdb_32.h5 was made with other settings: .*{why}'):
             make_images(tmp_path/'db', sources, 32, progress=False, **options)
     check(tmp_path/'db', plain(11), sources)
     with pytest.raises(ValueError, match='other image_ids than pictures.h5'):
         make_images(tmp_path/'db', sources, 32, progress=False)
-    pictures.Parts(tmp_path/'db'/'imdb_16.h5', 'jpeg', np.arange(11), layout='jpeg', quality=90)
-    with pytest.raises(ValueError, match=r'imdb_16-parts holds parts of something else: quality 90 '
-                       r'\(asked: 95\)'):
+    images.Parts(tmp_path/'db'/'imdb_16.h5', 'jpeg', np.arange(11), layout='jpeg', quality=90)
+    message = r'imdb_16-parts holds parts of something else: quality 90 \(asked: 95\)'
+    with pytest.raises(ValueError, match=message):
         make_images(tmp_path/'db', sources, 16, progress=False)
     with pytest.raises(ValueError, match='quality 0: JPEG has 1 to 100'):
         make_images(tmp_path/'db', sources, 64, quality=0)
@@ -275,8 +272,8 @@ def test_database_reads_both_layouts(tmp_path):
     alpha.putalpha(128)
     files = {'1.jpg': saved(CAT, quality=95), '2.jpg': saved(CAT.convert('L')),
              '3.jpg': saved(CAT.convert('CMYK')), '4.jpg': saved(CAT, exif=turned),
-             '5.png': saved(alpha, 'PNG'),
-             '6.jpg': saved(CAT.resize((40, 31))), '7.jpg': saved(CAT.crop((0, 0, 100, 300))),
+             '5.png': saved(alpha, 'PNG'), '6.jpg': saved(CAT.resize((40, 31))),
+             '7.jpg': saved(CAT.crop((0, 0, 100, 300))),
              '8.png': saved(CAT.crop((0, 0, 300, 2)), 'PNG')}
     sources = open_sources([zipped(tmp_path/'a.zip', files.items())])
     sides = {4: (300, 451)}
@@ -286,37 +283,33 @@ def test_database_reads_both_layouts(tmp_path):
         if picture.mode == 'RGBA':
             picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
         f = 128 / max(picture.size)
-        wanted[int(name[0])] = np.asarray(picture.convert('RGB').resize((int(picture.width * f),
-            max(int(picture.height * f), 1)), Image.Resampling.BILINEAR))
+        size = int(picture.width * f), max(int(picture.height * f), 1)
+        wanted[int(name[0])] = np.asarray(picture.convert('RGB').resize(size, Image.Resampling.BILINEAR))
     databases = []
-    for layout in pictures.LAYOUTS:
-        check(tmp_path/layout,
-              [(int(name[0]), name, *sides.get(int(name[0]), (None, None))) for name in files],
-              sources)
+    for layout in listing.LAYOUTS:
+        entries = [(int(name[0]), name, *sides.get(int(name[0]), (None, None))) for name in files]
+        check(tmp_path/layout, entries, sources)
         make_images(tmp_path/layout, sources, 128, layout, progress=False)
         with annotation_file(tmp_path/layout, Vocabulary(['cat'], ['near']), (128,)) as writer:
             for _ in files: writer.add({128: [[20, 20, 10, 10]]}, [0], [], 0)
         databases.append(Database(tmp_path/layout))
     for i, key in enumerate(wanted):
         packed, canvas = (database.image(i) for database in databases)
-        assert np.array_equal(canvas,
-                              wanted[key]) and packed.shape == canvas.shape and abs(
-            packed.astype(int) - canvas).mean() < 3, key
-    assert canvas.shape[0] == 1 and databases[1].image(3).shape == (128, 85,
-        3) and databases[1].image(5).shape == (99, 128, 3)
+        assert np.array_equal(canvas, wanted[key]) and packed.shape == canvas.shape, key
+        assert abs(packed.astype(int) - canvas).mean() < 3, key
+    assert canvas.shape[0] == 1 and databases[1].image(3).shape == (128, 85, 3)
+    assert databases[1].image(5).shape == (99, 128, 3)
     raw = stored(tmp_path/'canvas'/'imdb_128.h5')
-    assert raw['images'].shape == (8, 3, 128,
-                                   128) and raw['images'].dtype == np.uint8 and not raw['images'][0,
-        :, 85:].any()
-    assert np.array_equal(raw['images'][0, ::-1, :85].transpose(1, 2, 0),
-                          wanted[1]), 'blue-green-red'
+    assert raw['images'].shape == (8, 3, 128, 128) and raw['images'].dtype == np.uint8
+    assert not raw['images'][0, :, 85:].any()
+    rgb = raw['images'][0, ::-1, :85].transpose(1, 2, 0)  # it is blue-green-red in the file
+    assert np.array_equal(rgb, wanted[1])
     columns = ('image_ids', 'valid_idx', 'original_heights', 'original_widths', 'image_heights',
                'image_widths')
-    assert all(raw[name].dtype == np.int32 for name in columns) and [int(raw[name][3])
-        for name in columns] == [4, 3, 451, 300, 128, 85]
-    assert same({name: raw[name] for name in columns},
-                {name: value for name, value in stored(tmp_path/'jpeg'/'imdb_128.h5').items()
-                 if name in columns})
+    assert all(raw[name].dtype == np.int32 for name in columns)
+    assert [int(raw[name][3]) for name in columns] == [4, 3, 451, 300, 128, 85]
+    other = stored(tmp_path/'jpeg'/'imdb_128.h5')
+    assert same({name: raw[name] for name in columns}, {name: other[name] for name in columns})
     with h5py.File(tmp_path/'canvas'/'imdb_128.h5') as file:
         assert file['images'].chunks == (1, 3, 128, 128) and file['images'].compression == 'lzf'
 
@@ -342,8 +335,7 @@ def test_a_hostile_listing_is_refused(tmp_path):
             read_listing(tmp_path/'db')
 
 
-@pytest.mark.skipif(not os.environ.get('STDG_FULL_SIZE'), reason='two minutes: STDG_FULL_SIZE=1 '
-                    'runs it')
+@pytest.mark.skipif(not os.environ.get('STDG_FULL_SIZE'), reason='two minutes: STDG_FULL_SIZE=1 runs it')
 def test_memory_is_flat(tmp_path):
     """Ten times the pictures: the peak grows by at most 2 kB for each, most of it the archive's
     directory."""

@@ -17,10 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stdg.datasets import vg_raw as raw
-from stdg.datasets.images import Listing, write_listing
-from stdg.datasets.vg_raw import RAW, make_database, merge_boxes
-from stdg.datasets.visual_genome import Database, to_corners, write_images
+from stdg.datasets import vg_rules
+from stdg.datasets.listing import Listing, write_listing
+from stdg.datasets.vg_files import to_corners
+from stdg.datasets.vg_raw import RAW, make_database
+from stdg.datasets.vg_rules import merge_boxes
+from stdg.datasets.visual_genome import Database, write_images
 
 OBJECTS, PREDICATES = ['cup', 'man', 'person', 'table'], ['near', 'on']
 FILES = {'object_alias.txt': 'cup,mug\nman,guy\n', 'predicate_alias.txt': 'on,on top of\n',
@@ -57,19 +59,17 @@ def check_whole(folder, rows, summary):
     with h5py.File(folder/'VG-SGG.h5') as file:
         for size in SIZES:
             corners = to_corners(file[f'boxes_{size}'][:])
-            assert (corners >= 0).all() and (corners <= size).all() and (corners[:, 2:] > corners[:,
-                :2]).all()
-    assert len(database) == len(rows) and database.relation_counts().sum() == counts[
-        'relations kept']
+            assert (corners >= 0).all() and (corners <= size).all()
+            assert (corners[:, 2:] > corners[:, :2]).all()
+    assert len(database) == len(rows) and database.relation_counts().sum() == counts['relations kept']
     for i in range(len(rows)):
-        assert (database.graph(i).relations[:, 0] != database.graph(i).relations[:, 1]).all()
-    gone = sum(counts[kind] for kind in counts
-               if kind.startswith('objects merged')) + counts['objects too small'] + counts[
-        'objects without a class']
-    assert counts['objects listed'] + counts['objects added by relations'] == counts[
-        'objects kept'] + gone
-    assert counts['relations listed'] == counts['relations kept'] + sum(counts[kind]
-        for kind in counts if kind.startswith('dropped'))
+        subject, object, _ = database.graph(i).relations.T
+        assert (subject != object).all()
+    def total(start): return sum(n for kind, n in counts.items() if kind.startswith(start))
+    gone = total('objects merged') + counts['objects too small'] + counts['objects without a class']
+    objects = counts['objects listed'] + counts['objects added by relations']
+    assert objects == counts['objects kept'] + gone
+    assert counts['relations listed'] == counts['relations kept'] + total('dropped')
     return database
 
 
@@ -81,8 +81,9 @@ def pair_type(a, b, same):
     r = Fraction(width * height, both) if width > 0 and height > 0 else Fraction(0)
     inside = any(p[0] >= q[0] and p[1] >= q[1] and p[2] <= q[2] and p[3] <= q[3]
                  for p, q in ((a, b), (b, a)))
-    return 1 if a == b or r > Fraction(9, 10) else 2 if inside and same else 3 if r > Fraction(6,
-        10) and same else 0
+    if a == b or r > Fraction(9, 10): return 1
+    if not same: return 0
+    return 2 if inside else 3 if r > Fraction(6, 10) else 0
 
 
 def merged_plainly(boxes, first):
@@ -109,8 +110,8 @@ def merged_plainly(boxes, first):
 
 def encoded_plainly(box, longest, size):
     k, (x, y, w, h) = size / longest, box
-    x, y, w, h = math.floor(k * (x - 1)), math.floor(k * (y - 1)), math.ceil(k * w), math.ceil(k
-        * h)
+    x, y = math.floor(k * (x - 1)), math.floor(k * (y - 1))
+    w, h = math.ceil(k * w), math.ceil(k * h)
     x, y = min(max(x, 0), size - 2), min(max(y, 0), size - 2)
     if x + w >= size: w = size - x
     if y + h >= size: h = size - y
@@ -118,7 +119,8 @@ def encoded_plainly(box, longest, size):
 
 
 def read_plainly(text, aliases):
-    return aliases.get(text.strip().lower().replace('.', ''), text.strip().lower().replace('.', ''))
+    name = text.strip().lower().replace('.', '')
+    return aliases.get(name, name)
 
 
 def image_plainly(objects, relationships, height, width):
@@ -134,13 +136,15 @@ def image_plainly(objects, relationships, height, width):
                             [n[0] for n in names])
     place, things = {}, []
     for i, group, (x1, y1, x2, y2) in groups:
-        for j in [i] + [j for j, _ in group]: place[objects[j]['object_id']] = len(things)
-        things.append(([x1, y1, x2 - x1, y2 - y1],
-                       list(dict.fromkeys(n for j in [i] + [j for j, _ in group]
-                                          for n in names[j]))))
-    return things, [(place.get(r['subject']['object_id']),
-                     read_plainly(r['predicate'], {'on top of': 'on'}),
-                     place.get(r['object']['object_id'])) for r in relationships]
+        members = [i] + [j for j, _ in group]
+        for j in members: place[objects[j]['object_id']] = len(things)
+        found = dict.fromkeys(name for j in members for name in names[j])
+        things.append(([x1, y1, x2 - x1, y2 - y1], list(found)))
+    triples = []
+    for r in relationships:
+        subject, object = (place.get(r[side]['object_id']) for side in ('subject', 'object'))
+        triples.append((subject, read_plainly(r['predicate'], {'on top of': 'on'}), object))
+    return things, triples
 
 
 def database_plainly(lists, rows, share):
@@ -186,14 +190,12 @@ def raw_lists(draw):
         end = lambda k: {**{key: v for key, v in things[k].items() if key != 'names'},
                          'name': things[k]['names'][0]}
         which = st.integers(0, len(things) - 1) if things else st.nothing()
-        triples = draw(st.lists(st.tuples(which,
-                                          st.sampled_from(['ON', 'on top of', 'near.', 'under']),
-                                          which), max_size=10)) if things else []
+        predicate = st.sampled_from(['ON', 'on top of', 'near.', 'under'])
+        triples = draw(st.lists(st.tuples(which, predicate, which), max_size=10)) if things else []
+        relations = [dict(subject=end(s), predicate=p, object=end(o)) for s, p, o in triples]
         lists['image_data'].append(dict(image_id=i + 7))
         lists['objects'].append(dict(image_id=i + 7, objects=things[:listed]))
-        lists['relationships'].append(dict(image_id=i + 7,
-                                           relationships=[dict(subject=end(s), predicate=p,
-            object=end(o)) for s, p, o in triples]))
+        lists['relationships'].append(dict(image_id=i + 7, relationships=relations))
         if draw(st.booleans()) or i == 0:
             rows.append((i + 7, i, draw(st.integers(20, 90)), draw(st.integers(20, 90))))
     return lists, rows
@@ -207,8 +209,8 @@ def test_merging_is_the_sequential_rule(rows):
                                      np.array([row[4] for row in rows], np.int64))
     groups = merged_plainly(boxes, [row[4] for row in rows])
     assert np.flatnonzero(how == 0).tolist() == [i for i, _, _ in groups]
-    assert {(i, j, kind) for i, group, _ in groups for j, kind in group} == {(int(owner[j]), int(j),
-        int(how[j])) for j in np.flatnonzero(how)}
+    absorbed = {(int(owner[j]), int(j), int(how[j])) for j in np.flatnonzero(how)}
+    assert absorbed == {(i, j, kind) for i, group, _ in groups for j, kind in group}
     assert all(merged[i].tolist() == box for i, _, box in groups)
 
 
@@ -223,24 +225,23 @@ def test_database_is_the_plain_one(drawn, share):
         dicts = json.loads((Path(home)/'db'/'VG-SGG-dicts.json').read_text())
         with h5py.File(Path(home)/'db'/'VG-SGG.h5') as file:
             data = {key: file[key][:] for key in file}
-    assert dicts['object_count'] == {n: names[n]
-                                     for n in OBJECTS} and dicts['predicate_count'] == {
-        p: predicates[p] for p in PREDICATES}
-    for key, values in {'labels': [[v] for image in expected for v in image['labels']],
-                        'split': [image['split'] for image in expected],
-                        **{f'boxes_{size}': [b for image in expected for b in image['boxes'][size]]
-                           for size in SIZES}}.items(): assert data[key].tolist() == values, key
+    assert dicts['object_count'] == {n: names[n] for n in OBJECTS}
+    assert dicts['predicate_count'] == {p: predicates[p] for p in PREDICATES}
+    assert data['labels'].tolist() == [[v] for image in expected for v in image['labels']]
+    assert data['split'].tolist() == [image['split'] for image in expected]
+    for size in SIZES:
+        assert data[f'boxes_{size}'].tolist() == [b for image in expected for b in image['boxes'][size]]
     start = relation = 0
     for i, image in enumerate(expected):
         n, r = len(image['labels']), len(image['relations'])
-        assert [data[f'img_to_{end}_box'][i] for end in ('first', 'last')] == ([start,
-            start + n - 1] if n else [-1, -1])
-        assert [data[f'img_to_{end}_rel'][i] for end in ('first', 'last')] == ([relation,
-            relation + r - 1] if r else [-1, -1])
-        assert data['relationships'][relation:relation + r].tolist() == [[s + start, o + start]
-            for s, o, _ in image['relations']]
-        assert data['predicates'][relation:relation + r,
-                                  0].tolist() == [p for _, _, p in image['relations']]
+        box_rows, relation_rows = ([data[f'img_to_{end}_{what}'][i] for end in ('first', 'last')]
+                                   for what in ('box', 'rel'))
+        assert box_rows == ([start, start + n - 1] if n else [-1, -1])
+        assert relation_rows == ([relation, relation + r - 1] if r else [-1, -1])
+        mine = slice(relation, relation + r)
+        pairs = [[s + start, o + start] for s, o, _ in image['relations']]
+        assert data['relationships'][mine].tolist() == pairs
+        assert data['predicates'][mine, 0].tolist() == [p for _, _, p in image['relations']]
         start, relation = start + n, relation + r
 
 
@@ -277,17 +278,15 @@ GOOD = [dict(object_id=1, x=1, y=1, w=20, h=20, names=['man']),
 ends = dict(subject=GOOD[0], object=GOOD[1])
 CASES = {
     'objects that are no objects': ([5], []),
-         'objects without an id': ([dict(GOOD[0], object_id=None)], []),
+    'objects without an id': ([dict(GOOD[0], object_id=None)], []),
     'objects whose box is not of whole numbers': ([dict(GOOD[0], object_id=3, x='nan')], []),
     'objects with a width or height below zero': ([dict(GOOD[0], object_id=3, w=-20, h=-20)], []),
     'objects with a box out of all proportion': ([dict(GOOD[0], object_id=3, w=10 ** 9)], []),
     'objects with a box of no area (too small)': ([dict(GOOD[0], object_id=3, w=0)], []),
     'objects whose id occurs before': ([dict(GOOD[0], x=60)], []),
-         'objects without a name': ([dict(GOOD[0], object_id=3, x=60, names=[])], []),
-    'boxes that begin outside of the picture (kept)': ([dict(GOOD[0], object_id=3, x=-9,
-    names=['cup'])], []),
-    'names rewritten by normalisation or alias': ([dict(GOOD[0], object_id=3, x=60,
-                                                        names=['MUG.'])], []),
+    'objects without a name': ([dict(GOOD[0], object_id=3, x=60, names=[])], []),
+    'boxes that begin outside of the picture (kept)': ([dict(GOOD[0], object_id=3, x=-9, names=['cup'])], []),
+    'names rewritten by normalisation or alias': ([dict(GOOD[0], object_id=3, x=60, names=['MUG.'])], []),
     'relations to unknown ids': ([], [dict(ends, predicate='on', subject=dict(object_id=99))]),
     'relations without a predicate': ([], [ends, 'on']),
     'predicates rewritten by normalisation or alias': ([], [dict(ends, predicate='On top of')])}
@@ -302,11 +301,10 @@ def test_every_kind_of_oddness_is_named(tmp_path, kind):
     summary = made(tmp_path, lists, [(7, 0, 100, 100)])
     graph = check_whole(tmp_path/'db', [(7, 0, 100, 100)], summary).graph(0)
     found = summary['odd'][kind]
-    assert found['count'] == max(len(objects), len(relations)) and all(line.startswith('image 7: ')
-        for line in found['first']) and set(summary['odd']) == {kind}
-    assert len(graph) == 2 + ('kept' in kind
-                              or 'names rewritten' in kind) and len(graph.relations) == 1 + (
-        'predicates' in kind)
+    assert found['count'] == max(len(objects), len(relations)) and set(summary['odd']) == {kind}
+    assert all(line.startswith('image 7: ') for line in found['first'])
+    assert len(graph) == 2 + ('kept' in kind or 'names rewritten' in kind)
+    assert len(graph.relations) == 1 + ('predicates' in kind)
 
 
 @pytest.mark.parametrize('name', RAW)
@@ -319,12 +317,11 @@ def test_a_list_cut_off_in_the_middle(tmp_path, name):
     before = {path.name: path.read_bytes() for path in (tmp_path/'db').iterdir()}
     path = tmp_path/'raw'/f'{name}.json'
     os.truncate(path, path.stat().st_size * 3 // 4)
-    with pytest.raises(ValueError, match=rf'{name}.json is damaged after (29|30) whole records '
-                       r'.*Fetch it again'):
+    message = rf'{name}.json is damaged after (29|30) whole records .*Fetch it again'
+    with pytest.raises(ValueError, match=message):
         make_database(tmp_path/'db', tmp_path/'raw', SIZES, remake=True, progress=False)
-    assert {path.name: path.read_bytes()
-            for path in (tmp_path
-                         /'db').iterdir()} == before, 'what was there stays, and no temporary file'
+    after = {path.name: path.read_bytes() for path in (tmp_path/'db').iterdir()}
+    assert after == before, 'what was there stays, and no temporary file'
 
 
 def test_stopped_while_the_database_is_written(tmp_path, monkeypatch):
@@ -332,7 +329,7 @@ def test_stopped_while_the_database_is_written(tmp_path, monkeypatch):
                  relationships=[dict(image_id=7, relationships=[])])
     def stop(*args): raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(raw, 'encode_boxes', stop)
+        patch.setattr(vg_rules, 'encode_boxes', stop)
         with pytest.raises(KeyboardInterrupt): made(tmp_path, lists, [(7, 0, 100, 100)])
     assert [p.name for p in (tmp_path/'db').iterdir()] == ['pictures.h5']
     assert made(tmp_path, lists, [(7, 0, 100, 100)])['counts']['objects kept'] == 2
@@ -357,8 +354,8 @@ def write_many(folder, n):
     for name in RAW:
         with open(folder/f'{name}.json', 'w') as file:
             for i in range(n):
-                file.write(('[' if i == 0 else ',') + f'{{"image_id": {i}' + (f', "{name}": '
-                    f'{parts[name][i % 50]}' if name in parts else '') + '}')
+                part = f', "{name}": {parts[name][i % 50]}' if name in parts else ''
+                file.write(('[' if i == 0 else ',') + f'{{"image_id": {i}{part}}}')
             file.write(']')
 
 
@@ -370,8 +367,8 @@ print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, sum
 '''
 
 
-@pytest.mark.skipif(not os.environ.get('STDG_FULL_SIZE'), reason='a minute and 250 MB of disk: '
-                    'STDG_FULL_SIZE=1 runs it')
+@pytest.mark.skipif(not os.environ.get('STDG_FULL_SIZE'),
+                    reason='a minute and 250 MB of disk: STDG_FULL_SIZE=1 runs it')
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     peaks = {}
     for n in (5_000, 50_000):
@@ -383,5 +380,5 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
         assert kept > 5 * n
         for path in (tmp_path/f'raw{n}').iterdir(): path.unlink()
     print(f'peak memory {peaks} MB')
-    assert peaks[50_000] - peaks[
-        5_000] < 50, f'{peaks} MB: ten times the images may take 50 MB more (the chunk caches of HDF5 fill up; the lists have 190 MB)'
+    # the chunk caches of HDF5 fill up; the lists have 190 MB
+    assert peaks[50_000] - peaks[5_000] < 50, f'{peaks} MB: ten times the images may take 50 MB more'
