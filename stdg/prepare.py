@@ -13,15 +13,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from .datasets import coco as formats
-from .datasets import images as pictures
+from .datasets import listing as pictures
 from .datasets import public, statistics
 from .datasets import vg_raw as raw_lists
+from .datasets.images import make_images
 from .datasets.visual_genome import Database
 from .depth import estimators as estimation
 from .depth import precompute
 from .depth import sensors as measured
 from .depth.depth_file import PfmFolder, depth_path, model_tag
 from .depth.hha_file import hha_path
+from .io.archives import open_sources
 from .io.files import open_h5, writable_folder
 
 # %% ../nbs/commands/02_prepare_data.ipynb #job
@@ -71,7 +73,7 @@ def _sources(job):
     if not hasattr(job, 'sources'):
         archives = [path for path in sorted(job.raw.glob('*.zip'))
                     if not path.name.endswith('.json.zip') and path.name != 'VG-scene-graph.zip']
-        job.sources = pictures.open_sources([job.raw, *archives])
+        job.sources = open_sources([job.raw, *archives])
     return job.sources
 
 def _entries(job):
@@ -131,7 +133,7 @@ def _database(job):
 
 # %% ../nbs/commands/02_prepare_data.ipynb #step-images
 def _images(job):
-    made = [pictures.make_images(job.folder, _sources(job), size, job.layout, job.shard,
+    made = [make_images(job.folder, _sources(job), size, job.layout, job.shard,
                                  workers=job.workers, progress=job.progress) for size in job.sizes]
     return None if None in made else ', '.join(path.name for path in made)
 

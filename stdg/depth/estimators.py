@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..datasets.images import read_listing
+from ..datasets.listing import read_listing
 from .depth_file import DepthFile, PfmFolder, depth_path, finish_parts, model_tag
 from .maps import write_pfm
 from ..io.devices import choose_device
