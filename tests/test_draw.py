@@ -102,9 +102,8 @@ def test_depth_map_leaves_missing_grey():
 def test_hha_and_rgbd(tmp_path):
     hha = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     axes = draw.hha_channels(hha)
-    assert np.array_equal(axes[0].images[0].get_array(),
-                          hha[..., 0] - 38.) and np.array_equal(axes[2].images[0].get_array(),
-        hha[..., 2])
+    assert np.array_equal(axes[0].images[0].get_array(), hha[..., 0] - 38.)
+    assert np.array_equal(axes[2].images[0].get_array(), hha[..., 2])
     figure = draw.rgbd(hha, np.ones((12, 16)), hha)
     figure.savefig(tmp_path / 'rgbd.pdf')
     assert (tmp_path / 'rgbd.pdf').stat().st_size > 1000
@@ -158,9 +157,8 @@ def test_labels_stay_inside_and_apart(n, width, dpi):
     assert (shown[:, :2] >= ax.bbox.min - 1e-6).all() and (shown[:, 2:] <= ax.bbox.max + 1e-6).all()
     assert min(text.get_fontsize() for text in ax.texts) >= 6
     note = ax.figure.texts[0]
-    assert note.get_visible() == (len(shown) < n) and (len(shown) == n
-                                                       or note.get_text() == f'{n - len(shown)} '
-                                                       'labels without room')
+    assert note.get_visible() == (len(shown) < n)
+    assert len(shown) == n or note.get_text() == f'{n - len(shown)} labels without room'
 
 
 def test_a_label_is_left_out_only_where_there_is_no_room():
@@ -177,10 +175,8 @@ def test_a_label_is_left_out_only_where_there_is_no_room():
         assert (place is not None) == free.any()
         refused += place is None
         if place is not None:
-            assert boxes.overlap(place[None],
-                                 taken).sum() == 0 and (place
-                                                        >= 0).all() and (
-                place[2:] <= frame[2:]).all()
+            assert boxes.overlap(place[None], taken).sum() == 0
+            assert (place >= 0).all() and (place[2:] <= frame[2:]).all()
             taken = np.vstack([taken, place])
     assert 10 < refused < 70
 
@@ -255,8 +251,8 @@ def test_offsets_are_drawn_in_pixels():
     teacher[18:] = 9  # block 1
     figure = draw.offsets(np.zeros((96, 128, 3)), teacher, student, cells=[(1, 2)])
     arrows = figure.axes[0].collections[0]
-    assert len(arrows.U) == 9 and (arrows.U[4], arrows.V[4]) == (-16,
-        8) and not arrows.U[[0, 1, 2, 3, 5, 6, 7, 8]].any()
+    assert len(arrows.U) == 9 and (arrows.U[4], arrows.V[4]) == (-16, 8)
+    assert not arrows.U[[0, 1, 2, 3, 5, 6, 7, 8]].any()
     assert arrows.get_offsets()[4].tolist() == [40, 24]
     assert not figure.axes[1].collections[0].U.any()
     mean = figure.axes[2].collections[0]

@@ -66,15 +66,14 @@ def candidates_of(image):
 
 def check_tensors(found, wanted):
     "Two batches of `NAMES` are the same within 1e-4."
-    for ours, theirs in zip(*(zip(*[torch.as_tensor(t) for t in outputs]) for outputs in (found,
-        wanted))):
+    images = [zip(*[torch.as_tensor(t) for t in outputs]) for outputs in (found, wanted)]
+    for ours, theirs in zip(*images):
         ours, theirs = dict(zip(NAMES, ours)), dict(zip(NAMES, theirs))
         for name in ('scores', 'confidences'):
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
         assert ours['counts'] == theirs['counts']
-        objects, candidates = matched(objects_of(ours),
-                                      objects_of(theirs)), matched(candidates_of(ours),
-            candidates_of(theirs))
+        objects = matched(objects_of(ours), objects_of(theirs))
+        candidates = matched(candidates_of(ours), candidates_of(theirs))
         assert torch.equal(objects[ours['ends']], theirs['ends'][:, candidates])
 
 
@@ -143,10 +142,10 @@ def test_swin_s(tmp_path):
     """The published Swin network with fewer repetitions of the same block (whole, it takes minutes
     to export), padded windows and shifted ones."""
     network = model('swin_s', 128, fpn=64, channels=64, prior=.4)
-    body, transformer = network.network.network.backbone.body, network.network.network.detection.layers
-    for stage in (body.layers_2, body.layers_3): stage.blocks = stage.blocks[:2]
-    body.layers_0.blocks, body.layers_1.blocks, transformer.blocks = body.layers_0.blocks[
-        :1], body.layers_1.blocks[:2], transformer.blocks[:1]
+    parts = network.network.network
+    body, transformer = parts.backbone.body, parts.detection.layers
+    for stage in (body.layers_1, body.layers_2, body.layers_3): stage.blocks = stage.blocks[:2]
+    for stage in (body.layers_0, transformer): stage.blocks = stage.blocks[:1]
     export_onnx(network, tmp_path/'a.onnx')
     check_file(network, tmp_path/'a.onnx')
 
@@ -159,7 +158,8 @@ def test_program(tmp_path):
     code = """
 import sys, numpy as np, torch
 program = torch.export.load('a.pt2').module()
-for name, batch in np.load('in.npz').items(): np.savez(f'{name}.npz', *[t.numpy() for t in program(torch.from_numpy(batch))])
+for name, batch in np.load('in.npz').items():
+    np.savez(f'{name}.npz', *[t.numpy() for t in program(torch.from_numpy(batch))])
 assert 'stdg' not in sys.modules
 """
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True,
@@ -239,20 +239,17 @@ def test_finish_is_the_decoder(seed):
     rng = np.random.default_rng(seed)
     n, k, p = int(rng.integers(1, 12)), int(rng.integers(0, 200)), 4
     corner = rng.uniform(0, 400, (n, 2)).astype(np.float32)
-    boxes, scores, confidence = np.concatenate([corner, corner + 20],
-                                               1), np.sort(rng.uniform(.5, 1,
-        n).astype(np.float32))[::-1].copy(), np.sort(rng.uniform(.1001, .6,
-        k).astype(np.float32))[::-1].copy()
+    boxes = np.concatenate([corner, corner + 20], 1)
+    falling = lambda low, high, n: np.sort(rng.uniform(low, high, n).astype(np.float32))[::-1].copy()
+    scores, confidence = falling(.5, 1, n), falling(.1001, .6, k)
     ends, predicate = rng.integers(0, n, (2, k)), rng.integers(0, p, k)
     points = ((boxes[:, :2] + boxes[:, 2:]) / 2)[ends]
     ours = finish(boxes, np.zeros(n, int), scores, np.int64(k), predicate, confidence, points, ends,
                   p)
-    candidate = torch.zeros(k,
-                            dtype=torch.int64), torch.from_numpy(predicate), torch.from_numpy(
-        confidence), torch.from_numpy(points)
-    (pairs, table), = decode.relate(candidate,
-                                    [(torch.from_numpy(boxes), torch.from_numpy(scores))], p,
-                                    filtered=True)
+    candidate = (torch.zeros(k, dtype=torch.int64),
+                 *map(torch.from_numpy, (predicate, confidence, points)))
+    objects = [(torch.from_numpy(boxes), torch.from_numpy(scores))]
+    (pairs, table), = decode.relate(candidate, objects, p, filtered=True)
     assert torch.equal(ours.pairs, pairs) and torch.equal(ours.predicates, table)
 
 
@@ -285,14 +282,15 @@ def test_foreign_files(small, tmp_path):
 
 
 def test_the_extra_is_asked_for_when_it_is_needed(tmp_path):
-    "Importing works without it; the first call that needs it names the mend."
+    "Importing works without it; the first call that needs it names the remedy."
     code = """
 import sys
 for name in ('onnx', 'onnxscript', 'onnxruntime'): sys.modules[name] = None
 from stdg.inference.export import OnnxModel, export_onnx, export_program
 from stdg.model import STDG
 from stdg.inference.hub import Model
-model = Model(STDG('resnet18', n_objects=2, n_predicates=1, pretrained=False, stride=16, fpn=8, channels=8), dict(size=64))
+network = STDG('resnet18', n_objects=2, n_predicates=1, pretrained=False, stride=16, fpn=8, channels=8)
+model = Model(network, dict(size=64))
 for ask in (lambda: export_onnx(model, 'a.onnx'), lambda: OnnxModel('a.onnx')):
     try: ask()
     except ImportError as error: print(error)
@@ -301,6 +299,6 @@ export_program(model, 'a.pt2')
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == [f"{name} is not installed; it comes with pip install "
-                                        "'stdg[onnx]'" for name in ('onnx',
-        'onnxruntime')] and os.listdir(tmp_path) == ['a.pt2']
+    said = "is not installed; it comes with pip install 'stdg[onnx]'"
+    assert done.stdout.splitlines() == [f'onnx {said}', f'onnxruntime {said}']
+    assert os.listdir(tmp_path) == ['a.pt2']

@@ -1,7 +1,7 @@
 """Figures beside their references in golden/pictures: other letters or smoothing pass, a box or a
 label in another place does not.
 
-After a wanted change look at what `python tests/test_pictures_drawn.py` writes there anew, then
+After a wanted change look at what `python tests/test_pictures_drawn.py` writes there again, then
 commit it. Graphs are drawn without graphviz here, whose layouts differ from version to version;
 test_draw.py looks at those by their structure."""
 import io
@@ -102,8 +102,8 @@ def strange(picture, other, reach=9, least=70):
 
 def difference(picture, other):
     "Dots of either picture that the other cannot explain."
-    assert np.abs(np.subtract(picture.size,
-                              other.size)).max() <= 2, f'{picture.size} and {other.size}: the figure has another size'
+    said = f'{picture.size} and {other.size}: the figure has another size'
+    assert np.abs(np.subtract(picture.size, other.size)).max() <= 2, said
     other = other.crop((0, 0, *picture.size))
     return strange(picture, other) + strange(other, picture)
 
@@ -121,9 +121,8 @@ def test_figures_look_as_they_did(name, tmp_path):
 
 def test_references_are_few_and_small():
     files = sorted(GOLDEN.glob('*'))
-    assert [f.name for f in files] == sorted(f'{name}.png'
-                                             for name in FIGURES) and all(f.stat().st_size < 60_000
-        for f in files)
+    assert [file.name for file in files] == sorted(f'{name}.png' for name in FIGURES)
+    assert all(file.stat().st_size < 60_000 for file in files)
 
 
 # What passes

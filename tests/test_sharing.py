@@ -55,13 +55,13 @@ def changed(shared, tmp_path):
 
 def test_everything_comes_back(shared):
     model, again = tiny(), Model.from_pretrained(shared)
-    assert names(
-        shared) == FILES and again.facts == FACTS and again.network.config == model.network.config and again.size == 96
+    assert names(shared) == FILES and again.facts == FACTS and again.size == 96
+    assert again.network.config == model.network.config
     mine, theirs = model.network.state_dict(), again.network.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     a, b = model.predict(picture), again.predict(picture)
-    assert torch.equal(a.boxes, b.boxes) and torch.equal(a.predicates,
-                                                         b.predicates) and a.size == (80, 120)
+    assert torch.equal(a.boxes, b.boxes) and torch.equal(a.predicates, b.predicates)
+    assert a.size == (80, 120)
     # it is a checkpoint like any other
     assert checkpoint.load(shared/'model.safetensors').config == model.network.config
     assert checkpoint.facts(shared/'model.safetensors')['thresholds'] == FACTS['thresholds']
@@ -155,8 +155,8 @@ def test_no_teacher_is_shared(tmp_path):
 def test_a_depth_teacher_says_what_it_reads(tmp_path):
     model = tiny(mode='depth')
     model.save_pretrained(tmp_path)
-    assert 'It reads HHA' in (tmp_path/'README.md').read_text() and 'model.predict' not in (tmp_path
-        /'README.md').read_text()
+    card = (tmp_path/'README.md').read_text()
+    assert 'It reads HHA' in card and 'model.predict' not in card
     with pytest.raises(ValueError, match='reads HHA, not RGB'):
         Model.from_pretrained(tmp_path).predict(picture)
 
@@ -174,9 +174,8 @@ def cached(cache, revisions):
 def test_a_revision_is_pinned(tmp_path):
     cached(tmp_path, dict(main=tiny(dict(FACTS, size=128)), v1=tiny()))
     how = dict(cache_dir=tmp_path, local_files_only=True)
-    assert Model.from_pretrained('owner/rooms',
-                                 **how).size == 128 and Model.from_pretrained('owner/rooms',
-        revision='v1', **how).size == 96
+    assert Model.from_pretrained('owner/rooms', **how).size == 128
+    assert Model.from_pretrained('owner/rooms', revision='v1', **how).size == 96
     assert Model.from_pretrained('owner/rooms', revision=hashlib.sha1(b'v1').hexdigest(),
                                  **how).size == 96
     with pytest.raises(FileNotFoundError, match='owner/rooms is no folder here'):

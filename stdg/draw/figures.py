@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from ..deform import sampling_points
 from .boxes import image_boxes, likely_objects, titles
 from .graphs import draw_graph, edges_of, graph_picture
-from .style import HIT, MISS, PAGE, as_picture, colour_bar, for_print, new_figure, own_axes, save, show_image
+from .style import HIT, MISS, PAGE, as_picture, colour_bar, for_print, new_figure, own_axes, show_image
 from ..graph import SceneGraph, Vocabulary, check_vocabulary
 from ..io.text import one_line
 from ..matching import match, same_objects
@@ -41,7 +41,7 @@ def depth_map(depth,  # (H, W) metres; 0, negative or not finite: missing
 # %% ../../nbs/draw/04_figures.ipynb #hha-channels
 HHA_CHANNELS = (('angle with gravity', 'degrees', 'cividis', lambda c: c - 38.),
                 ('height above ground', 'cm', 'YlGnBu_r', lambda c: c),
-        ('horizontal disparity', 'as coded', 'magma', lambda c: c))
+                ('horizontal disparity', 'as coded', 'magma', lambda c: c))
 
 @for_print
 def hha_channels(hha,  # (H, W, 3) uint8: angle, height, disparity
@@ -75,10 +75,11 @@ def rgbd(image,  # (H, W, 3) or (3, H, W)
 
 # %% ../../nbs/draw/04_figures.ipynb #busiest
 def _busiest(target, predicted, count):
-    """Numbers of the `count` fields of `target` (C, h, w) with most in them; of equal ones, that
-    with more in `predicted`."""
-    amount = target.reshape(len(target), -1).sum(1), predicted.reshape(len(predicted), -1).max(1)
-    return np.lexsort((-amount[1], -amount[0]))[:count].tolist()
+    """Numbers of the `count` fields of `target` (C, h, w) with the largest sums; of equal ones,
+    that with the higher peak in `predicted`."""
+    sums = target.reshape(len(target), -1).sum(1)
+    peaks = predicted.reshape(len(predicted), -1).max(1)
+    return np.lexsort((-peaks, -sums))[:count].tolist()
 
 def _overlay(ax, picture, field):
     "Grey `picture` with `field` (h, w), values 0 to 1, glowing over it."
@@ -103,19 +104,17 @@ def fields(image,  # (H, W, 3) or (3, H, W)
 
     Raises `ValueError` for fields that do not fit the vocabulary."""
     picture = as_picture(image)
-    target, predicted = [[np.asarray(torch.as_tensor(f).detach().cpu(), dtype=np.float32).clip(0, 1)
-                          for f in pair] for pair in (target, predicted)]
-    chosen = []
-    for t, p, names, wanted in zip(target, predicted, (vocabulary.objects, vocabulary.predicates),
-                                   (classes, predicates)):
+    as_array = lambda f: np.asarray(torch.as_tensor(f).detach().cpu(), dtype=np.float32).clip(0, 1)
+    chosen, known = [], (vocabulary.objects, vocabulary.predicates)
+    for t, p, names, wanted in zip(target, predicted, known, (classes, predicates)):
+        t, p = as_array(t), as_array(p)
         if t.shape != p.shape or len(t) != len(names):
             raise ValueError(f"fields of shapes {t.shape} and {p.shape} for {len(names)} names")
-        numbers = _busiest(t, p, count) if wanted is None else [names.index(name)
-            for name in wanted]
+        if wanted is None: numbers = _busiest(t, p, count)
+        else: numbers = [names.index(name) for name in wanted]
         chosen += [(names[n], t[n], p[n]) for n in numbers]
-    figure, axes = new_figure(2, len(chosen), PAGE,
-                              .4 + 2 * (PAGE - .8) / len(chosen) * picture.shape[0] / picture.shape[
-        1])
+    height = .4 + 2 * (PAGE - .8) / len(chosen) * picture.shape[0] / picture.shape[1]
+    figure, axes = new_figure(2, len(chosen), PAGE, height)
     for column, (name, *pair) in zip(axes.T, chosen):
         for ax, field in zip(column, pair): _overlay(ax, picture, field)
         column[0].set_title(one_line(name, 28), parse_math=False)
@@ -133,10 +132,11 @@ def _moves(offsets, block, cells, stride):
         raise ValueError(f"offsets have shape (36, h, w); these are {tuple(offsets.shape)}")
     mine = offsets[None, :18] if block == 2 else offsets[None, 18:]
     rows, columns = torch.as_tensor(cells).T
-    regular, moved = [stride * (sampling_points(o)[0][:, :, rows, columns].permute(2, 0, 1).flip(2)
-                                + .5) for o in (0 * mine, mine)]
-    return regular.numpy(), moved.numpy(), stride * mine[0].view(9, 2,
-        *mine.shape[2:]).mean(0).permute(1, 2, 0).flip(2).numpy()
+    def places(offsets):
+        points = sampling_points(offsets)[0][:, :, rows, columns].permute(2, 0, 1).flip(2)
+        return (stride * (points + .5)).numpy()
+    mean = mine[0].view(9, 2, *mine.shape[2:]).mean(0).permute(1, 2, 0).flip(2)
+    return places(0 * mine), places(mine), stride * mean.numpy()
 
 def _arrows(ax, start, end, colour, **options):
     "Arrows from `start` to `end` (N, 2), in data units."
@@ -182,9 +182,8 @@ def offsets(image,  # (H, W, 3) or (3, H, W)
 def _named(graph, vocabulary, min_score, top, edges):
     """Names of the objects that a figure shows, likely ones and those of `edges` (T, 3), by number:
     the same in its boxes as in its graph."""
-    return titles(graph, vocabulary,
-                  list(dict.fromkeys([*likely_objects(graph, min_score, top),
-                                      *edges[:, :2].ravel().tolist()])))
+    shown = [*likely_objects(graph, min_score, top), *edges[:, :2].ravel().tolist()]
+    return titles(graph, vocabulary, list(dict.fromkeys(shown)))
 
 def _colours(flags): return [HIT if flag else MISS for flag in flags]
 
@@ -194,12 +193,12 @@ def _compare(truth, prediction, min_score, top):
     sides = [edges_of(truth, 0., None), edges_of(prediction, min_score, top)]
     shown = likely_objects(prediction, 0., None)
     agree = same_objects(truth, prediction)
-    objects = dict(enumerate(_colours(agree[:, shown].any(1)))), dict(zip(shown,
-        _colours(agree[:, shown].any(0))))
+    objects = (dict(enumerate(_colours(agree[:, shown].any(1)))),
+               dict(zip(shown, _colours(agree[:, shown].any(0)))))
     once = SceneGraph(truth.boxes, truth.labels, sides[0][0])
     hits = match(once, prediction, sides[1][0])
-    return [(*side, colours, _colours(hits.any(axis))) for side, colours, axis in zip(sides,
-        objects, (1, 0))]
+    return [(*side, colours, _colours(hits.any(axis)))
+            for side, colours, axis in zip(sides, objects, (1, 0))]
 
 def _graph_height(layouts, width):
     """Height in inches of the tallest of `layouts`, all scaled so that the widest has no more than
@@ -214,7 +213,7 @@ def side_by_side(image,  # (H, W, 3) or (3, H, W)
                  prediction,  # `Prediction` of the same image
                  vocabulary:Vocabulary,
                  min_score:float=.3,  # show predicted objects with at least this score,
-                 min_triplet:float=None,  # and triplets whose product of scores is above this, by default `min_score`,
+                 min_triplet:float=None,  # and triplets whose product of scores is above this, or `min_score`,
                  top:int=12,  # and no more triplets than this
                 ):
     """A figure of true and predicted boxes and graphs; what both have is blue, what only one has is
@@ -222,19 +221,19 @@ def side_by_side(image,  # (H, W, 3) or (3, H, W)
     picture, graphs = as_picture(image), (truth, prediction)
     for one in graphs: check_vocabulary(one, vocabulary)
     sides = _compare(truth, prediction, min_score if min_triplet is None else min_triplet, top)
-    names = [_named(one, vocabulary, min_score, 100, edges) for one, (edges, *_) in zip(graphs,
-        sides)]
-    pictures = [graph_picture(one, vocabulary, edges, scores, 'dot', name, colours, edge_colours)
-                for one, name, (edges, scores, colours, edge_colours) in zip(graphs, names, sides)]
+    names, pictures = [], []
+    for one, (edges, scores, colours, edge_colours) in zip(graphs, sides):
+        names.append(_named(one, vocabulary, min_score, 100, edges))
+        pictures.append(graph_picture(one, vocabulary, edges, scores, 'dot', names[-1], colours,
+                                      edge_colours))
     layouts = [one.layout for one in pictures]
     tall, room = _graph_height(layouts, PAGE / 2 - .1)
     heights = [PAGE / 2 * picture.shape[0] / picture.shape[1], max(tall, .3)]
     figure, axes = new_figure(2, 2, PAGE, .55 + sum(heights), height_ratios=heights)
-    for column, one, title, name, side, drawing, layout in zip(axes.T, graphs,
-        ('truth', 'prediction'), names, sides, pictures, layouts):
-        image_boxes(picture, one, vocabulary, column[0], colours=side[2],
-                    names=name).set_title(title)
-        draw_graph(drawing, column[1], layout, room)
+    for k, title in enumerate(('truth', 'prediction')):
+        image_boxes(picture, graphs[k], vocabulary, axes[0, k], colours=sides[k][2], names=names[k])
+        axes[0, k].set_title(title)
+        draw_graph(pictures[k], axes[1, k], layouts[k], room)
     handles = [Line2D([], [], color=colour, lw=4) for colour in (HIT, MISS)]
     figure.legend(handles, ['in both', 'in one only'], loc='outside lower center', ncols=2,
                   frameon=False)
@@ -265,7 +264,7 @@ def paper_figure(image,  # (H, W, 3) or (3, H, W)
                  graph,  # `SceneGraph` or `Prediction`
                  vocabulary:Vocabulary,
                  min_score:float=.3,  # of a `Prediction`, show objects with at least this score,
-                 min_triplet:float=None,  # and triplets whose product of scores is above this, by default `min_score`,
+                 min_triplet:float=None,  # and triplets whose product of scores is above this, or `min_score`,
                  top:int=12,  # and no more objects and triplets than this
                  channels:bool=False,  # the three channels of HHA as well
                 ):
@@ -287,8 +286,8 @@ def paper_figure(image,  # (H, W, 3) or (3, H, W)
     show_image(axes['c'], hha).set_xlabel('RGB: angle, height, disparity')
     if channels: hha_channels(hha, [axes[letter] for letter in 'def'])
     draw_graph(drawing, [*axes.values()][-1], layout)
-    _name_panels(axes, ['image', 'depth', 'HHA', *[name for name, *_ in HHA_CHANNELS] * channels,
-                        'scene graph'])
+    extra = [name for name, *_ in HHA_CHANNELS] if channels else []
+    _name_panels(axes, ['image', 'depth', 'HHA', *extra, 'scene graph'])
     return figure
 
 # %% ../../nbs/draw/04_figures.ipynb #read-log
@@ -303,8 +302,8 @@ def _read_log(log):
     for number, line in enumerate(Path(log).read_text(encoding='utf-8').splitlines(), 1):
         try: records.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{log}, line {number}: not JSON ({error.msg}); remove the line") from None
+            raise ValueError(f"{log}, line {number}: not JSON ({error.msg}); remove the "
+                             "line") from None
     return records
 
 def _smooth(values, width):
@@ -316,8 +315,8 @@ def _smooth(values, width):
 def _lines(ax, records, term, stages):
     "Draw `term` of `records` over steps, a line and its running mean for each of `stages`."
     for number, stage in enumerate(stages):
-        points = np.array([(r['step'], r[term]) for r in records if str(r.get('stage', '')) == stage
-                           and term in r], dtype=float)
+        points = np.array([(r['step'], r[term]) for r in records
+                           if str(r.get('stage', '')) == stage and term in r], dtype=float)
         if not len(points): continue
         ax.plot(*points.T, color=f'C{number}', alpha=.25, lw=.5)
         ax.plot(points[:, 0], _smooth(points[:, 1], max(1, len(points) // 25)), color=f'C{number}',
@@ -333,12 +332,13 @@ def loss_curves(log,  # path of a JSONL file, or an iterable of records with ste
     Raises `ValueError` for a log without losses, naming a broken line."""
     records = [r for r in _read_log(log) if 'step' in r and isinstance(r.get('loss'), (int, float))]
     if not records:
-        raise ValueError(f"{log if isinstance(log, (str, Path)) else 'the log'}: no record has a "
-                         "step and a loss; nothing to draw")
-    is_term = lambda key, value: key not in _NOT_A_LOSS and isinstance(value,
-        (int, float)) and not isinstance(value, bool)
-    terms = list(dict.fromkeys(['loss'] + [key for r in records for key, value in r.items()
-                                           if is_term(key, value)]))
+        name = log if isinstance(log, (str, Path)) else 'the log'
+        raise ValueError(f"{name}: no record has a step and a loss; nothing to draw")
+    is_number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+    terms = ['loss']
+    for record in records:
+        terms += [key for key, value in record.items()
+                  if key not in _NOT_A_LOSS and key not in terms and is_number(value)]
     stages = list(dict.fromkeys(str(r.get('stage', '')) for r in records))
     rows = -(-len(terms) // columns)
     figure, axes = new_figure(rows, min(columns, len(terms)), PAGE * min(1, len(terms) / columns),

@@ -33,6 +33,7 @@ class NamedGraph(SceneGraph):
 
     def __repr__(self):
         return f"NamedGraph({len(self)} objects, {len(self.relations)} relations, size={self.size})"
+
     def name(self, i): return self.vocabulary.objects[self.labels[i]]
     def _repr_svg_(self): return self.drawing.svg()
     def _repr_png_(self): return self.drawing.png()
@@ -44,7 +45,7 @@ class NamedGraph(SceneGraph):
 
     def to_json(self):
         """Plain values: size (height, width), objects (name, box x1 y1 x2 y2 in pixels, score),
-        relations (subject and object, places in the list of objects; predicate; score)."""
+        relations (subject and object, indices into the list of objects; predicate; score)."""
         record = to_json(self, self.vocabulary)
         for kind, scores in (('objects', self.scores), ('relations', self.relation_scores)):
             for item, score in zip(record[kind], scores.tolist()): item['score'] = round(score, 4)
@@ -55,17 +56,18 @@ class NamedGraph(SceneGraph):
         "A `networkx.MultiDiGraph`: nodes with name, box and score, edges with predicate and score."
         record, graph = self.to_json(), nx.MultiDiGraph(size=self.size)
         graph.add_nodes_from(enumerate(record['objects']))
-        graph.add_edges_from((r['subject'], r['object'],
-                              dict(predicate=r['predicate'], score=r['score']))
-                             for r in record['relations'])
+        for r in record['relations']:
+            graph.add_edge(r['subject'], r['object'], predicate=r['predicate'], score=r['score'])
         return graph
 
 # %% ../../nbs/inference/01_display.ipynb #chosen
 DEFAULTS = dict(objects=.3, triplets=.1)  # for networks that bring no thresholds of their own
 
 def _chosen(prediction, min_score, top, min_object):
-    """The part of a `Prediction` that is sure: its objects, best first, and its triplets, a row of
-    `predicates` with one entry for each; with the triplets (T, 3) and their scores."""
+    """The sure part of a `Prediction`, its triplets (T, 3) and their scores (T,).
+
+    The part is a `Prediction` too: objects best first, a row of `predicates` with one entry for
+    each triplet."""
     rows, scores = triplets(prediction, top=top, min_score=min_score)
     sure = prediction.scores >= min_object
     sure[rows[:, :2].flatten()] = True
@@ -79,51 +81,14 @@ def _chosen(prediction, min_score, top, min_object):
         predicates[torch.arange(len(rows)), rows[:, 2]] = scores / objects[2][rows[:, :2]].prod(1)
     return Prediction(*objects, rows[:, :2], predicates, prediction.size), rows, scores
 
-# %% ../../nbs/inference/01_display.ipynb #picture-prediction
-@dataclass(repr=False)
-class PicturePrediction(Prediction):
-    """A `Prediction` that knows its picture and its names.
-
-    It shows itself in Jupyter: boxes, graph, table."""
-    picture: torch.Tensor = None  # (3, H, W) uint8 RGB
-    vocabulary: Vocabulary = None
-    # least scores of 'objects' and 'triplets'
-    thresholds: dict = field(default_factory=lambda: dict(DEFAULTS))
-    name: str = ''  # of the picture
-
-    def __repr__(self):
-        return f"PicturePrediction({self.name + ': ' if self.name else ''}{len(self)} objects, {len(self.pairs)} pairs, size={self.size})"
-
-    def _sure(self, min_score=None, top=None, min_object=None):
-        given = (self.thresholds['triplets'] if min_score is None else min_score, top,
-                 self.thresholds['objects'] if min_object is None else min_object)
-        return _chosen(self, *given)
-
-    def graph(self, min_score:float=None, top:int=None, min_object:float=None):
-        """The `NamedGraph` of the `top` triplets that score more than `min_score` (default: the
-        network's own threshold) and the objects from `min_object` on."""
-        part, rows, scores = self._sure(min_score, top, min_object)
-        drawing = draw.graph(part, self.vocabulary, min_score=0., top=len(rows))
-        return NamedGraph(part.boxes, part.labels, rows, self.size, scores=part.scores,
-                          relation_scores=scores, vocabulary=self.vocabulary, drawing=drawing)
-
-    def to_json(self, vocabulary=None):
-        """All of it, also what is not sure, as plain values; `Prediction.from_json` reads it.
-
-        For what is sure: `.graph().to_json()`."""
-        return to_json(self, vocabulary or self.vocabulary)
-
-    def to_networkx(self, min_score=None, top=None, min_object=None):
-        return self.graph(min_score, top, min_object).to_networkx()
-
 # %% ../../nbs/inference/01_display.ipynb #picture-figure
-def _boxes_figure(self, part):
-    """The picture with the boxes of `part`, a matplotlib figure as high as 4 inches and at most 7
-    wide."""
-    h, w = self.picture.shape[1:]
+def _boxes_figure(found, part):
+    """The picture of a `PicturePrediction` with the boxes of its `part`, a matplotlib figure at
+    most 4 inches high and 7 wide."""
+    h, w = found.picture.shape[1:]
     scale = min(4 / h, 7 / w)
     figure, axes = draw.new_figure(1, 1, max(w * scale, 1.5), max(h * scale, 1.5))
-    draw.image_boxes(self.picture, part, self.vocabulary, axes[0, 0], min_score=0., top=len(part))
+    draw.image_boxes(found.picture, part, found.vocabulary, axes[0, 0], min_score=0., top=len(part))
     return figure
 
 _SVG = 'http://www.w3.org/2000/svg'
@@ -131,7 +96,7 @@ for prefix, address in (('', _SVG), ('xlink', 'http://www.w3.org/1999/xlink')):
     ElementTree.register_namespace(prefix, address)
 
 def _side_svg(left, right, gap=12, most=(620, 420)):
-    """Two SVG texts as one, side by side in points, their middles level, the right one no larger
+    """Two SVG texts as one, side by side in points, centred vertically, the right one no larger
     than `most` (width, height)."""
     drawings = [ElementTree.fromstring(text.encode()) for text in (left, right)]
     sizes = [[float(drawing.get(side).removesuffix('pt')) for side in ('width', 'height')]
@@ -148,53 +113,97 @@ def _side_svg(left, right, gap=12, most=(620, 420)):
         both.append(drawing)
     return ElementTree.tostring(both, encoding='unicode')
 
-# %% ../../nbs/inference/01_display.ipynb #save-prediction
-def _svg(self, min_score=None, top=None, min_object=None):
-    "Picture with boxes, and graph beside it, as the text of one SVG."
-    boxes = _boxes_figure(self, self._sure(min_score, top, min_object)[0])
-    return _side_svg(draw.rendered(boxes, 'svg', bbox_inches='tight', pad_inches=.02).decode(),
-                     self.graph(min_score, top, min_object).drawing.svg())
-
-def _save_svg(self, path, min_score=None, top=None, min_object=None):
-    """Write picture, boxes and graph to `path`, whole or not at all; returns it.
-
-    Raises `ValueError` for a name that does not end in .svg."""
-    path = Path(path)
-    if path.suffix.lower() != '.svg':
-        raise ValueError(f"{path}: save_svg writes .svg; for .png or .pdf there are "
-                         "`graph().drawing.save` and `stdg.draw`")
-    with atomic_path(path) as partial:
-        partial.write_text(self.svg(min_score, top, min_object), encoding='utf-8')
-    return path
-
-PicturePrediction.svg, PicturePrediction.save_svg = _svg, _save_svg
-
-# %% ../../nbs/inference/01_display.ipynb #show-prediction
+# %% ../../nbs/inference/01_display.ipynb #html-parts
 def _img(data, kind, alt):
-    return f'<img alt="{escape(alt)}" style="max-height:420px;max-width:100%" src="data:image/{kind};base64,{base64.b64encode(data).decode()}"/>'
-
-def _png(self, part):
-    return draw.rendered(_boxes_figure(self, part), 'png', 110, bbox_inches='tight', pad_inches=.02)
+    "An `<img>` that carries the bytes `data` of an image/`kind` in itself."
+    style, content = 'max-height:420px;max-width:100%', base64.b64encode(data).decode()
+    return f'<img alt="{escape(alt)}" style="{style}" src="data:image/{kind};base64,{content}"/>'
 
 def _table(graph, most=12):
     "The best triplets of a `NamedGraph` as HTML."
     rows = list(zip(graph.relations.tolist(), graph.relation_scores.tolist()))[:most]
-    texts = draw.titles(graph, graph.vocabulary,
-                        sorted({i for (s, o, _), _ in rows for i in (s, o)}))
+    shown = sorted({i for (s, o, _), _ in rows for i in (s, o)})
+    texts = draw.titles(graph, graph.vocabulary, shown)
     cells = [[escape(one_line(graph.vocabulary.predicates[p])), escape(texts[o]), f'{score:.2f}']
              for (_, o, p), score in rows]
     left = f' ({len(graph.relations) - most} more)' if len(graph.relations) > most else ''
     return html_table('subject', ['predicate', 'object', 'score' + left],
                       [texts[s] for (s, *_), _ in rows], cells, [[False] * 3] * len(rows))
 
-def _html(self):
-    part, graph = self._sure()[0], self.graph()
-    alt = f"{self.name or 'A picture'} with the boxes of {len(part)} objects", f"Scene graph: {'; '.join(graph.sentences()[:12]) or 'no relations'}"
-    pictures = _img(_png(self, part), 'png',
-                    one_line(alt[0], 200)) + _img(graph.drawing.svg().encode(), 'svg+xml',
-                                                  one_line(alt[1], 600))
-    said = f"{len(part)} objects of at least {self.thresholds['objects']:.2f}, {len(graph.relations)} triplets above {self.thresholds['triplets']:.2f}; more or fewer with .graph(min_score=..., top=...)"
-    return f'<div style="display:flex;gap:12px;align-items:center;flex-wrap:wrap;background:white">{pictures}</div>{_table(graph)}<small>{said}</small>'
+# %% ../../nbs/inference/01_display.ipynb #picture-prediction
+@dataclass(repr=False)
+class PicturePrediction(Prediction):
+    """A `Prediction` that knows its picture and its names.
 
-PicturePrediction._repr_html_ = _html
-PicturePrediction._repr_png_ = lambda self: _png(self, self._sure()[0])
+    It shows itself in Jupyter: boxes, graph, table. `min_score`, `top` and `min_object` of its
+    methods choose what is sure, as in `graph`."""
+    picture: torch.Tensor = None  # (3, H, W) uint8 RGB
+    vocabulary: Vocabulary = None
+    # least scores of 'objects' and 'triplets'
+    thresholds: dict = field(default_factory=lambda: dict(DEFAULTS))
+    name: str = ''  # of the picture
+
+    def __repr__(self):
+        name = f'{self.name}: ' if self.name else ''
+        return (f"PicturePrediction({name}{len(self)} objects, {len(self.pairs)} pairs, "
+                f"size={self.size})")
+
+    def _sure(self, min_score=None, top=None, min_object=None):
+        "The sure part, its triplets and their scores, as `_chosen`."
+        if min_score is None: min_score = self.thresholds['triplets']
+        if min_object is None: min_object = self.thresholds['objects']
+        return _chosen(self, min_score, top, min_object)
+
+    def graph(self, min_score:float=None, top:int=None, min_object:float=None):
+        """The `NamedGraph` of the `top` triplets that score more than `min_score` (default: the
+        network's own threshold) and the objects that score at least `min_object`."""
+        part, rows, scores = self._sure(min_score, top, min_object)
+        drawing = draw.graph(part, self.vocabulary, min_score=0., top=len(rows))
+        return NamedGraph(part.boxes, part.labels, rows, self.size, scores=part.scores,
+                          relation_scores=scores, vocabulary=self.vocabulary, drawing=drawing)
+
+    def to_json(self, vocabulary=None):
+        """All of it, also what is not sure, as plain values; `Prediction.from_json` reads it.
+
+        For what is sure: `.graph().to_json()`."""
+        return to_json(self, vocabulary or self.vocabulary)
+
+    def to_networkx(self, min_score=None, top=None, min_object=None):
+        return self.graph(min_score, top, min_object).to_networkx()
+
+    def svg(self, min_score=None, top=None, min_object=None):
+        "Picture with boxes, and graph beside it, as the text of one SVG."
+        figure = _boxes_figure(self, self._sure(min_score, top, min_object)[0])
+        boxes = draw.rendered(figure, 'svg', bbox_inches='tight', pad_inches=.02).decode()
+        return _side_svg(boxes, self.graph(min_score, top, min_object).drawing.svg())
+
+    def save_svg(self, path, min_score=None, top=None, min_object=None):
+        """Write picture, boxes and graph to `path`, whole or not at all; returns it.
+
+        Raises `ValueError` for a name that does not end in .svg."""
+        path = Path(path)
+        if path.suffix.lower() != '.svg':
+            raise ValueError(f"{path}: save_svg writes .svg; for .png or .pdf there are "
+                             "`graph().drawing.save` and `stdg.draw`")
+        with atomic_path(path) as partial:
+            partial.write_text(self.svg(min_score, top, min_object), encoding='utf-8')
+        return path
+
+    def _png(self, part):
+        "The picture with the boxes of `part`, the bytes of a PNG."
+        return draw.rendered(_boxes_figure(self, part), 'png', 110, bbox_inches='tight',
+                             pad_inches=.02)
+
+    def _repr_png_(self): return self._png(self._sure()[0])
+
+    def _repr_html_(self):
+        part, graph = self._sure()[0], self.graph()
+        boxes = f"{self.name or 'A picture'} with the boxes of {len(part)} objects"
+        relations = f"Scene graph: {'; '.join(graph.sentences()[:12]) or 'no relations'}"
+        pictures = _img(self._png(part), 'png', one_line(boxes, 200))
+        pictures += _img(graph.drawing.svg().encode(), 'svg+xml', one_line(relations, 600))
+        said = (f"{len(part)} objects of at least {self.thresholds['objects']:.2f}, "
+                f"{len(graph.relations)} triplets above {self.thresholds['triplets']:.2f}; "
+                "more or fewer with .graph(min_score=..., top=...)")
+        style = 'display:flex;gap:12px;align-items:center;flex-wrap:wrap;background:white'
+        return f'<div style="{style}">{pictures}</div>{_table(graph)}<small>{said}</small>'

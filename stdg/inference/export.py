@@ -33,9 +33,9 @@ def sample_then_project(x, offsets, weight, bias):
     Source: method spec 3.2."""
     b, c, h, w = x.shape
     row, column = sampling_points(offsets).unbind(2)
-    places = torch.stack([(2 * column + 1) / w - 1, (2 * row + 1) / h - 1], -1).reshape(b, 9 * h, w,
-        2)
-    seen = F.grid_sample(x, places, align_corners=False).view(b, 9 * c, h, w)
+    places = torch.stack([(2 * column + 1) / w - 1, (2 * row + 1) / h - 1], -1)
+    seen = F.grid_sample(x, places.reshape(b, 9 * h, w, 2), align_corners=False)
+    seen = seen.view(b, 9 * c, h, w)
     return F.conv2d(seen, weight.reshape(len(weight), 9 * c, 1, 1), bias)
 
 def _portable(model):
@@ -44,7 +44,8 @@ def _portable(model):
     model = copy.deepcopy(model.student()).cpu().float().eval().requires_grad_(False)
     for layer in model.modules():
         if isinstance(layer, DeformConv):
-            layer.way = project_then_gather if layer.in_channels > layer.out_channels else sample_then_project
+            shrinks = layer.in_channels > layer.out_channels
+            layer.way = project_then_gather if shrinks else sample_then_project
     return model
 
 # %% ../../nbs/inference/05_export.ipynb #surest
@@ -57,10 +58,10 @@ def surest(relation, stride:int, top:int):
     h, w = relation.shape[-2:]
     sure = relation[:, :, 0].flatten(1)
     confidences, cell = sure.topk(min(top, sure.shape[1]))
-    places = relation[:, :, 1:5].transpose(1, 2).flatten(2).gather(2,
-        cell[:, None].expand(-1, 4, -1)) * stride
-    return (sure > decode.FLOOR).sum(1), cell // (h * w), confidences, places.unflatten(1,
-        (2, 2)).transpose(2, 3)
+    ends = relation[:, :, 1:5].transpose(1, 2).flatten(2)
+    points = ends.gather(2, cell[:, None].expand(-1, 4, -1)) * stride
+    points = points.unflatten(1, (2, 2)).transpose(2, 3)
+    return (sure > decode.FLOOR).sum(1), cell // (h * w), confidences, points
 
 def nearest(points, confidences, boxes, scores):
     """The object (B, 2, K), among `boxes` (B, N, 4) with `scores` (B, N), of the points of
@@ -73,17 +74,19 @@ def nearest(points, confidences, boxes, scores):
     return ((dx * weight).square() + (dy * weight).square()).argmin(-1)
 
 # %% ../../nbs/inference/05_export.ipynb #finish
-def finish(boxes, labels, scores, counts, predicates, confidences, points, ends,  # of one picture, arrays or CPU tensors
+def finish(boxes, labels, scores, counts, predicates, confidences, points, ends,
            n_predicates:int,  # P
            size=None):  # (height, width) of the picture in pixels
-    """The `Prediction` for SGDet, as `stdg.decode.decode` gives it.
+    """The `Prediction` for SGDet, as `stdg.decode.decode` gives it, of the tensors `NAMES` of one
+    picture, arrays or on the CPU.
 
-    Warns when more candidates passed the floor than were kept: then the least sure are missing."""
+    Warns when more candidates passed the floor than were kept: then the least confident are
+    missing."""
     if counts > len(confidences):
         warnings.warn(f"{int(counts)} candidates, of which {len(confidences)} were kept: the least "
-                      "sure are missing. Export with a larger top")
-    n, q, c, (s, o), p = len(scores), np.asarray(scores), *(np.asarray(t)[..., :counts]
-        for t in (confidences, ends, predicates))
+                      "sure are missing. Export with a larger top", stacklevel=2)
+    n, q = len(scores), np.asarray(scores)
+    c, (s, o), p = (np.asarray(t)[..., :counts] for t in (confidences, ends, predicates))
     keep = (s != o) & (c > np.minimum(q[s], q[o]) / 2)
     pairs, row = np.unique((s * n + o)[keep], return_inverse=True)
     table = np.zeros((len(pairs), n_predicates), np.float32)
@@ -96,10 +99,8 @@ def finish(boxes, labels, scores, counts, predicates, confidences, points, ends,
 NAMES = ('boxes', 'labels', 'scores', 'counts', 'predicates', 'confidences', 'points', 'ends')
 
 class Deployed(nn.Module):
-    """From bytes (B, 3, H, W) uint8 RGB to the tensors `NAMES`; a copy that shares nothing with the
-    `STDG` that it is made of.
-
-    `top` is K.
+    """From bytes (B, 3, H, W) uint8 RGB to the tensors `NAMES`; a copy that shares nothing with its
+    `STDG`. `top` is K.
 
     Raises `ValueError` for a network that reads HHA. Source: method spec 8.1 to 8.3."""
     def __init__(self, network, top=4096):
@@ -112,8 +113,8 @@ class Deployed(nn.Module):
         detection, relation = self.network(network_input(self.network, picture))
         boxes, labels, scores = decode.detect(detection, self.network.stride)
         counts, predicates, confidences, points = surest(relation, self.network.stride, self.top)
-        return boxes, labels, scores, counts, predicates, confidences, points, nearest(points,
-            confidences, boxes, scores)
+        ends = nearest(points, confidences, boxes, scores)
+        return boxes, labels, scores, counts, predicates, confidences, points, ends
 
 # %% ../../nbs/inference/05_export.ipynb #export
 def _needed(name):
@@ -129,9 +130,9 @@ def _traced(model, size, top):
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     program = torch.export.export(Deployed(model.network, top), (example,),
                                   dynamic_shapes=({0: torch.export.Dim('batch')},))
-    return program, json.dumps(dict(model.facts, format='stdg', version=1,
-                                    config=model.network.student().config, size=size),
-                               allow_nan=False)
+    facts = dict(model.facts, format='stdg', version=1, config=model.network.student().config,
+                 size=size)
+    return program, json.dumps(facts, allow_nan=False)
 
 def export_program(model, path, size=None, top=4096):
     """Write a `Model` as a program for `torch.export.load(path).module()`; `size` is the side of
@@ -144,8 +145,8 @@ def export_program(model, path, size=None, top=4096):
         torch.export.save(program, partial, extra_files={'stdg.json': facts})
 
 def export_onnx(model, path, size=None, top=4096):
-    """Write a `Model` as an ONNX graph of opset 20, weights and facts within; else as
-    `export_program`.
+    """Write a `Model` as an ONNX graph of opset 20, weights and facts within. Arguments and errors
+    are those of `export_program`.
 
     Raises `ImportError` where the extra is missing."""
     for name in ('onnx', 'onnxscript'): _needed(name)
@@ -158,8 +159,8 @@ def export_onnx(model, path, size=None, top=4096):
 
 # %% ../../nbs/inference/05_export.ipynb #runner
 class OnnxModel:
-    """A file of `export_onnx`, run by onnxruntime on `threads` (0: all) of the processor, or by
-    other `providers` of it.
+    """A file of `export_onnx`, run by onnxruntime on `threads` of the CPU (0: all), or by other
+    `providers`.
 
     Called with bytes (B, 3, size, size) it gives the arrays `NAMES`.
 
@@ -168,8 +169,8 @@ class OnnxModel:
     def __init__(self, path, threads=0, providers=('CPUExecutionProvider',)):
         runtime = _needed('onnxruntime')
         if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"{path} is missing. stdg.inference.export.export_onnx writes it")
+            raise FileNotFoundError(f"{path} is missing. stdg.inference.export.export_onnx writes "
+                                    "it")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         try: self.session = runtime.InferenceSession(path, options, providers=list(providers))
@@ -186,8 +187,8 @@ class OnnxModel:
 
     @property
     def vocabulary(self):
-        return Vocabulary.from_json(
-            self.facts['vocabulary']) if 'vocabulary' in self.facts else None
+        "The `Vocabulary` in the facts, or None."
+        if 'vocabulary' in self.facts: return Vocabulary.from_json(self.facts['vocabulary'])
 
     def __call__(self, pictures): return self.session.run(None, dict(picture=np.asarray(pictures)))
 
@@ -196,7 +197,6 @@ class OnnxModel:
         `stdg.predict`."""
         picture = read_image(image)
         canvas, *place = letterbox(picture, self.size)
-        found = [array[0] for array in self(canvas[None])]
-        return on_picture(finish(*found, n_predicates=self.n_predicates), *place, picture,
-                          self.facts, self.facts['config'],
-                          str(image) if isinstance(image, (str, Path)) else '')
+        found = finish(*[array[0] for array in self(canvas[None])], n_predicates=self.n_predicates)
+        name = str(image) if isinstance(image, (str, Path)) else ''
+        return on_picture(found, *place, picture, self.facts, self.facts['config'], name)

@@ -29,11 +29,12 @@ from ..released import any_network
 
 # %% ../../nbs/inference/02_predictor.ipynb #read-image
 def _file_picture(path):
+    "The PIL picture in the file `path`."
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing. Is the path right?")
     try: return read_picture(path.read_bytes())
     except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{path}: {error}. Is it whole, and one of {', '.join(FORMATS)}?") from None
+        remedy = f"Is it whole, and one of {', '.join(FORMATS)}?"
+        raise ValueError(f"{path}: {error}. {remedy}") from None
 
 def read_image(image):
     """`image` as (3, H, W) uint8 RGB, upright.
@@ -43,7 +44,7 @@ def read_image(image):
     Raises `FileNotFoundError`, or `ValueError` naming the file or what is wrong with the array."""
     if isinstance(image, (str, Path)): image = _file_picture(Path(image))
     elif isinstance(image, Image.Image): image = ImageOps.exif_transpose(image).convert('RGB')
-    array = torch.as_tensor(np.array(image) if not isinstance(image, torch.Tensor) else image)
+    array = image if isinstance(image, torch.Tensor) else torch.as_tensor(np.array(image))
     if array.ndim == 2: array = array[..., None].expand(-1, -1, 3)
     if array.ndim == 3 and array.shape[2] == 3: array = array.permute(2, 0, 1)
     if array.ndim != 3 or array.shape[0] != 3 or array.dtype != torch.uint8 or not array.numel():
@@ -68,10 +69,10 @@ def letterbox(picture, canvas):
 # %% ../../nbs/inference/02_predictor.ipynb #unbox
 def unbox(prediction, scale, corner, size):
     """`prediction` from the pixels of the canvas to those of the picture of `size` (height, width);
-    boxes are cut at its border."""
+    boxes are clipped at its border."""
     boxes = (prediction.boxes - torch.tensor([*corner, *corner])) / torch.tensor([*scale, *scale])
-    boxes[:, 0::2], boxes[:, 1::2] = boxes[:, 0::2].clamp(0, size[1]), boxes[:, 1::2].clamp(0,
-        size[0])
+    boxes[:, 0::2] = boxes[:, 0::2].clamp(0, size[1])
+    boxes[:, 1::2] = boxes[:, 1::2].clamp(0, size[0])
     return Prediction(boxes, prediction.labels, prediction.scores, prediction.pairs,
                       prediction.predicates, size)
 
@@ -88,6 +89,7 @@ def names_of(facts, config):
                       [f'predicate {i}' for i in range(numbers[1])])
 
 def thresholds_of(facts):
+    "The least scores of 'objects' and 'triplets' in `facts`, or the defaults."
     return DEFAULTS | {kind: value for kind, value in facts.get('thresholds', {}).items()
                        if kind in DEFAULTS}
 
@@ -101,49 +103,56 @@ def on_picture(prediction, scale, corner, picture, facts, config, name=''):
 # %% ../../nbs/inference/02_predictor.ipynb #predictor
 def _file_of(network): return Path(network)/SHARED if Path(network).is_dir() else Path(network)
 
+def _load(path):
+    "The `STDG` of a checkpoint or a released file, and its facts."
+    if path.suffix == '.safetensors':
+        facts = checkpoint.facts(path)
+        return checkpoint.load(path), facts
+    return any_network(path, Vocabulary.visual_genome()), None
+
 class Predictor:
     """A network made ready for pictures: call it with a list of (3, H, W) uint8 tensors, get a list
     of `PicturePrediction`.
 
     `network` is a checkpoint's path (.safetensors, a shared folder, or a released file), or an
-    `STDG` with the `facts` of its checkpoint. Raises `FileNotFoundError` or `ValueError` naming the
-    file; a depth teacher needs HHA and is refused."""
+    `STDG`. `facts` are those of its checkpoint, for a `network` whose file has none. `size` is the
+    side of the canvas in pixels, by default the checkpoint's, or 512.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file; a depth teacher needs HHA and is
+    refused."""
     def __init__(self, network, size=None, device=None, facts=None):
         self.path = None if isinstance(network, STDG) else _file_of(network)
-        ours = self.path is not None and self.path.suffix == '.safetensors'
-        self.facts = checkpoint.facts(self.path) if ours else facts or {}
-        self.model = network if self.path is None else checkpoint.load(
-            self.path) if ours else any_network(self.path, Vocabulary.visual_genome())
+        self.model, known = (network, None) if self.path is None else _load(self.path)
+        self.facts = (facts or {}) if known is None else known
         if self.model.mode == 'depth':
             raise ValueError(f"{self.path or 'this network'} reads HHA, not RGB: use a student")
-        # the teacher is not needed any more
+        # a student needs its teacher in training only
         if self.model.mode == 'combine': self.model = self.model.student()
         self.model.to(choose_device(device), memory_format=torch.channels_last).eval()
         self.size = size or self.facts.get('size', 512)
 
     @property
     def vocabulary(self): return names_of(self.facts, self.model.config)
+
     @property
     def thresholds(self): return thresholds_of(self.facts)
 
-# %% ../../nbs/inference/02_predictor.ipynb #call-predictor
-@torch.no_grad()
-def _call(self, pictures, names=None):
-    "Predictions for `pictures`, a list of (3, H, W) uint8, together as one batch."
-    if not pictures: return []
-    canvases, *places = zip(*(letterbox(picture, self.size) for picture in pictures))
-    found = decode.decode_batch(*self.model(network_input(self.model, torch.stack(canvases))),
-                                stride=self.model.stride)
-    return [on_picture(*one, self.facts, self.model.config, name) for *one, name in zip(found,
-        *places, pictures, names or [''] * len(pictures))]
+    @torch.no_grad()
+    def __call__(self, pictures, names=None):
+        "Predictions for `pictures`, a list of (3, H, W) uint8, together as one batch."
+        if not pictures: return []
+        canvases, *places = zip(*(letterbox(picture, self.size) for picture in pictures))
+        batch = network_input(self.model, torch.stack(canvases))
+        found = decode.decode_batch(*self.model(batch), stride=self.model.stride)
+        return [on_picture(*one, self.facts, self.model.config, name)
+                for *one, name in zip(found, *places, pictures, names or [''] * len(pictures))]
 
-Predictor.__call__ = _call
-
+# %% ../../nbs/inference/02_predictor.ipynb #load-predictor
 @lru_cache(maxsize=2)
 def _loaded(path, changed, size, device): return Predictor(path, size, device)
 
 def load_predictor(network, size=None, device=None):
-    """The `Predictor` of `network`; for a path it is kept, and made anew when one of its files has
+    """The `Predictor` of `network`; for a path it is kept, and made again when one of its files has
     changed."""
     if isinstance(network, Predictor): return network
     if isinstance(network, STDG): return Predictor(network, size, device)
@@ -161,6 +170,14 @@ def _tried(read, item):
     try: return read(item)
     except (ValueError, OSError) as error: return error
 
+def _finish(ready, reading, names):
+    "Yield the items and predictions of a batch that is being read."
+    read = [(item, task.result()) for item, task in reading]
+    sound = [(item, picture) for item, picture in read if not isinstance(picture, Exception)]
+    found = iter(ready([picture for _, picture in sound], [names(item) for item, _ in sound]))
+    for item, picture in read:
+        yield item, picture if isinstance(picture, Exception) else next(found)
+
 def stream(items, network, read=read_image, batch_size=8, names=str, **options):
     """Yield (item, `PicturePrediction`, or the `ValueError` or `OSError` that `read` raised) for
     each of `items`, in order.
@@ -176,25 +193,16 @@ def stream(items, network, read=read_image, batch_size=8, names=str, **options):
             ahead = reading
         if ahead: yield from _finish(ready, ahead, names)
 
-def _finish(ready, reading, names):
-    "The predictions of a batch that is being read."
-    read = [(item, task.result()) for item, task in reading]
-    sound = [(item, picture) for item, picture in read if not isinstance(picture, Exception)]
-    found = iter(ready([picture for _, picture in sound], [names(item) for item, _ in sound]))
-    for item, picture in read:
-        yield item, picture if isinstance(picture, Exception) else next(found)
-
 # %% ../../nbs/inference/02_predictor.ipynb #pictures-in
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 
 def is_picture(name): return str(name).lower().endswith(ENDINGS)
 
 def pictures_in(source):
-    """Names of the pictures in a `FolderSource` or `ZipSource`, sorted; and what was refused,
+    """Names of the pictures in a `FolderSource` or `ZipSource`, sorted; and those refused,
     {name: why}."""
-    return sorted(filter(is_picture, source.names())), {name: why
-                                                        for name, why in source.refused.items()
-                                                        if is_picture(name)}
+    refused = {name: why for name, why in source.refused.items() if is_picture(name)}
+    return sorted(filter(is_picture, source.names())), refused
 
 def read_member(source, name):
     "The picture `name` of a folder or archive as (3, H, W) uint8. Raises `ValueError` naming it."
@@ -202,7 +210,7 @@ def read_member(source, name):
     except ValueError as error: raise ValueError(f"{name}: {error}") from None
 
 # %% ../../nbs/inference/02_predictor.ipynb #predict
-def predict(image,  # a picture (path, PIL picture, (H, W, 3) uint8 array), a list or batch (B, H, W, 3) of them, or a folder's path
+def predict(image,  # path of a picture or folder, PIL picture, (H, W, 3) uint8 array, list or (B, H, W, 3) of them
             network,  # a checkpoint's path, or an `STDG`
             size:int=None,  # side of the canvas in pixels; by default as the checkpoint was trained, or 512
             batch_size:int=8,  # pictures at a time
@@ -215,22 +223,23 @@ def predict(image,  # a picture (path, PIL picture, (H, W, 3) uint8 array), a li
 
     Raises `FileNotFoundError` or `ValueError` naming the picture or checkpoint that cannot be read;
     a depth teacher needs HHA and is refused."""
-    options, read, names = dict(size=size,
-                                device=device), read_image, lambda item: str(item) if isinstance(
-        item, (str, Path)) else ''
-    if folder := isinstance(image, (str, Path)) and Path(image).is_dir():
+    folder = isinstance(image, (str, Path)) and Path(image).is_dir()
+    one = not folder and (isinstance(image, (str, Path, Image.Image))
+                          or getattr(image, 'ndim', 4) != 4)
+    items, read = [image] if one else image, read_image
+    if folder:
         source = FolderSource(image)
-        (items, refused), read = pictures_in(source), lambda name: read_member(source, name)
+        items, refused = pictures_in(source)
+        read = lambda name: read_member(source, name)
         if refused:
-            raise ValueError(f"{image}: " + '; '.join(f'{name!r} is refused: {why}'
-                                                      for name, why in list(refused.items())[:3]))
+            reasons = [f'{name!r} is refused: {why}' for name, why in list(refused.items())[:3]]
+            raise ValueError(f"{image}: {'; '.join(reasons)}")
         if not items:
             raise ValueError(f"{image} holds no pictures: their names end in {', '.join(ENDINGS)}")
-    several = folder or not isinstance(image, (str, Path, Image.Image)) and getattr(image, 'ndim',
-        4) == 4
+    name_of = lambda item: str(item) if isinstance(item, (str, Path)) else ''
     found = []
-    for _, one in stream(items if folder else image if several else [image], network, read,
-                         batch_size, names, **options):
-        if isinstance(one, Exception): raise one
-        found.append(one)
-    return found if several else found[0]
+    for _, prediction in stream(items, network, read, batch_size, name_of, size=size,
+                                device=device):
+        if isinstance(prediction, Exception): raise prediction
+        found.append(prediction)
+    return found[0] if one else found
