@@ -61,7 +61,7 @@ def finished(run):
 
 # %% ../../nbs/training/06_experiments.ipynb #start
 def _start(run, threads, slot):
-    "Start the process of `run` with so many `threads`, on the GPU number `slot` if there are several."
+    "Start the process of `run` with so many `threads`, on GPU number `slot` if there are several."
     folder, file = writable_folder(run.folder), run.folder/'parameters.yaml'
     (folder/'results.json').unlink(missing_ok=True)
     with atomic_path(file) as partial: partial.write_text(_yaml(run), encoding='utf-8')

@@ -131,8 +131,8 @@ class Log:
 STEP_PARTS = ('data', 'teacher', 'student', 'backward', 'optimiser')
 
 class Stopwatch:
-    """Seconds of the parts of a step on `device`: `lap(part)` after each, `read()` at the end, which
-    waits for the GPU."""
+    """Seconds of the parts of a step on `device`: `lap(part)` after each, `read()` at the end. On a
+    GPU `read` waits for it."""
     def __init__(self, device='cpu'):
         self._cuda = torch.device(device).type == 'cuda'
         self._marks = [(None, self._now())]
@@ -174,7 +174,7 @@ def read_times(path):
             for stage, values in rows.items()}
 
 def step_times(path):
-    "A figure of where the time of a step goes, a bar for each stage. Raises what `read_times` raises."
+    "A figure of where the time of a step goes, a bar for each stage. Raises as `read_times`."
     stages = read_times(path)
     figure, ax = plt.subplots(figsize=(8, .8 + .45 * len(stages)), layout='constrained')
     left = np.zeros(len(stages))

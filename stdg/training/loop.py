@@ -161,7 +161,8 @@ class _Run:
             if f'exp_avg.{name}' in tensors:
                 moments = {kind: torch.empty_like(p).copy_(tensors[f'{kind}.{name}'])
                            for kind in _MOMENTS}
-                self.optimiser.state[p] = dict(step=torch.tensor(float(facts['updates'])), **moments)
+                step = torch.tensor(float(facts['updates']))
+                self.optimiser.state[p] = dict(step=step, **moments)
         if facts['scaler']: self.step.scaler.load_state_dict(facts['scaler'])
         self.done, self.skipped = facts['step'], facts['skipped']
         self.best, self.stale = facts['best'], facts['stale']
@@ -351,9 +352,8 @@ def _memory():
 
 def forecast(model, dataset, tries=6, device=None, **options):
     """dict(seconds_per_step, images_per_second, memory, steps, hours, parts) of a run with these
-    `options`, from `tries` steps of which nothing is kept: memory in GiB, parts as shares of a step.
-
-    Validation is not counted."""
+    `options`, from `tries` steps of which nothing is kept: memory in GiB, parts as shares of a
+    step. Validation is not counted."""
     options = {k: v for k, v in options.items() if k not in ('trackers', 'progress')}
     options['keep'] = 0
     settings = _options(options)
