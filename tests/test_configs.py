@@ -211,9 +211,9 @@ def test_a_local_file_of_weights_begins_both_networks(tmp_path, monkeypatch):
     begins, notes = training.check_start(['teacher'], 'resnet18.tv_in1k',
                                          str(tmp_path/'resnet18.pth'))
     network = training.build_network(0, 'resnet18.tv_in1k', 'depth', 3, 2, pretrained=begins)
-    assert not notes and torch.equal(
-        network.network.backbone.body.state_dict()['layer4.1.conv2.weight'],
-        whole['layer4.1.conv2.weight'])
+    assert not notes
+    assert torch.equal(network.network.backbone.body.state_dict()['layer4.1.conv2.weight'],
+                       whole['layer4.1.conv2.weight'])
     (tmp_path/'cut.pth').write_bytes((tmp_path/'resnet18.pth').read_bytes()[:5000])
     for trial in (False, True):
         with pytest.raises(ValueError, match='cut.pth is not a whole file of weights'):
@@ -226,8 +226,8 @@ def test_student_without_a_teacher(tmp_path):
                        "runs/<name>/teacher.safetensors"):
         training.check_start(['student'], 'small', False)
     _, notes = training.check_start(['student'], 'small', False, trial=True)
-    assert len(notes) == 1 and notes[0].startswith('TRIAL WITHOUT A TEACHER') and '\n' not in notes[
-        0]
+    assert len(notes) == 1 and notes[0].startswith('TRIAL WITHOUT A TEACHER')
+    assert '\n' not in notes[0]
     for trial in (False, True):
         with pytest.raises(FileNotFoundError, match='gone.json is missing'):
             training.check_start(['student'], 'small', False, tmp_path/'gone.safetensors',
@@ -252,20 +252,18 @@ def check_trial(home, name, batch, size):
                       for o in c.get('outputs', []))
     out = home/'runs'/name
     lines = [json.loads(line) for line in open(out/'log.jsonl')]
-    assert [(r['stage'], r['step']) for r in lines] == [('student', 1),
-                                                        ('student', 2)] and all(r['teaching'] > 0
-        for r in lines)
+    assert [(r['stage'], r['step']) for r in lines] == [('student', 1), ('student', 2)]
+    assert all(r['teaching'] > 0 for r in lines)
     record, results = facts(out/'student.json'), json.loads((out/'results.json').read_text())
-    assert record['size'] == size and record['training']['step'] == 2 and record['config'][
-        'backbone'] == results['settings']['backbone'] == name.rsplit('_', 1)[0]
-    assert results['settings']['batch_size'] == batch and results['notes'] == record[
-        'notes'] and all(note in printed for note in record['notes'])
+    assert record['size'] == size and record['training']['step'] == 2
+    assert record['config']['backbone'] == results['settings']['backbone'] == name.rsplit('_', 1)[0]
+    assert results['settings']['batch_size'] == batch and results['notes'] == record['notes']
+    assert all(note in printed for note in record['notes'])
     assert any('WITHOUT A TEACHER' in note for note in record['notes'])
     assert record['pretrained'] is results['settings']['pretrained'] is (
         not any('WITHOUT IMAGENET' in note for note in record['notes']))
-    assert set(results['rows']) == {'frequency prior',
-                                    'student (RGB, taught)'} and (out
-        /'prediction-0.png').exists() and (out/'offsets.png').exists()
+    assert set(results['rows']) == {'frequency prior', 'student (RGB, taught)'}
+    assert (out/'prediction-0.png').exists() and (out/'offsets.png').exists()
     return record
 
 
@@ -282,8 +280,8 @@ def test_trial_of_the_full_network_on_small_pictures(tmp_path):
 
 def test_the_whole_run_stops_before_it_renders(tmp_path):
     done = papermill(tmp_path, 'swin_s_student')
-    assert done.returncode and '-p teacher runs/<name>/teacher.safetensors' in done.stderr and not (
-        tmp_path/'data').exists()
+    assert done.returncode and '-p teacher runs/<name>/teacher.safetensors' in done.stderr
+    assert not (tmp_path/'data').exists()
 
 
 @pytest.mark.skipif(not os.environ.get('STDG_FULL_SIZE'), reason='seven minutes and 11 GB on two '

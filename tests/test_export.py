@@ -50,8 +50,8 @@ def matched(a, b):
     longest length; rounding may have changed their order."""
     far, partner = torch.cdist(a.double(), b.double(),
                                compute_mode='donot_use_mm_for_euclid_dist').min(1)
-    assert (far <= 1e-4 * b[partner, 1:].abs().amax(1).clamp(min=10)).all() and len(
-        partner.unique()) == len(b) == len(a)
+    assert (far <= 1e-4 * b[partner, 1:].abs().amax(1).clamp(min=10)).all()
+    assert len(partner.unique()) == len(b) == len(a)
     return partner
 
 
@@ -176,11 +176,11 @@ def test_a_file_of_onnx_says_what_it_is(small):
     network, path = small
     graph = onnx.load(path)
     onnx.checker.check_model(graph, full_check=True)
-    assert [(o.domain, o.version) for o in graph.opset_import] == [('',
-        20)] and not any(t.external_data for t in graph.graph.initializer)
+    assert [(o.domain, o.version) for o in graph.opset_import] == [('', 20)]
+    assert not any(t.external_data for t in graph.graph.initializer)
     facts = json.loads({p.key: p.value for p in graph.metadata_props}['stdg'])
-    assert facts['format'] == 'stdg' and facts['version'] == 1 and facts['size'] == 96 and facts[
-        'vocabulary'] == names.to_json() and facts['metrics'] == dict(AP50=.5)
+    assert facts['format'] == 'stdg' and facts['version'] == 1 and facts['size'] == 96
+    assert facts['vocabulary'] == names.to_json() and facts['metrics'] == dict(AP50=.5)
     assert STDG(**facts['config'], pretrained=False).config == network.network.config
     shapes = {o.name: [d.dim_param or d.dim_value for d in o.type.tensor_type.shape.dim]
               for o in (*graph.graph.input, *graph.graph.output)}
@@ -206,9 +206,9 @@ def test_the_exported_copy_is_apart(small):
     network = model()
     network.network.train()
     Deployed(network.network)
-    assert network.network.training and all(getattr(layer, 'way', None) is None
-                                            for layer in network.network.modules()) and any(
-        p.requires_grad for p in network.network.parameters())
+    assert network.network.training
+    assert all(getattr(layer, 'way', None) is None for layer in network.network.modules())
+    assert any(p.requires_grad for p in network.network.parameters())
 
 
 def test_a_combined_network_is_exported_without_its_teacher():

@@ -87,7 +87,8 @@ def test_any_file_becomes_a_sound_database(tmp_path, seed):
     assert kept[1] + lost('relations') == 30
     for _, _, g in own:
         assert (g.boxes >= 0).all() and (g.boxes[:, 2:] <= torch.tensor(g.size[::-1])).all()
-        assert (g.boxes[:, 2:] >= g.boxes[:, :2]).all() and (g.relations[:, 0] != g.relations[:, 1]).all()
+        assert (g.boxes[:, 2:] >= g.boxes[:, :2]).all()
+        assert (g.relations[:, 0] != g.relations[:, 1]).all()
     rows = [(i, h, w) for i, (h, w) in enumerate(shapes)]
     summary, databases = database_of(tmp_path/'db', rows, own)
     assert (summary['objects'], summary['relations']) == kept
@@ -96,7 +97,8 @@ def test_any_file_becomes_a_sound_database(tmp_path, seed):
             read = database.graph(row)
             assert read.labels.tolist() == g.labels.tolist()
             assert read.relations.tolist() == g.relations.tolist()
-            assert (read.boxes >= 0).all() and (read.boxes[:, 2:] <= torch.tensor(read.size[::-1])).all()
+            assert (read.boxes >= 0).all()
+            assert (read.boxes[:, 2:] <= torch.tensor(read.size[::-1])).all()
             assert (read.boxes[:, 2:] > read.boxes[:, :2]).all()
 
 
@@ -289,7 +291,8 @@ def test_gqa_keeps_the_most_common_names(tmp_path):
     read = read_gqa(dict(train=tmp_path/'gqa.json'), most=(2, 1))
     _, graph = read.images[1]
     assert read.vocabulary == Vocabulary(['cup', 'table'], ['on'])
-    assert graph.labels.tolist() == [1, 0, 0, 1] and graph.relations.tolist() == [[1, 0, 0], [2, 0, 0]]
+    assert graph.labels.tolist() == [1, 0, 0, 1]
+    assert graph.relations.tolist() == [[1, 0, 0], [2, 0, 0]]
     assert {kind: e['count'] for kind, e in read.report.found.items()} == {
         'objects of rarer classes': 1, 'relations of an object that was left out': 1,
         'relations of rarer predicates': 1}
@@ -331,7 +334,8 @@ def test_open_images_objects_are_told_apart_by_box_and_class(tmp_path):
     classes = '/m/cup,Cup\n/m/mug,Mug\n/m/table,"Table, round"\n/m/never,Never\n\n'
     (tmp_path/'classes.csv').write_text(classes)
     read = read_open_images(dict(train=tmp_path/'vrd.csv'), tmp_path/'classes.csv')
-    assert read.vocabulary == Vocabulary(['Cup', 'Mug', 'Table, round'], ['at', 'on']) and len(read) == 2
+    assert read.vocabulary == Vocabulary(['Cup', 'Mug', 'Table, round'], ['at', 'on'])
+    assert len(read) == 2
     graph, count = read.images[image_number('f1')][1], read.report.count
     assert graph.labels.tolist() == [0, 2, 1] and graph.size is None
     assert graph.relations.tolist() == [[0, 1, 1], [2, 1, 1], [0, 1, 0]]

@@ -73,8 +73,8 @@ def test_runbook(home):
     shown = [output['data']['text/html'] for output in outputs
              if 'text/html' in output.get('data', {})]
     said = ''.join(output.get('text', '') for output in outputs)
-    assert len(shown) == 2 and all(html.count('<img') == 2 and '<script' not in html
-                                   for html in shown)
+    assert len(shown) == 2
+    assert all(html.count('<img') == 2 and '<script' not in html for html in shown)
     assert 'b.jpg: the picture is not read' in said and '2 pictures done now, 1 failed' in said
     records = [json.loads(line) for line in (home/'graphs.jsonl').read_text().splitlines()]
     assert [record['file'] for record in records if 'error' not in record] == ['a.png', 'c.webp']

@@ -81,8 +81,8 @@ def test_from_download_to_samples(raw, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob('*.h5')}
     again = command('check', 'database', 'images', 'depth', 'hha', '--raw', raw, '--folder',
                     tmp_path, '--size', 64, 128, '--depth', 'maps')
-    assert again.returncode == 0 and before == {path: path.stat().st_mtime_ns
-                                                for path in tmp_path.glob('*.h5')}
+    assert again.returncode == 0
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob('*.h5')}
 
 
 def test_three_shards_then_merge(raw, tmp_path):
@@ -102,8 +102,8 @@ def test_three_shards_then_merge(raw, tmp_path):
         prepare(tmp_path/'many', steps=('merge',), **settings)
     files = [HHAFile(hha_path(database, 'other'), database.image_ids)
              for database in (Database(tmp_path/'one'), Database(tmp_path/'many'))]
-    assert all(np.array_equal(files[0][i], files[1][i])
-               for i in range(8)) and not list((tmp_path/'many').glob('*-parts'))
+    assert all(np.array_equal(files[0][i], files[1][i]) for i in range(8))
+    assert not list((tmp_path/'many').glob('*-parts'))
 
 
 def test_annotations_by_others_are_kept(raw, tmp_path):
@@ -113,8 +113,8 @@ def test_annotations_by_others_are_kept(raw, tmp_path):
         shutil.copy(tmp_path/'ours'/name, tmp_path/'theirs'/name.replace('VG-SGG-dicts',
             'VG-SGG-dicts-with-attri').replace('VG-SGG.', 'VG-SGG-with-attri.'))
     done = prepare(tmp_path/'theirs', raw, ('database', 'images'), sizes=(64,), progress=False)
-    assert done['database']['result'] == 'VG-SGG-with-attri.h5 by others is kept: 8 images' and len(
-        Database(tmp_path/'theirs')) == 8
+    assert done['database']['result'] == 'VG-SGG-with-attri.h5 by others is kept: 8 images'
+    assert len(Database(tmp_path/'theirs')) == 8
     with h5py.File(tmp_path/'theirs'/'VG-SGG-with-attri.h5', 'r+') as file:
         del file['split']
         file['split'] = np.zeros(9, np.int32)

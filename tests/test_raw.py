@@ -61,7 +61,8 @@ def check_whole(folder, rows, summary):
             corners = to_corners(file[f'boxes_{size}'][:])
             assert (corners >= 0).all() and (corners <= size).all()
             assert (corners[:, 2:] > corners[:, :2]).all()
-    assert len(database) == len(rows) and database.relation_counts().sum() == counts['relations kept']
+    assert len(database) == len(rows)
+    assert database.relation_counts().sum() == counts['relations kept']
     for i in range(len(rows)):
         subject, object, _ = database.graph(i).relations.T
         assert (subject != object).all()

@@ -126,10 +126,10 @@ def test_push_sends_four_files_and_no_more(hub, shared):
     assert url == 'https://hub/owner/rooms/commit/1' and names(hub.folder) == FILES
     for name in FILES: assert (hub.folder/name).read_bytes() == (shared/name).read_bytes(), name
     token, create, upload = hub.calls
-    assert token == ('token', 'hf_x') and create == ('create', 'owner/rooms',
-                                                     dict(private=True, exist_ok=True))
-    assert upload[2]['revision'] == 'v1' and upload[2]['commit_message'] == 'first' and upload[2][
-        'repo_type'] == 'model'
+    assert token == ('token', 'hf_x')
+    assert create == ('create', 'owner/rooms', dict(private=True, exist_ok=True))
+    assert upload[2]['revision'] == 'v1' and upload[2]['commit_message'] == 'first'
+    assert upload[2]['repo_type'] == 'model'
     assert Model.from_pretrained(hub.folder).facts == FACTS
 
 
@@ -143,10 +143,10 @@ def test_no_teacher_is_shared(tmp_path):
     model = tiny(mode='combine')
     model.save_pretrained(tmp_path)
     again = Model.from_pretrained(tmp_path)
-    assert again.network.mode == 'rgb' and not any(k.startswith('teacher')
-                                                   for k in again.network.state_dict())
-    assert torch.equal(again.predict(picture).boxes,
-                       model.predict(picture).boxes) and model.network.teacher is not None
+    assert again.network.mode == 'rgb'
+    assert not any(k.startswith('teacher') for k in again.network.state_dict())
+    assert torch.equal(again.predict(picture).boxes, model.predict(picture).boxes)
+    assert model.network.teacher is not None
     model.save(tmp_path/'whole.safetensors')
     # a checkpoint keeps it
     assert Model.load(tmp_path/'whole.safetensors').network.mode == 'combine'
@@ -270,15 +270,15 @@ def test_unknown_words_are_no_argument(shared):
 def test_a_card_somebody_wrote_stays(changed):
     (changed/'README.md').write_text('mine')
     tiny().save_pretrained(changed)
-    assert (changed/'README.md').read_text() == 'mine' and Model.from_pretrained(
-        changed).facts == FACTS
+    assert (changed/'README.md').read_text() == 'mine'
+    assert Model.from_pretrained(changed).facts == FACTS
 
 
 def test_copies():
     model = tiny()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.facts == FACTS and torch.equal(other.predict(picture).boxes,
-                                                    model.predict(picture).boxes)
+        assert other.facts == FACTS
+        assert torch.equal(other.predict(picture).boxes, model.predict(picture).boxes)
 
 
 HOSTILE = ['<script>alert(1)</script>', '<img src=x onerror=alert(1)>', '</p></body>', ']]>',
@@ -331,15 +331,15 @@ def test_hostile_names_are_text(tmp_path):
     for name in ('<script>alert(1)</script>', ']]>', '```', '[a](javascript:alert(1))',
                  'http://x.y', '{{ 7*7 }}', '&lt;b&gt;', '☕'):
         assert name in mine.text, name
-    assert not any(c in card.text
-                   for c in '\u202e\u200f\x00\x1b\u2028') and len(card.text) < 100_000
+    assert not any(c in card.text for c in '\u202e\u200f\x00\x1b\u2028')
+    assert len(card.text) < 100_000
 
 
 @pytest.mark.parametrize('name', HOSTILE)
 def test_each_name_alone(name):
     seen = page(f'before {escaped(name)} after')
-    assert seen.tags == ['p'] and not seen.links and seen.text.startswith(
-        'before ') and seen.text.rstrip().endswith(' after')
+    assert seen.tags == ['p'] and not seen.links and seen.text.startswith('before ')
+    assert seen.text.rstrip().endswith(' after')
 
 
 def test_many_names():

@@ -90,7 +90,8 @@ def test_counts(some, split, n_val, overlap, unique):
     objects, relations = flat.per_image()
     assert objects.tolist() == [len(g) for g in graphs]
     assert relations.tolist() == [len(g.relations) for g in graphs]
-    assert flat.boxes.tolist() == boxes_of(graphs) and flat.sizes.tolist() == [list(g.size) for g in graphs]
+    assert flat.boxes.tolist() == boxes_of(graphs)
+    assert flat.sizes.tolist() == [list(g.size) for g in graphs]
     rows, counts = triplet_counts(flat)
     assert dict(zip(map(tuple, rows.tolist()), counts.tolist())) == Counter(named)
     assert (np.diff(counts) <= 0).all()
@@ -247,7 +248,8 @@ def test_report_against_loops(some):
         related = [g for g in graphs if len(g.relations)]
         assert numbers['images'] == len(graphs) and numbers['images_with_relations'] == len(related)
         assert numbers['images_with_objects'] == sum(len(g) > 0 for g in graphs)
-        assert numbers['relations'] == len(named) and numbers['distinct_triplets'] == len(set(named))
+        assert numbers['relations'] == len(named)
+        assert numbers['distinct_triplets'] == len(set(named))
         assert numbers['distinct_relations'] == len(plain(some, split, unique=True)[1])
         assert numbers['overlapping_relations'] == sum(int(data.overlapping(g).sum()) for g in graphs)
         images = sum(len(g.relations) > 0 for g in trained)
