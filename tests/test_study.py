@@ -179,7 +179,7 @@ def test_the_notebook_shows_the_study():
     kept, = [c.source for c in nbformat.read(root/'nbs'/'study.ipynb', as_version=4).cells
              if c.id == 'kept-results']
     assert str(study.StudyTable(record['found'])).strip() in kept
-    assert record['date'] in readme and record['runs'] == 50
+    assert record['date'] in kept and record['runs'] == 50
     assert [record['settings'][name] for name in ('n_train', 'epochs')] == [2000, 1]
-    cells = [cell for line in readme.splitlines() if '±' in line for cell in line.split('| ')]
+    cells = [cell for line in kept.splitlines() if '±' in line for cell in line.split('| ')]
     assert sum(cell.startswith('**') for cell in cells) == 6
