@@ -8,7 +8,7 @@ __all__ = ['OBJECTS', 'pillow', 'bear', 'hat', 'bag', 'shoe', 'umbrella', 'box',
 # %% ../../nbs/rooms/05_objects.ipynb #imports
 import numpy as np
 
-from .kitchen import SMALL, glazed
+from .kitchen import SMALL
 from stdg.rooms.solids import (
     Material,
     any_color,

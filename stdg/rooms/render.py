@@ -66,8 +66,8 @@ class Light:
     def random(cls, rng):
         """From the side of the camera (-y), 35 to 65 degrees high, warm to white; `rng` is a
         `numpy.random.Generator`."""
-        around, high, warm = rng.uniform(-.75, .75), np.radians(rng.uniform(35, 65)), rng.uniform(0,
-            1)
+        around, high = rng.uniform(-.75, .75), np.radians(rng.uniform(35, 65))
+        warm = rng.uniform(0, 1)
         sun = np.array([np.sin(around) * np.cos(high), -np.cos(around) * np.cos(high),
                         np.sin(high)])
         strength, ambient = rng.uniform(.9, 1.9), rng.uniform(.7, 1.15)
@@ -76,7 +76,7 @@ class Light:
                    ambient * np.array([.34, .3, .26]), rng.uniform(.85, 1.15),
                    rng.uniform(.01, .06))
 
-# %% ../../nbs/rooms/06_render.ipynb #normals
+# %% ../../nbs/rooms/06_render.ipynb #tables
 def _normals(vertices, faces):
     "Normals of faces (F,3), and of vertices (V,3) by the area of their faces."
     a, b, c = (vertices[faces[:, k]] for k in range(3))
@@ -86,26 +86,28 @@ def _normals(vertices, faces):
     unit = lambda n: n / np.maximum(np.linalg.norm(n, axis=1, keepdims=True), 1e-12)
     return unit(across), unit(smooth)
 
-# %% ../../nbs/rooms/06_render.ipynb #tables
 def _tables(parts, matrix, instances):
-    """What rays and shading want to know of parts, placed by matrices (P,4,4), with instances (P,):
+    """What rays and shading need to know of parts, placed by matrices (P,4,4), with instances (P,):
     dict of arrays."""
     count = [len(part.vertices) for part in parts]
     owner, start = np.repeat(np.arange(len(parts)), count), np.cumsum([0, *count])
     faces = np.concatenate([part.faces + s for part, s in zip(parts, start)])
     of_face = np.repeat(np.arange(len(parts)), [len(part.faces) for part in parts])
     local = np.concatenate([part.vertices for part in parts]).astype(np.float32)
-    world = (np.einsum('vij,vj->vi', matrix[owner, :3, :3], local) + matrix[owner, :3,
-        3]).astype(np.float32)
+    world = np.einsum('vij,vj->vi', matrix[owner, :3, :3], local) + matrix[owner, :3, 3]
+    world = world.astype(np.float32)
     scale = np.linalg.norm(matrix[:, :3, :3], axis=1)
     rotation = (matrix[:, :3, :3] / scale[:, None]).astype(np.float32)
     flat, smooth = _normals(local, faces)
-    facing, smooth = (np.einsum('nij,nj->ni', rotation[of], n) for of, n in ((of_face, flat),
-        (owner, smooth)))
+    facing = np.einsum('nij,nj->ni', rotation[of_face], flat)
+    smooth = np.einsum('nij,nj->ni', rotation[owner], smooth)
     return dict(world=world, faces=faces, part=of_face, instance=instances[of_face],
-                flat=flat, facing=facing, smooth=smooth,  # normals of faces, in the object's frame and the world's, and of vertices
-                corners=np.concatenate([local, smooth], 1)[faces],  # (F,3,6) what is blended over a triangle
-                scale=np.median(scale, axis=1).astype(np.float32))  # metres in the world to one in the object's frame
+                # normals of faces, in the object's frame and the world's, and of vertices
+                flat=flat, facing=facing, smooth=smooth,
+                # (F,3,6) what is blended over a triangle
+                corners=np.concatenate([local, smooth], 1)[faces],
+                # metres in the world to one in the object's frame
+                scale=np.median(scale, axis=1).astype(np.float32))
 
 # %% ../../nbs/rooms/06_render.ipynb #scene
 class RayScene:
@@ -124,20 +126,21 @@ class RayScene:
         if not self._placed: raise ValueError('the scene is empty: add parts before build')
         parts, transforms, instances = zip(*self._placed)
         vars(self).update(_tables(parts, np.asarray(transforms, float), np.asarray(instances)))
-        self.paints, self.tree = Textures([part.material for part in parts]), EmbreeScene()
+        self.textures = Textures([part.material for part in parts])
+        self.tree = EmbreeScene()
         self._mesh = TriangleMesh(self.tree, np.ascontiguousarray(self.world[self.faces]))
         return self
 
     def cast(self, origins, directions):
         """First hits of rays: dict of depth `tfar`, triangle `primID` (-1 for none) and barycentric
         `u`, `v`."""
-        return self.tree.run(*(np.ascontiguousarray(a, np.float32) for a in (origins, directions)),
-                             output=1)
+        rays = (np.ascontiguousarray(a, np.float32) for a in (origins, directions))
+        return self.tree.run(*rays, output=1)
 
     def blocked(self, origins, directions, reach):
         "Whether rays hit anything within `reach` (N,), in units of their directions."
-        return self.tree.run(*(np.ascontiguousarray(a, np.float32) for a in (origins, directions,
-            reach)), query='OCCLUDED') >= 0
+        rays = (np.ascontiguousarray(a, np.float32) for a in (origins, directions, reach))
+        return self.tree.run(*rays, query='OCCLUDED') >= 0
 
 # %% ../../nbs/rooms/06_render.ipynb #surface
 @dataclass
@@ -161,9 +164,9 @@ def _surface(scene, origin, directions, hits, pixel):
     smooth, along = blended[:, 3:], _dot(flat, directions)
     flat[along > 0] *= -1
     smooth *= np.copysign(1 / np.maximum(_length(smooth), 1e-6), _dot(smooth, flat))[:, None]
-    width = pixel * hits['tfar'] / np.maximum(np.abs(along) / _length(directions),
-                                              .25) / scene.scale[part]
-    albedo = scene.paints(part, blended[:, :3], scene.flat[prim], width)
+    slant = np.maximum(np.abs(along) / _length(directions), .25)
+    width = pixel * hits['tfar'] / slant / scene.scale[part]
+    albedo = scene.textures(part, blended[:, :3], scene.flat[prim], width)
     return _Surface(part, origin + directions * hits['tfar'][:, None], smooth, flat, albedo)
 
 # %% ../../nbs/rooms/06_render.ipynb #sunlit
@@ -186,10 +189,10 @@ def _sunlit(scene, surface, start, light, turn):
     "Share `(N,)` of one ray each to the disc of the sun that arrives."
     sun = _sun(light)
     one, two = _across(sun[None])
-    # sunflower
+    # points in the order of a sunflower's seeds
     radius, angle = light.softness * np.sqrt((turn + .5) / 16), turn * np.float32(2.39996)
-    towards = sun + (radius * np.cos(angle))[:, None] * one + (radius * np.sin(angle))[:,
-        None] * two
+    right, up = radius * np.cos(angle), radius * np.sin(angle)
+    towards = sun + right[:, None] * one + up[:, None] * two
     lit = np.flatnonzero(_dot(surface.normal, towards) > 0)
     seen = np.zeros(len(start), np.float32)
     seen[lit] = ~scene.blocked(start[lit], towards[lit], np.full(len(lit), 20))
@@ -205,8 +208,8 @@ def _gather(scene, surface, light, turn, rays):
     for k in range(rays):
         lean = np.sqrt((turn / 16 + k / rays + .03) % 1).astype(np.float32)  # cosine-weighted
         angle = turn * np.float32(2.39996) + np.float32(2 * np.pi * k / rays)
-        out = (lean * np.cos(angle))[:, None] * one + (lean * np.sin(angle))[:,
-            None] * two + np.sqrt(1 - lean**2)[:, None] * surface.normal
+        right, up, ahead = lean * np.cos(angle), lean * np.sin(angle), np.sqrt(1 - lean**2)
+        out = right[:, None] * one + up[:, None] * two + ahead[:, None] * surface.normal
         open_ += ~scene.blocked(start, out, _REACH[(turn.astype(int) // 2 + k) % 4])
     return seen, open_ / rays
 
@@ -219,8 +222,8 @@ def _blur(values, alike):
     period of 2 or 4 pixels vanishes."""
     height, width = values.shape[:2]
     for dy, dx in ((0, 1), (1, 0), (0, 2), (2, 0)):
-        near, far = (slice(0, height - dy), slice(0, width - dx)), (slice(dy, height),
-            slice(dx, width))
+        near = slice(0, height - dy), slice(0, width - dx)
+        far = slice(dy, height), slice(dx, width)
         flow = (values[far] - values[near]) * alike(near, far)[..., None] * np.float32(.25)
         values = values.copy()
         values[near] += flow
@@ -234,18 +237,18 @@ def _shade(scene, surface, directions, light, seen, open_):
     up = (n[:, 2:] * .5 + .5)
     sky = np.asarray(light.ground, np.float32) * (1 - up) + np.asarray(light.sky, np.float32) * up
     direct = np.maximum(n @ sun, 0) * seen
-    bright = surface.albedo * (direct[:, None] * np.asarray(light.sun_color, np.float32) + sky
-                               * open_[:, None])
-    bright += surface.albedo * scene.paints.emission[surface.part][:, None]
-    gloss = scene.paints.gloss[surface.part]
+    arriving = direct[:, None] * np.asarray(light.sun_color, np.float32) + sky * open_[:, None]
+    bright = surface.albedo * arriving
+    bright += surface.albedo * scene.textures.emission[surface.part][:, None]
+    gloss = scene.textures.gloss[surface.part]
     i = np.flatnonzero(gloss > 0)
     view = -directions[i] / _length(directions[i])[:, None]
     half = view + sun
     half /= _length(half)[:, None]
     spot = np.clip(_dot(n[i], half), 0, 1)**40 * seen[i] * .8
     rim = .04 + .35 * (1 - np.clip(_dot(n[i], view), 0, 1))**4
-    bright[i] += np.outer(gloss[i] * spot, light.sun_color) + np.outer(gloss[i] * rim * open_[i],
-        light.sky)
+    reflected = np.outer(gloss[i] * rim * open_[i], light.sky)
+    bright[i] += np.outer(gloss[i] * spot, light.sun_color) + reflected
     return bright
 
 _CURVE = np.linspace(0, 1, 4096)
@@ -262,8 +265,8 @@ def _edges(size, alike):
     "Pixels (H,W) bool beside which something else begins."
     edge = np.zeros(size, bool)
     for dy, dx in ((0, 1), (1, 0)):
-        near, far = (slice(0, size[0] - dy), slice(0, size[1] - dx)), (slice(dy, size[0]),
-            slice(dx, size[1]))
+        near = slice(0, size[0] - dy), slice(0, size[1] - dx)
+        far = slice(dy, size[0]), slice(dx, size[1])
         cut = ~alike(near, far)
         edge[near] |= cut
         edge[far] |= cut
@@ -294,8 +297,8 @@ def _refine(scene, camera, light, size, edge, samples, part, normal, gathered):
         y, x, dy, dx = row[found], column[found], np.sign(down[found]), np.sign(right[found])
         chosen = y * size[1] + x
         for far in ((dy, dx), (dy, 0), (0, dx), (0, 0)):
-            near = ((y + far[0]).clip(0, size[0] - 1) * size[1] + (x + far[1]).clip(0,
-                size[1] - 1)).astype(int)
+            below, beside = (y + far[0]).clip(0, size[0] - 1), (x + far[1]).clip(0, size[1] - 1)
+            near = (below * size[1] + beside).astype(int)
             like = (part[near] == surface.part) & (_dot(normal[near], surface.normal) > .9)
             chosen = np.where(like, near, chosen)
         return gathered[chosen]
@@ -318,10 +321,10 @@ def render(
     coordinates, on the viewer's side of its triangle."""
     light, (height, width) = light or Light(), size
     n = height * width
-    turn = np.tile(_ORDER, (-(-height // 4), -(-width // 4)))[:height,
-        :width].ravel().astype(np.float32)
-    part, normal, gathered = np.full(n, -1), np.zeros((n, 3), np.float32), np.zeros((n, 2),
-        np.float32)
+    turn = np.tile(_ORDER, (-(-height // 4), -(-width // 4)))[:height, :width]
+    turn = turn.ravel().astype(np.float32)
+    part, normal = np.full(n, -1), np.zeros((n, 3), np.float32)
+    gathered = np.zeros((n, 2), np.float32)
     parts, normals = part.reshape(size), normal.reshape(height, width, 3)
     def alike(a, b):
         return (parts[a] == parts[b]) & (np.einsum('hwi,hwi->hw', normals[a], normals[b]) > .9)
@@ -351,10 +354,10 @@ def _runs(scene, camera, size):
     with np.errstate(divide='ignore', invalid='ignore'):
         v = np.where(depth > .01, points[:, 1] / depth * k[1, 1] + k[1, 2], np.nan)
     corner_v, ahead = v[scene.faces], depth[scene.faces] > .01
-    low = np.where(ahead.all(1), np.ceil(np.nan_to_num(corner_v.min(1))), 1).clip(1,
-        size[0] + 1).astype(int)
-    high = np.where(ahead.all(1), np.floor(np.nan_to_num(corner_v.max(1))), size[0]).clip(0,
-        size[0]).astype(int)
+    low = np.where(ahead.all(1), np.ceil(np.nan_to_num(corner_v.min(1))), 1)
+    low = low.clip(1, size[0] + 1).astype(int)
+    high = np.where(ahead.all(1), np.floor(np.nan_to_num(corner_v.max(1))), size[0])
+    high = high.clip(0, size[0]).astype(int)
     n = np.where(ahead.any(1), np.maximum(high - low + 1, 0), 0)
     face = np.repeat(np.arange(len(n)), n)
     row = np.arange(len(face)) - np.repeat(np.cumsum(n) - n, n) + low[face]
@@ -386,6 +389,6 @@ def amodal_pixels(
     n = scene.instance.max() + 1
     start = ((instance * size[0] + row[good] - 1) * (size[1] + 1))
     length = n * size[0] * (size[1] + 1)
-    change = np.bincount(start + first[good], minlength=length) - np.bincount(start + last[good],
-        minlength=length)
+    change = np.bincount(start + first[good], minlength=length)
+    change -= np.bincount(start + last[good], minlength=length)
     return (np.cumsum(change.reshape(n, size[0], -1), 2) > 0).sum((1, 2))

@@ -29,8 +29,8 @@ def _hash(*cells):
     h = np.zeros(cells[0].shape, np.uint32)
     for cell, prime in zip(cells, (374761393, 668265263, 2246822519)):
         h = (h ^ cell.astype(np.int64).astype(np.uint32)) * np.uint32(prime) ^ (h >> np.uint32(13))
-    return ((h ^ (h >> np.uint32(15))) * np.uint32(2654435761) >> np.uint32(8)) / np.float32(
-        1 << 24)
+    h = (h ^ (h >> np.uint32(15))) * np.uint32(2654435761) >> np.uint32(8)
+    return h / np.float32(1 << 24)
 
 # %% ../../nbs/rooms/02_textures.ipynb #ramps
 def _ramp(distance, width): return np.clip(distance / width + .5, 0, 1)
@@ -54,8 +54,8 @@ def _wood(c, p, axis, normal, width):
     grain = np.where(np.arange(3) == axis[:, None], .12, 1).astype(np.float32)
     q = p * grain
     rings = np.linalg.norm(q * (grain == 1), axis=1) * .9 + 1.6 * noise(q * .7)
-    return _mix(c, .75 * np.abs(2 * (rings - np.floor(rings)) - 1) * np.clip(1.5 - width, .3,
-        1) + .25 * noise(q * 3))
+    line = .75 * np.abs(2 * (rings - np.floor(rings)) - 1) * np.clip(1.5 - width, .3, 1)
+    return _mix(c, line + .25 * noise(q * 3))
 
 def _stripes(c, p, axis, normal, width):
     return _mix(c, _wave(np.take_along_axis(p, axis[:, None], 1)[:, 0], width))
@@ -98,17 +98,17 @@ def _plain(c, p, axis, normal, width): return c[:, 0]
 _PATTERNS = dict(plain=_plain, wood=_wood, stripes=_stripes, checks=_checks, noise=_noise,
                  tiles=_tiles, dots=_dots, print=_print, sky=_sky)
 
-# %% ../../nbs/rooms/02_textures.ipynb #paints
+# %% ../../nbs/rooms/02_textures.ipynb #textures
 class Textures:
     "The materials of a scene as tables; called with surface points it gives their albedo."
     def __init__(self, materials):
         self.kind = np.array([PATTERNS.index(m.kind) for m in materials])
-        self.colors = np.stack([m.colors[np.arange(4) % len(m.colors)] for m in materials]).astype(
-            np.float32)
-        self.scale, self.gloss, self.emission = np.array([(m.scale, m.gloss, m.emission)
-                                                          for m in materials], np.float32).T
-        self.axis, seed = np.array([m.axis for m in materials]), np.array([m.seed
-            for m in materials])
+        colors = np.stack([m.colors[np.arange(4) % len(m.colors)] for m in materials])
+        self.colors = colors.astype(np.float32)
+        numbers = [(m.scale, m.gloss, m.emission) for m in materials]
+        self.scale, self.gloss, self.emission = np.array(numbers, np.float32).T
+        self.axis = np.array([m.axis for m in materials])
+        seed = np.array([m.seed for m in materials])
         self.offset = np.stack([seed % 89, seed % 97, seed % 83], 1).astype(np.float32) * .731
         self.offset[self.kind == PATTERNS.index('sky'), 2] = 0
 
@@ -118,9 +118,10 @@ class Textures:
         kind, albedo = self.kind[part], np.empty((len(part), 3), np.float32)
         for k in np.unique(kind):
             i = np.flatnonzero(kind == k)
-            own = part[i]
-            scale = self.scale[own]
-            at = points[i] / scale[:, None] + self.offset[own]
-            albedo[i] = _PATTERNS[PATTERNS[k]](self.colors[own], at, self.axis[own], normals[i],
-                                               np.maximum(width[i] / scale, 1e-4))
+            chosen = part[i]
+            scale = self.scale[chosen]
+            at = points[i] / scale[:, None] + self.offset[chosen]
+            pattern = _PATTERNS[PATTERNS[k]]
+            albedo[i] = pattern(self.colors[chosen], at, self.axis[chosen], normals[i],
+                                np.maximum(width[i] / scale, 1e-4))
         return albedo
