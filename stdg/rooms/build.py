@@ -45,8 +45,8 @@ def viewpoint(layout, rng):
     bodies = layout.bodies()
     middles = _corners(bodies).mean(1)
     target = middles.mean(0) + rng.normal(0, .06, 3)
-    side, tilt, fov = np.clip(rng.normal(0, .35), -.7, .7), rng.uniform(.08, .55), rng.uniform(45,
-        65)
+    side = np.clip(rng.normal(0, .35), -.7, .7)
+    tilt, fov = rng.uniform(.08, .55), rng.uniform(45, 65)
     back = np.array([np.sin(side) * np.cos(tilt), -np.cos(side) * np.cos(tilt), np.sin(tilt)])
     right = np.array([np.cos(side), np.sin(side), 0])
     up = np.cross(right, -back)
@@ -91,8 +91,9 @@ def shell(layout, rng, clutter):
     w, far, tall = layout.width / 2 + .001, -6, 3.2
     materials = [replace(part.material, gloss=0, emission=0) for shape in layout.shapes
                  for part in shape.parts]
-    dress = lambda: materials[rng.integers(len(materials))] if rng.random() < clutter else _plain(
-        rng)
+    def dress():
+        if rng.random() < clutter: return materials[rng.integers(len(materials))]
+        return _plain(rng)
     walls = dress()
     return [_quad([(-w, far, 0), (w, far, 0), (w, 0, 0), (-w, 0, 0)], dress()),
             _quad([(-w, 0, 0), (w, 0, 0), (w, 0, tall), (-w, 0, tall)], walls),
@@ -103,7 +104,7 @@ def prints(layout, rng, clutter, most=24):
     "Flat pictures of objects: list of (parts, 4x4 matrix), up to `most` with `clutter` 1."
     kinds = [make(name, rng) for name in rng.choice(VOCABULARY.objects, 5)]
     found = []
-    for k in range(round(most * clutter)):
+    for _ in range(round(most * clutter)):
         shape = kinds[rng.integers(len(kinds))]
         scale = np.clip(rng.uniform(.25, .7) / extent(shape).max(), .3, 2.5)
         lying, side = rng.random() < .4, rng.choice([-1, 0, 1], p=(.2, .6, .2))
@@ -125,7 +126,8 @@ def visible_boxes(instance, n):
     number = instance[rows, columns] - 1
     low, high = np.full((n, 2), np.iinfo(np.int64).max), np.zeros((n, 2), np.int64)
     spots = np.stack([columns, rows], 1)
-    np.minimum.at(low, number, spots), np.maximum.at(high, number, spots + 1)
+    np.minimum.at(low, number, spots)
+    np.maximum.at(high, number, spots + 1)
     count = np.bincount(number, minlength=n)
     return np.where(count[:, None] > 0, np.concatenate([low, high], 1), 0).astype(np.float32), count
 
@@ -178,10 +180,9 @@ def _describe(layout, camera, instance, whole, rng, mean_relations):
     sparse = annotate(dense, pairs, boxes, rng, mean_relations)
     labels = [VOCABULARY.object_index(name) for name, kept in zip(layout.names, keep) if kept]
     graph = SceneGraph(boxes[keep], labels, renumber(sparse), size=instance.shape)
-    return graph, renumber(dense), np.append(0,
-                                             np.where(keep, number + 1,
-                                                      0))[instance.clip(0)].astype(np.int32), _kept(
-        bodies, keep)
+    renamed = np.append(0, np.where(keep, number + 1, 0))
+    kept = renamed[instance.clip(0)].astype(np.int32)
+    return graph, renumber(dense), kept, _kept(bodies, keep)
 
 # %% ../../nbs/rooms/10_build.ipynb #room
 def room(
@@ -241,14 +242,13 @@ def _render_shard(folder, settings, k, progress=lambda: None):
                  relations=column([r.graph.relations for r in rooms], np.int64),
                  dense=column([r.dense for r in rooms], np.int64))
 
-# %% ../../nbs/rooms/10_build.ipynb #read-shard
 def _read_shard(folder, settings, k):
-    "The arrays of shard `k` as a dict, or None if it is missing, torn or of other settings."
+    "The arrays of shard `k` as a dict, or None if it is missing, damaged or of other settings."
     try:
         with np.load(_shard_path(folder, k), allow_pickle=False) as file: shard = dict(file)
-        whole = str(shard['settings']) == json.dumps(settings,
-                                                     sort_keys=True) and int(shard['shard']) == k
-        return shard if whole and len(shard['image']) == len(_shard_rooms(settings, k)) else None
+        same = str(shard['settings']) == json.dumps(settings, sort_keys=True)
+        whole = int(shard['shard']) == k and len(shard['image']) == len(_shard_rooms(settings, k))
+        return shard if same and whole else None
     except Exception:  # whatever is wrong with it, it is rendered again
         return None
 
@@ -265,17 +265,17 @@ def _work():
             answer('shard')
     except Exception: answer({'error': traceback.format_exc()})
 
-def _hire():
+def _start_worker():
     "Start a worker process."
     home = str(Path(find_spec('stdg').origin).resolve().parents[1])
     paths = os.pathsep.join(filter(None, [home, os.environ.get('PYTHONPATH')]))
     one = {name: '1' for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')}
     return subprocess.Popen([sys.executable, '-c', 'from stdg.rooms.build import _work; _work()'],
-                            text=True, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, env={**os.environ, **one, 'PYTHONPATH': paths})
+                            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            env={**os.environ, **one, 'PYTHONPATH': paths})
 
-def _oversee(worker, folder, settings, todo, progress):
-    "Feed one worker until no shard is left. Raises `RuntimeError` with the worker's own words."
+def _feed_worker(worker, folder, settings, todo, progress):
+    "Feed one worker until no shard is left. Raises `RuntimeError` with the worker's traceback."
     def tell(value): print(value, file=worker.stdin, flush=True)
     tell(json.dumps([str(folder), settings]))
     while True:
@@ -297,18 +297,21 @@ def _render_all(folder, settings, missing, workers, progress):
         return
     todo, failed = SimpleQueue(), []
     for k in missing: todo.put(k)
-    staff = [_hire() for _ in range(min(workers, len(missing)))]
+    processes = [_start_worker() for _ in range(min(workers, len(missing)))]
     def watch(worker):
-        try: _oversee(worker, folder, settings, todo, progress)
+        try: _feed_worker(worker, folder, settings, todo, progress)
         except Exception as error:
             failed.append(error)
             while not todo.empty(): todo.get()
-    threads = [threading.Thread(target=watch, args=(worker,), daemon=True) for worker in staff]
+    threads = [threading.Thread(target=watch, args=(worker,), daemon=True) for worker in processes]
     try:
         for thread in threads: thread.start()
         for thread in threads: thread.join()
     finally:
-        for worker in staff: worker.kill(), worker.wait(), worker.stdout.close()
+        for worker in processes:
+            worker.kill()
+            worker.wait()
+            worker.stdout.close()
     if failed: raise failed[0]
 
 # %% ../../nbs/rooms/10_build.ipynb #claim

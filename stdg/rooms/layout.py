@@ -31,7 +31,8 @@ def room_solids(shape):
                           shape=(len(corners),) * 2)
         n, piece = connected_components(edges, directed=False)
         low, high = np.full((n, 3), np.inf), np.full((n, 3), -np.inf)
-        np.minimum.at(low, piece, corners), np.maximum.at(high, piece, corners)
+        np.minimum.at(low, piece, corners)
+        np.maximum.at(high, piece, corners)
         boxes.append(np.stack([low, high], 1))
     return np.concatenate(boxes)
 
@@ -78,8 +79,8 @@ def stand(
     """Put `shape` at the first free spot.
 
     Returns its number in `layout`, or None if no spot is free."""
-    pieces, (spots, yaws) = room_solids(shape), (np.asarray(spots, float).reshape(-1, 3),
-                                                 np.asarray(yaws, float).reshape(-1))
+    pieces = room_solids(shape)
+    spots, yaws = np.asarray(spots, float).reshape(-1, 3), np.asarray(yaws, float).reshape(-1)
     if not len(spots): return None
     k, s = len(spots), len(pieces)
     new = Bodies(spots.repeat(s, 0), yaws.repeat(s), np.tile(pieces, (k, 1, 1)))
@@ -88,8 +89,11 @@ def stand(
     free &= (separation(new, layout.solids(but)) > -.002).all(1)
     fits = np.flatnonzero(free.reshape(k, s).all(1))
     if not len(fits): return None
-    layout.names.append(name), layout.shapes.append(shape), layout.pieces.append(pieces)
-    layout.poses.append((*spots[fits[0]], yaws[fits[0]])), layout.fixed.append(fixed)
+    layout.names.append(name)
+    layout.shapes.append(shape)
+    layout.pieces.append(pieces)
+    layout.poses.append((*spots[fits[0]], yaws[fits[0]]))
+    layout.fixed.append(fixed)
     return len(layout) - 1
 
 # %% ../../nbs/rooms/09_layout.ipynb #roles
@@ -132,8 +136,8 @@ def _beside(layout, shape, host, rng):
     along = reach + side * rng.uniform(.003, .015, TRIES)
     back = layout.shapes[host].bounds[1][1] - shape.bounds[1][1]
     cos, sin = np.cos(yaw), np.sin(yaw)
-    return np.stack([x + cos * along - sin * back, y + sin * along + cos * back, np.zeros(TRIES)],
-                    1), np.full(TRIES, yaw)
+    spots = [x + cos * along - sin * back, y + sin * along + cos * back, np.zeros(TRIES)]
+    return np.stack(spots, 1), np.full(TRIES, yaw)
 
 def _furniture_spots(layout, shape, rng):
     """Spots `(K,3)` and yaws `(K,)` for a piece of furniture: at the back wall, at a side wall,
@@ -144,11 +148,11 @@ def _furniture_spots(layout, shape, rng):
         return _beside(layout, shape, rng.integers(len(layout)), rng)
     if way == 'side':
         side = rng.choice([-1, 1], TRIES)
-        return np.stack([side * (width / 2 - depth - .01), rng.uniform(-1.4, -.4, TRIES), zero],
-                        1), -side * np.pi / 2
+        spots = [side * (width / 2 - depth - .01), rng.uniform(-1.4, -.4, TRIES), zero]
+        return np.stack(spots, 1), -side * np.pi / 2
     if way == 'free':
-        return np.stack([rng.normal(0, .45, TRIES), rng.uniform(-1.3, -.6, TRIES), zero],
-                        1), rng.uniform(-.7, .7, TRIES)
+        spots = [rng.normal(0, .45, TRIES), rng.uniform(-1.3, -.6, TRIES), zero]
+        return np.stack(spots, 1), rng.uniform(-.7, .7, TRIES)
     return np.stack([rng.normal(0, .6, TRIES), zero - depth - .01, zero], 1), zero
 
 def furnish(layout, rng):
@@ -250,15 +254,14 @@ def fill_containers(layout, rng):
     for host in range(len(layout)):
         box = layout.shapes[host].container
         if box is None or rng.random() > .85: continue
-        room, deep = min(box[3] - box[1],
-                         box[4] - box[2]), layout.shapes[host].bounds[1][2] - box[0]
+        room = min(box[3] - box[1], box[4] - box[2])
+        deep = layout.shapes[host].bounds[1][2] - box[0]
         for _ in range(rng.integers(1, 4)):
-            chosen = [_small(rng, rng.choice(roles()['fill']))
-                      for _ in range(4 if deep > .15 else 1)]
-            fitted = [(name,
-                       resized(shape,
-                               float(np.clip(.65 * room / np.hypot(*extent(shape)[:2]), .5, 1))))
-                      for name, shape in chosen]
+            fitted = []
+            for _ in range(4 if deep > .15 else 1):
+                name, shape = _small(rng, rng.choice(roles()['fill']))
+                factor = np.clip(.65 * room / np.hypot(*extent(shape)[:2]), .5, 1)
+                fitted.append((name, resized(shape, float(factor))))
             put(layout, *max(fitted, key=lambda pair: extent(pair[1])[2]), host, box, rng,
                 spread=1.5, but=(host,))
 
@@ -266,16 +269,15 @@ def fill_floor(layout, rng):
     "Something under a table now and then, and one to three things on the floor."
     floor = roles()['floor']
     for host, shape in enumerate(layout.shapes[:]):
-        if shape.support and not layout.fixed[host] and min(s[0]
-            for s in shape.support) > .3 and rng.random() < .6:
+        if not shape.support or layout.fixed[host]: continue
+        if min(s[0] for s in shape.support) > .3 and rng.random() < .6:
             (x0, y0, _), (x1, y1, _) = np.asarray(shape.bounds) * .95
             name = rng.choice(floor)
             put(layout, name, make(name, rng), host, (0, x0, y0, x1, y1), rng)
     for _ in range(rng.integers(1, 4)):
         name = rng.choice(floor)
-        spots = np.stack([rng.normal(0, .6, TRIES), rng.uniform(-1.6, -.3, TRIES), np.zeros(TRIES)],
-                         1)
-        stand(layout, name, make(name, rng), spots, rng.uniform(-1, 1, TRIES))
+        spots = [rng.normal(0, .6, TRIES), rng.uniform(-1.6, -.3, TRIES), np.zeros(TRIES)]
+        stand(layout, name, make(name, rng), np.stack(spots, 1), rng.uniform(-1, 1, TRIES))
 
 # %% ../../nbs/rooms/09_layout.ipynb #arrange
 def arrange(rng):

@@ -68,9 +68,9 @@ def gap(first, second):
     def along(axes_of, a, b):
         sides = axes_of[:, 1:3] - axes_of[:, 0:2]
         sides = sides / np.maximum(np.linalg.norm(sides, axis=-1, keepdims=True), 1e-9)
-        own = np.einsum('aik,ajk->aij', sides, a)
+        projected = np.einsum('aik,ajk->aij', sides, a)
         other = np.einsum('aik,bjk->abij', sides, b)
-        low, high = own.min(-1)[:, None], own.max(-1)[:, None]
+        low, high = projected.min(-1)[:, None], projected.max(-1)[:, None]
         return np.maximum(other.min(-1) - high, low - other.max(-1)).max(-1)
     return np.maximum(along(first, first, second), along(second, second, first).T)
 
@@ -113,8 +113,8 @@ def _carried(bodies, feet, places, tolerance):
     spot = local(feet, owner, bodies)
     inside = ((spot[..., :2] >= places[:, 2:4]) & (spot[..., :2] <= places[:, 4:6])).all(-1)
     lift = spot[..., 2] - places[:, 1]
-    inside &= (lift >= -tolerance[0]) & (lift <= tolerance[1]) & (np.arange(len(bodies))[:,
-        None] != owner)
+    inside &= (lift >= -tolerance[0]) & (lift <= tolerance[1])
+    inside &= np.arange(len(bodies))[:, None] != owner
     rows, columns = np.nonzero(inside)
     carried[rows, owner[columns]] = True
     return carried
@@ -147,10 +147,10 @@ def measure(
     based = (low < .01) | bodies.fixed
     return Pairs(
         side=gap(prints, prints), rise=low[:, None] - high, level=np.abs(low[:, None] - low),
-        shared=_overlap(low, high) / smaller(high - low), within=within, rests=rests & ~held,
-                 held=held,
-        free=~(rests.any(1) | held.any(1) | based)[:, None], fixed=bodies.fixed[:, None],
-                 based=based[:, None],
+        shared=_overlap(low, high) / smaller(high - low),
+        within=within, rests=rests & ~held, held=held,
+        free=~(rests.any(1) | held.any(1) | based)[:, None],
+        fixed=bodies.fixed[:, None], based=based[:, None],
         beneath=load - high[:, None], drop=high - high[:, None], further=depth[:, None] - depth,
         cover=shared_x * shared_y / smaller(width * height), column=shared_x / smaller(width))
 
@@ -171,13 +171,13 @@ def decide_predicates(pairs):
     overlapping = (p.cover >= .1) & (p.shared > 0) & (p.side > -.02) & ~linked
     held_up = p.fixed & p.fixed.T
     rules = {
-        'in': p.held, 'on': p.rests, 'hanging from': hanging, 'under': under,
-             'over': over & ~linked,
+        'in': p.held, 'on': p.rests, 'hanging from': hanging,
+        'under': under, 'over': over & ~linked,
         'against': (p.side >= -.005) & (p.side <= .02) & (p.shared >= .5) & ~linked & ~held_up,
-        'near': (p.level < .05) & (p.side > .02) & (p.side <= .25) & ~linked & ~p.fixed
-             & ~p.fixed.T,
-        'above': (p.rise >= 0) & (p.rise <= .8) & (p.side <= .25) & (p.column >= .5) & ~linked
-             & ~over & ~under.T,
+        'near': ((p.level < .05) & (p.side > .02) & (p.side <= .25)
+                 & ~linked & ~p.fixed & ~p.fixed.T),
+        'above': ((p.rise >= 0) & (p.rise <= .8) & (p.side <= .25) & (p.column >= .5)
+                  & ~linked & ~over & ~under.T),
         'behind': overlapping & (p.further > .15), 'in front of': overlapping & (p.further < -.15)}
     different = ~np.eye(len(p.side), dtype=bool)
     return {name: rules[name] & different for name in PREDICATES}
@@ -209,8 +209,8 @@ def annotate(
     boxes = np.asarray(boxes, float)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     apart = np.maximum(pairs.side, np.maximum(pairs.rise, pairs.rise.T)).clip(0)[a, b]
-    weight = .5 * np.log(np.array(list(COUNTS.values()))[p]) + .25 * np.log(
-        area[a] * area[b]) - apart / .3
+    frequency = np.array(list(COUNTS.values()))[p]
+    weight = .5 * np.log(frequency) + .25 * np.log(area[a] * area[b]) - apart / .3
     weight = weight - np.log(4) * (area[a] > area[b])
     order = np.argsort(-(weight + rng.gumbel(size=len(weight))), kind='stable')
     pair = np.sort(dense[order, :2], 1)
