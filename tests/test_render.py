@@ -28,13 +28,13 @@ def cloud(depth, camera):
 def test_depth_of_planes(fov):
     "A tilted camera sees the floor and a wall where they are."
     camera = Camera([.3, -3, 1.4], [0, 0, .6], fov)
-    scene = RayScene().add([GROUND], EYE, 0).add([block((9, .1, 9), (0, 1.05, 0), GREY)], EYE,
-                                                 1).build()
+    wall = block((9, .1, 9), (0, 1.05, 0), GREY)
+    scene = RayScene().add([GROUND], EYE, 0).add([wall], EYE, 1).build()
     result = render(scene, camera, SIZE)
     points, floor = cloud(result['depth'], camera), result['instance'] == 0
     assert floor.any() and (~floor).any()
-    assert np.abs(points[floor][:, 2]).max() < 1e-3 and np.abs(points[~floor][:,
-        1] - 1).max() < 1e-3
+    assert np.abs(points[floor][:, 2]).max() < 1e-3
+    assert np.abs(points[~floor][:, 1] - 1).max() < 1e-3
 
 
 def test_depth_of_a_sphere():
@@ -59,22 +59,22 @@ def test_intrinsics():
     k = camera.matrix((480, 640))
     p = camera.rotation @ (np.array([.4, .3, .7]) - camera.position)
     v, u = (a.mean() + 1 for a in np.nonzero(result['instance'] == 0))
-    assert abs(u - (p[0] / p[2] * k[0, 0] + k[0, 2])) < .5 and abs(v
-        - (p[1] / p[2] * k[1, 1] + k[1, 2])) < .5
+    assert abs(u - (p[0] / p[2] * k[0, 0] + k[0, 2])) < .5
+    assert abs(v - (p[1] / p[2] * k[1, 1] + k[1, 2])) < .5
     # rows go down, depth goes ahead
     assert camera.rotation[1] @ [0, 0, 1] < 0 < camera.rotation[2] @ [0, 1, 0]
 
 
 def test_instances_and_nothing():
-    scene = RayScene().add([block((1, 1, 1), (-1, 0, 0), GREY)], EYE,
-                           3).add([block((1, 1, 1), (1, 0, 0), GREY)], EYE, 5).build()
+    left, right = (block((1, 1, 1), (x, 0, 0), GREY) for x in (-1, 1))
+    scene = RayScene().add([left], EYE, 3).add([right], EYE, 5).build()
     result = render(scene, Camera([0, -5, .5], [0, 0, .5], 60), SIZE)
     assert set(np.unique(result['instance'])) == {-1, 3, 5}
-    assert (result['depth'] == 0)[result['instance'] == -1].all() and (result['depth'] > 0)[
-        result['instance'] >= 0].all()
+    assert (result['depth'] == 0)[result['instance'] == -1].all()
+    assert (result['depth'] > 0)[result['instance'] >= 0].all()
     assert result['instance'][48, 40] == 3 and result['instance'][48, 88] == 5
-    assert result['image'].dtype == np.uint8 and result['depth'].dtype == np.float32 and result[
-        'instance'].dtype == np.int32
+    assert result['image'].dtype == np.uint8 and result['depth'].dtype == np.float32
+    assert result['instance'].dtype == np.int32
     assert result['image'].shape == (*SIZE, 3) == result['normal'].shape
 
 
@@ -92,37 +92,35 @@ def test_normals():
 
 def test_shadow_and_occlusion_darken():
     light = Light(sun=np.array([-1., 0, 1]))
-    bare = render(RayScene().add([GROUND], EYE, 0).build(), Camera([0, -4, 4], [0, 0, 0], 50), SIZE,
-                  light)
-    scene = RayScene().add([GROUND], EYE, 0).add([block((.6, .6, 1), (0, 0, 0), GREY)], EYE,
-                                                 1).build()
     camera = Camera([0, -4, 4], [0, 0, 0], 50)
+    empty = RayScene().add([GROUND], EYE, 0).build()
+    box = block((.6, .6, 1), (0, 0, 0), GREY)
+    scene = RayScene().add([GROUND], EYE, 0).add([box], EYE, 1).build()
+    bare = render(empty, camera, SIZE, light)
     result = render(scene, camera, SIZE, light)
     points = cloud(result['depth'], camera)
     inside = (result['instance'] == 0) & (np.abs(points[..., 1]) < .15)
-    shadow, sunny = inside & (points[..., 0] > .45) & (points[..., 0] < 1.1), inside & (points[...,
-        0] < -1.2)
+    shadow = inside & (points[..., 0] > .45) & (points[..., 0] < 1.1)
+    sunny = inside & (points[..., 0] < -1.2)
     assert shadow.sum() > 20 and sunny.sum() > 20
     assert result['image'][shadow].mean() < .75 * bare['image'][shadow].mean()
     assert abs(result['image'][sunny].mean() - bare['image'][sunny].mean()) < 4
     night = Light(sun_color=np.zeros(3))
-    bare, boxed = (render(s, camera, SIZE, night)['image']
-                   for s in (RayScene().add([GROUND], EYE, 0).build(), scene))
-    foot = (result['instance'] == 0) & (np.abs(points[..., 0]) < .2) & (points[...,
-        1] < -.32) & (points[..., 1] > -.45)
+    bare, boxed = (render(s, camera, SIZE, night)['image'] for s in (empty, scene))
+    foot = (result['instance'] == 0) & (np.abs(points[..., 0]) < .2)
+    foot &= (points[..., 1] < -.32) & (points[..., 1] > -.45)
     assert foot.sum() > 10 and boxed[foot].mean() < bare[foot].mean() - 5
 
 
 def test_smoothing_touches_the_picture_only():
-    scene = RayScene().add([GROUND], EYE, 0).add(make('bear', np.random.default_rng(0)).parts,
-                                                 move(0, 0, 0), 1).build()
+    bear = make('bear', np.random.default_rng(0))
+    scene = RayScene().add([GROUND], EYE, 0).add(bear.parts, EYE, 1).build()
     camera = Camera([0, -1.2, .6], [0, 0, .2], 40)
     one, two = (render(scene, camera, SIZE, samples=s) for s in (1, 2))
     for name in ('depth', 'instance', 'normal'): assert np.array_equal(one[name], two[name])
     assert not np.array_equal(one['image'], two['image'])
-    edges = np.diff(one['instance'], axis=1)[:, :, None] != 0
-    step = lambda r: np.abs(np.diff(r['image'].astype(int), axis=1))[np.broadcast_to(edges,
-        (SIZE[0], SIZE[1] - 1, 3))].mean()
+    edges = np.diff(one['instance'], axis=1) != 0
+    step = lambda r: np.abs(np.diff(r['image'].astype(int), axis=1))[edges].mean()
     assert step(two) < step(one)
 
 
@@ -157,8 +155,8 @@ def test_amodal_counts():
     for i, part in things.items(): scene.add([part], EYE, i)
     counted = amodal_pixels(scene.build(), camera, SIZE)
     for i, part in {0: GROUND, **things}.items():
-        alone = (render(RayScene().add([part], EYE, 0).build(), camera, SIZE,
-                        samples=1)['instance'] == 0).sum()
+        scene_alone = RayScene().add([part], EYE, 0).build()
+        alone = (render(scene_alone, camera, SIZE, samples=1)['instance'] == 0).sum()
         assert abs(counted[i] - alone) <= .01 * alone + 2, i
     seen = np.bincount(render(scene, camera, SIZE)['instance'].clip(0).ravel(), minlength=4)
     assert seen[1] < .8 * counted[1]

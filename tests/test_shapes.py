@@ -24,9 +24,8 @@ def test_mesh_is_sound(name):
     for shape in shapes(name):
         assert shape.category == name and 10 <= shape.n_faces <= 1500
         for part in shape.parts:
-            assert np.isfinite(
-                part.vertices).all() and part.faces.min() >= 0 and part.faces.max() < len(
-                part.vertices)
+            assert np.isfinite(part.vertices).all()
+            assert part.faces.min() >= 0 and part.faces.max() < len(part.vertices)
             assert 0 <= part.material.colors.min() and part.material.colors.max() < 1.6
         mesh = shape.mesh()
         assert len(mesh.faces) == shape.n_faces and np.allclose(mesh.bounds, shape.bounds)
@@ -47,9 +46,10 @@ def test_size_and_place(name):
 def test_supports_and_containers_are_inside(name):
     for shape in shapes(name):
         (x, y, z), (x_far, y_far, z_far) = shape.bounds
-        for height, x0, y0, x1, y1 in [*shape.support,
-                                       *([shape.container] if shape.container else [])]:
-            assert z - 1e-6 <= height <= z_far + 1e-6 and x <= x0 < x1 <= x_far and y <= y0 < y1 <= y_far
+        inside = [shape.container] if shape.container else []
+        for height, x0, y0, x1, y1 in [*shape.support, *inside]:
+            assert z - 1e-6 <= height <= z_far + 1e-6
+            assert x <= x0 < x1 <= x_far and y <= y0 < y1 <= y_far
 
 
 @pytest.mark.parametrize('name', CATEGORIES)
@@ -68,8 +68,9 @@ def test_support_carries(name):
 def test_seeds(name):
     once, again = shapes(name), shapes(name)
     for a, b in zip(once, again):
-        assert all(np.array_equal(p.vertices, q.vertices) and np.array_equal(p.material.colors,
-            q.material.colors) for p, q in zip(a.parts, b.parts))
+        for p, q in zip(a.parts, b.parts):
+            assert np.array_equal(p.vertices, q.vertices)
+            assert np.array_equal(p.material.colors, q.material.colors)
     assert len({shape.bounds.tobytes() for shape in once}) > 6
     assert len({shape.parts[0].material.colors.tobytes() + shape.parts[-1].material.colors.tobytes()
                 for shape in once}) > 1

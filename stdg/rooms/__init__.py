@@ -7,9 +7,8 @@ __all__ = ['CATEGORIES', 'PREDICATES', 'Room', 'VOCABULARY', 'contact_sheet', 'm
 
 # %% ../../nbs/rooms/00_about_rooms.ipynb #face
 from .build import VOCABULARY, Room, make_rooms, room
-from .catalogue import CATEGORIES, make
+from .catalogue import CATEGORIES, contact_sheet, make, portrait
 from .relations import PREDICATES
-from .render import contact_sheet, portrait
 
 _all_ = ['CATEGORIES', 'PREDICATES', 'Room', 'VOCABULARY', 'contact_sheet', 'make', 'make_rooms',
          'portrait', 'room']
