@@ -30,9 +30,9 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from stdg.datasets.visual_genome import Database, write_annotations, write_images
 from stdg.deform import sampling_points
 from stdg.explore.compare import comparison_record
-from stdg.explore.scene import database_scene, read
+from stdg.explore.networks import load_network
+from stdg.explore.scene import database_scene, read_scene
 from stdg.explore.snapshot import BOTH, choose_shown
-from stdg.explore.widget import load_network
 from stdg.graph import SceneGraph, Vocabulary
 from stdg.rooms import build as rooms
 
@@ -317,7 +317,7 @@ def open_explorer(work, lab, page):
 def known(work):
     "What Python computes of the first room: scene, reading, record."
     scene = database_scene(Database(work/'data'/'rooms'), 0)
-    reading = read(scene, *load_network(work/'runs'/'tests'/'student.safetensors'))
+    reading = read_scene(scene, *load_network(work/'runs'/'tests'/'student.safetensors'))
     return scene, reading, comparison_record(reading.predictions['sgdet'], reading.vocabulary,
                                              scene.truth, scene.holds)
 
@@ -539,15 +539,15 @@ def test_truth_and_prediction_compared(open_explorer, known):
     page, (scene, _, graph) = open_explorer, known
     page.choose('show', 'both, compared')
     objects, triplets = choose_shown(graph, BOTH)
-    assert {t['verdict'] for t in triplets.values()} == {'hit', 'miss', 'wrong', 'unwritten'}
+    assert {t['verdict'] for t in triplets.values()} == {'hit', 'miss', 'wrong', 'unannotated'}
     for css, items in (('.stdg-box', objects), ('.stdg-edge', triplets)):
-        for verdict in ('hit', 'miss', 'wrong', 'unwritten'):
+        for verdict in ('hit', 'miss', 'wrong', 'unannotated'):
             assert set(page.keys(f'{css}.stdg-{verdict}')) == {k for k, t in items.items()
                 if t['verdict'] == verdict}
     dashes = [page.one(f'.stdg-edge.stdg-{verdict} .stdg-line').value_of_css_property(
-        'stroke-dasharray') for verdict in ('hit', 'miss', 'wrong', 'unwritten')]
+        'stroke-dasharray') for verdict in ('hit', 'miss', 'wrong', 'unannotated')]
     colours = [page.one(f'.stdg-edge.stdg-{verdict} .stdg-line').value_of_css_property('stroke')
-               for verdict in ('hit', 'miss', 'wrong', 'unwritten')]
+               for verdict in ('hit', 'miss', 'wrong', 'unannotated')]
     assert len(set(dashes)) == len(set(colours)) == 4 and page.text(
         '.stdg-legend') == '✓ hit○ missed✕ wrong+ holds, not annotated'
     page.away()
@@ -621,7 +621,7 @@ def test_the_dark_theme(open_explorer):
                     *(_luminance(page, css, name) for css, name in (
         ('.stdg-help', 'color'), ('.stdg-table td', 'color'), ('.stdg-edge.stdg-hit text', 'fill'),
         ('.stdg-edge.stdg-miss text', 'fill'), ('.stdg-edge.stdg-wrong text', 'fill'),
-        ('.stdg-edge.stdg-unwritten text', 'fill'))))
+        ('.stdg-edge.stdg-unannotated text', 'fill'))))
     light = read()
     _menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
     page.wait(lambda: page.run("return document.body.dataset.jpThemeLight") == 'false'

@@ -20,7 +20,7 @@ from ..matching import match, same_objects
 # %% ../../nbs/explore/03_compare.ipynb #agreement
 # colour, line and mark
 VERDICTS = dict(hit=(HIT, '-', '✓'), miss=(MISS, '--', '○'), wrong=('#9b3d7c', ':', '×'),
-                unwritten=('#00795a', '-.', '+'))
+                unannotated=('#00795a', '-.', '+'))
 
 @dataclass
 class Agreement:

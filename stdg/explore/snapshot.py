@@ -31,7 +31,7 @@ def _predicted(record, least_object, least_triplet, count, predicate):
     ends = {record['triplets'][i][end] for i in best for end in 'so'}
     return ends | {i for i, o in enumerate(record['objects']) if o['score'] >= least_object}, best
 
-def _verdict(item): return 'hit' if item['match'] else 'unwritten' if item.get('holds') else 'wrong'
+def _verdict(item): return 'hit' if item['match'] else 'unannotated' if item.get('holds') else 'wrong'
 
 # %% ../../nbs/explore/04_snapshot.ipynb #choose
 def choose_shown(record, show=PREDICTION, least_object=.3, least_triplet=.05, count=10,
@@ -105,7 +105,7 @@ def _frame(ax, places):
 
 def _legend(ax, verdicts):
     "Say which line is which verdict, of those that occur."
-    said = dict(hit='hit', miss='missed', wrong='wrong', unwritten='holds, not annotated')
+    said = dict(hit='hit', miss='missed', wrong='wrong', unannotated='holds, not annotated')
     kinds = [kind for kind in VERDICTS if kind in verdicts]
     lines = [Line2D([], [], color=VERDICTS[kind][0], ls=VERDICTS[kind][1], lw=2,
                     label=f'{VERDICTS[kind][2]} {said[kind]}') for kind in kinds]
