@@ -50,7 +50,8 @@ HOSTILE = ['<script>window.hacked=1</script>', '"><img src=x onerror="window.hac
            '$\\frac{1}{0}$']
 
 
-# What is explored: three rooms that a network knows by heart, but for one relation that it misses, one that it makes up, and one that holds
+# What is explored: three rooms that a network knows by heart, but for one relation that it misses,
+# one that it makes up, and one that holds
 
 def _altered(scene):
     """The truth less its last relation, with one more that holds, if there is one, and one that
@@ -325,7 +326,7 @@ def known(work):
 # The tests, in the order of a visit
 
 def test_shows_what_python_has_computed(open_explorer, known):
-    page, (scene, reading, graph) = open_explorer, known
+    page, (scene, _, graph) = open_explorer, known
     objects, triplets = choose_shown(graph)
     assert set(page.keys('.stdg-box')) == set(objects) and page.keys('.stdg-edge') == list(
         triplets) == page.keys('.stdg-table tr') and len(triplets) >= 4
@@ -369,7 +370,9 @@ def test_a_slider_is_dragged(open_explorer, known):
     page.away()
 
 
-PLACES = "return Object.fromEntries([...document.querySelectorAll('.stdg-node')].map(e => [e.dataset.key, e.querySelector('rect').getAttribute('x') + ' ' + document.querySelector('.stdg-graph').getAttribute('viewBox')]))"
+PLACES = ("return Object.fromEntries([...document.querySelectorAll('.stdg-node')].map(e => "
+          "[e.dataset.key, e.querySelector('rect').getAttribute('x') + ' ' + "
+          "document.querySelector('.stdg-graph').getAttribute('viewBox')]))")
 
 
 def lit(page, css):
@@ -493,7 +496,7 @@ def test_depth_is_read_in_metres(open_explorer, known):
 
 
 def test_sampling_points_are_those_of_the_network(open_explorer, known):
-    page, (scene, reading, _) = open_explorer, known
+    page, (_, reading, _) = open_explorer, known
     page.choose('over it', 'sampling points')
     row, column = 5, 3
     _point(page, 8 * column + 4.5, 8 * row + 4.5)
@@ -646,8 +649,9 @@ def _delete(lab, path):
 
 def test_saved_and_opened_again_it_is_a_picture(open_explorer, work, lab):
     page = open_explorer
-    assert not page.run(
-        "return document.querySelector('.stdg-explorer').closest('.jp-OutputArea').querySelector('img').offsetParent"), 'while the view lives, the picture is hidden'
+    visible = page.run("return document.querySelector('.stdg-explorer').closest('.jp-OutputArea')"
+                       ".querySelector('img').offsetParent")
+    assert not visible, 'while the view lives, the picture is hidden'
     time.sleep(4)  # the picture is renewed two seconds after the last change
     page.actions().key_down(Keys.CONTROL).send_keys('s').key_up(Keys.CONTROL).perform()
     outputs = lambda: [output for cell in nbformat.read(work/'explore.ipynb', 4).cells
