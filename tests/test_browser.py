@@ -30,9 +30,9 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from stdg.datasets.visual_genome import Database, write_annotations, write_images
 from stdg.deform import sampling_points
 from stdg.explore.compare import comparison_record
-from stdg.explore.scene import database_scene, read
+from stdg.explore.networks import load_network
+from stdg.explore.scene import database_scene, read_scene
 from stdg.explore.snapshot import BOTH, choose_shown
-from stdg.explore.widget import load_network
 from stdg.graph import SceneGraph, Vocabulary
 from stdg.rooms import build as rooms
 
@@ -50,7 +50,8 @@ HOSTILE = ['<script>window.hacked=1</script>', '"><img src=x onerror="window.hac
            '$\\frac{1}{0}$']
 
 
-# What is explored: three rooms that a network knows by heart, but for one relation that it misses, one that it makes up, and one that holds
+# What is explored: three rooms that a network knows by heart, but for one relation that it misses,
+# one that it makes up, and one that holds
 
 def _altered(scene):
     """The truth less its last relation, with one more that holds, if there is one, and one that
@@ -317,7 +318,7 @@ def open_explorer(work, lab, page):
 def known(work):
     "What Python computes of the first room: scene, reading, record."
     scene = database_scene(Database(work/'data'/'rooms'), 0)
-    reading = read(scene, *load_network(work/'runs'/'tests'/'student.safetensors'))
+    reading = read_scene(scene, *load_network(work/'runs'/'tests'/'student.safetensors'))
     return scene, reading, comparison_record(reading.predictions['sgdet'], reading.vocabulary,
                                              scene.truth, scene.holds)
 
@@ -325,7 +326,7 @@ def known(work):
 # The tests, in the order of a visit
 
 def test_shows_what_python_has_computed(open_explorer, known):
-    page, (scene, reading, graph) = open_explorer, known
+    page, (scene, _, graph) = open_explorer, known
     objects, triplets = choose_shown(graph)
     assert set(page.keys('.stdg-box')) == set(objects) and page.keys('.stdg-edge') == list(
         triplets) == page.keys('.stdg-table tr') and len(triplets) >= 4
@@ -369,7 +370,9 @@ def test_a_slider_is_dragged(open_explorer, known):
     page.away()
 
 
-PLACES = "return Object.fromEntries([...document.querySelectorAll('.stdg-node')].map(e => [e.dataset.key, e.querySelector('rect').getAttribute('x') + ' ' + document.querySelector('.stdg-graph').getAttribute('viewBox')]))"
+PLACES = ("return Object.fromEntries([...document.querySelectorAll('.stdg-node')].map(e => "
+          "[e.dataset.key, e.querySelector('rect').getAttribute('x') + ' ' + "
+          "document.querySelector('.stdg-graph').getAttribute('viewBox')]))")
 
 
 def lit(page, css):
@@ -493,7 +496,7 @@ def test_depth_is_read_in_metres(open_explorer, known):
 
 
 def test_sampling_points_are_those_of_the_network(open_explorer, known):
-    page, (scene, reading, _) = open_explorer, known
+    page, (_, reading, _) = open_explorer, known
     page.choose('over it', 'sampling points')
     row, column = 5, 3
     _point(page, 8 * column + 4.5, 8 * row + 4.5)
@@ -539,15 +542,15 @@ def test_truth_and_prediction_compared(open_explorer, known):
     page, (scene, _, graph) = open_explorer, known
     page.choose('show', 'both, compared')
     objects, triplets = choose_shown(graph, BOTH)
-    assert {t['verdict'] for t in triplets.values()} == {'hit', 'miss', 'wrong', 'unwritten'}
+    assert {t['verdict'] for t in triplets.values()} == {'hit', 'miss', 'wrong', 'unannotated'}
     for css, items in (('.stdg-box', objects), ('.stdg-edge', triplets)):
-        for verdict in ('hit', 'miss', 'wrong', 'unwritten'):
+        for verdict in ('hit', 'miss', 'wrong', 'unannotated'):
             assert set(page.keys(f'{css}.stdg-{verdict}')) == {k for k, t in items.items()
                 if t['verdict'] == verdict}
     dashes = [page.one(f'.stdg-edge.stdg-{verdict} .stdg-line').value_of_css_property(
-        'stroke-dasharray') for verdict in ('hit', 'miss', 'wrong', 'unwritten')]
+        'stroke-dasharray') for verdict in ('hit', 'miss', 'wrong', 'unannotated')]
     colours = [page.one(f'.stdg-edge.stdg-{verdict} .stdg-line').value_of_css_property('stroke')
-               for verdict in ('hit', 'miss', 'wrong', 'unwritten')]
+               for verdict in ('hit', 'miss', 'wrong', 'unannotated')]
     assert len(set(dashes)) == len(set(colours)) == 4 and page.text(
         '.stdg-legend') == '✓ hit○ missed✕ wrong+ holds, not annotated'
     page.away()
@@ -621,7 +624,7 @@ def test_the_dark_theme(open_explorer):
                     *(_luminance(page, css, name) for css, name in (
         ('.stdg-help', 'color'), ('.stdg-table td', 'color'), ('.stdg-edge.stdg-hit text', 'fill'),
         ('.stdg-edge.stdg-miss text', 'fill'), ('.stdg-edge.stdg-wrong text', 'fill'),
-        ('.stdg-edge.stdg-unwritten text', 'fill'))))
+        ('.stdg-edge.stdg-unannotated text', 'fill'))))
     light = read()
     _menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
     page.wait(lambda: page.run("return document.body.dataset.jpThemeLight") == 'false'
@@ -646,8 +649,9 @@ def _delete(lab, path):
 
 def test_saved_and_opened_again_it_is_a_picture(open_explorer, work, lab):
     page = open_explorer
-    assert not page.run(
-        "return document.querySelector('.stdg-explorer').closest('.jp-OutputArea').querySelector('img').offsetParent"), 'while the view lives, the picture is hidden'
+    visible = page.run("return document.querySelector('.stdg-explorer').closest('.jp-OutputArea')"
+                       ".querySelector('img').offsetParent")
+    assert not visible, 'while the view lives, the picture is hidden'
     time.sleep(4)  # the picture is renewed two seconds after the last change
     page.actions().key_down(Keys.CONTROL).send_keys('s').key_up(Keys.CONTROL).perform()
     outputs = lambda: [output for cell in nbformat.read(work/'explore.ipynb', 4).cells

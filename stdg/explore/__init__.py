@@ -6,6 +6,7 @@
 __all__ = ['Explorer', 'arguments', 'at_hand', 'explore', 'load_network']
 
 # %% ../../nbs/explore/00_about_explore.ipynb #face
-from .widget import Explorer, arguments, at_hand, explore, load_network
+from .networks import arguments, at_hand, load_network
+from .widget import Explorer, explore
 
 _all_ = ['Explorer', 'arguments', 'at_hand', 'explore', 'load_network']

@@ -30,8 +30,8 @@ def _room(at, half, others, other_halves):
 
 # %% ../../nbs/explore/02_graph_layout.ipynb #geometry
 def _turn(a, b, c):
-    return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (c[...,
-        0] - a[..., 0])
+    (bx, by), (cx, cy) = (np.moveaxis(p - a, -1, 0) for p in (b, c))
+    return bx * cy - by * cx
 
 def crossing(a, b, c, d):
     "Whether segments from `a` to `b` and from `c` to `d`, (..., 2) each, cross inside; broadcast."
@@ -63,25 +63,25 @@ class _Graph:
         mine = (self.edges == v).any(1)
         other = self.edges.sum(1) - v
         ready = mine & self.placed[np.where(mine, other, 0)]
-        return other[ready], np.flatnonzero(ready), self.edges[~mine
-            & self.placed[self.edges].all(1)]
+        rest = ~mine & self.placed[self.edges].all(1)
+        return other[ready], np.flatnonzero(ready), self.edges[rest]
 
 # %% ../../nbs/explore/02_graph_layout.ipynb #cost
 def _stretch(far, clear, weight, begins):
     """Cost (K,) of edges to neighbours `far` (K, D, 2) away, with `clear` (K, D) room beside name
     and nodes; `begins` (D,) says which edges point at them."""
     steps = np.sqrt(np.square(far / (1.3 * ROW, ROW)).sum(-1))
-    level, upwards = abs(far[..., 1]) < ROW / 2, np.where(begins, far[..., 1],
-                                                          -far[..., 1]) < ROW / 2
-    return ((np.maximum(steps - 1, 0) + 1.3 * upwards + .8 * level + 2
-             * (level & (clear < 20))) * weight).sum(1)
+    level = abs(far[..., 1]) < ROW / 2
+    upwards = np.where(begins, far[..., 1], -far[..., 1]) < ROW / 2
+    cost = np.maximum(steps - 1, 0) + 1.3 * upwards + .8 * level + 2 * (level & (clear < 20))
+    return (cost * weight).sum(1)
 
 def _cost(graph, v, places):
     "Cost (K,) of node `v` at each of `places` (K, 2)."
     near, mine, rest = graph.around(v)
     weight = graph.weight[mine]
-    total = .6 * np.square(2 * places / PANEL).sum(1) + .3 * np.square(2
-        * (places - graph.prior[v]) / PANEL).sum(1)
+    total = .6 * np.square(2 * places / PANEL).sum(1)
+    total = total + .3 * np.square(2 * (places - graph.prior[v]) / PANEL).sum(1)
     c, d = graph.at[rest].transpose(1, 0, 2)
     total += 4 * through(c, d, places[:, None], 1.2 * graph.half[v] + 5).sum(1)
     if not len(near): return total
@@ -91,8 +91,8 @@ def _cost(graph, v, places):
     total += _stretch(far, clear, weight, graph.edges[mine, 0] == v)
     total += 1.5 * (crossing(start, end, c, d) * weight[:, None]).sum((1, 2))
     others = np.flatnonzero(graph.placed & (np.arange(len(graph.at)) != v))
-    hit = through(start, end, graph.at[others], 1.2 * graph.half[others] + 5) & (others != near[:,
-        None])
+    hit = through(start, end, graph.at[others], 1.2 * graph.half[others] + 5)
+    hit &= others != near[:, None]
     return total + 4 * hit.sum((1, 2))
 
 # %% ../../nbs/explore/02_graph_layout.ipynb #place-nodes
@@ -113,13 +113,16 @@ def place_nodes(widths,  # (n,)
     "Places for the nodes of a graph, in units of the drawing."
     n, edges = len(widths), np.asarray(edges, int).reshape(-1, 2)
     names = np.zeros(len(edges)) if name_widths is None else np.asarray(name_widths, float)
-    edges, names = edges[loose := edges[:, 0] != edges[:, 1]], names[loose]
+    no_loop = edges[:, 0] != edges[:, 1]
+    edges, names = edges[no_loop], names[no_loop]
     half = np.column_stack([np.asarray(widths, float) / 2, np.full(n, HEIGHT / 2)])
     graph = _Graph(half, edges, 1 / (1 + np.arange(len(edges)) / 12), names,
                    np.zeros((n, 2)) if prior is None else np.asarray(prior, float),
                    np.zeros((n, 2)), np.zeros(n, bool))
     order = list(dict.fromkeys([*edges.ravel().tolist(), *range(n)]))
-    for v in 2 * order: graph.at[v], graph.placed[v] = _best(graph, v), True
+    for v in 2 * order:
+        graph.at[v] = _best(graph, v)
+        graph.placed[v] = True
     return graph.at
 
 # %% ../../nbs/explore/02_graph_layout.ipynb #routes
@@ -129,8 +132,8 @@ def curve(start, end, bend, t):
     """Points (T, 2) at `t` (T,), 0 to 1, of the edge from `start` to `end`; a loop, where these are
     one, rises at its right."""
     (x1, y1), (x2, y2) = start, end
-    middle = np.array([(x1 + x2) / 2 - bend * (y2 - y1), (y1 + y2) / 2 + bend * (x2 - x1)]) if (x1,
-        y1) != (x2, y2) else np.array([x1 + 90, y1 - 70])
+    if (x1, y1) == (x2, y2): middle = np.array([x1 + 90, y1 - 70])
+    else: middle = np.array([(x1 + x2) / 2 - bend * (y2 - y1), (y1 + y2) / 2 + bend * (x2 - x1)])
     t = np.asarray(t)[:, None]
     return (1 - t)**2 * start + 2 * t * (1 - t) * middle + t**2 * end
 
@@ -146,8 +149,8 @@ def _bends(edges):
 # %% ../../nbs/explore/02_graph_layout.ipynb #place-names
 def _hidden(a, b):
     "Area (K, M) that rectangles `a` (K, 4) and `b` (M, 4) share."
-    return np.maximum(np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2]),
-                      0).prod(2)
+    low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
+    return np.maximum(high - low, 0).prod(2)
 
 def place_names(at, widths, edges, name_widths):
     """The bend of each edge, and the place of its name along it, 0 to 1: two lists.

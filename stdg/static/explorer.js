@@ -1,10 +1,10 @@
-// The view of stdg.explore: a picture with boxes, a graph and tables, linked. The protocol is explained in nbs/16e_explore.ipynb.
+// The view of stdg.explore: a picture with boxes, a graph and tables, linked. The protocol is explained in nbs/explore/07_widget.ipynb.
 // Text reaches the page as text nodes and attributes only; nothing is fetched.
 
 const SVG = 'http://www.w3.org/2000/svg', HEIGHT = 24;
 const [PREDICTION, TRUTH, BOTH] = [0, 1, 2];
 const STATE = ['show', 'least_object', 'least_triplet', 'count', 'overlay', 'object_class', 'predicate', 'head'];
-const VERDICTS = { hit: ['✓', 'hit'], miss: ['○', 'missed'], wrong: ['✕', 'wrong'], unwritten: ['+', 'holds, not annotated'] };
+const VERDICTS = { hit: ['✓', 'hit'], miss: ['○', 'missed'], wrong: ['✕', 'wrong'], unannotated: ['+', 'holds, not annotated'] };
 const KEYS = 'Tab goes from picture to boxes, nodes, edges and rows, arrows move within; Enter pins, Escape clears.';
 
 // Elements
@@ -33,7 +33,7 @@ function choose(graph, names, state) {
   const object = (key, o, verdict) => objects.push({ key, verdict, ...o });
   if (mode !== TRUTH) {
     for (const i of seen) object(`o${i}`, graph.objects[i], both ? (graph.objects[i].match.length ? 'hit' : 'wrong') : null);
-    for (const t of best) triplets.push({ ...t, key: `t${t.i}`, s: `o${t.s}`, o: `o${t.o}`, verdict: both ? (t.match.length ? 'hit' : t.holds ? 'unwritten' : 'wrong') : null });
+    for (const t of best) triplets.push({ ...t, key: `t${t.i}`, s: `o${t.s}`, o: `o${t.o}`, verdict: both ? (t.match.length ? 'hit' : t.holds ? 'unannotated' : 'wrong') : null });
   }
   if (mode !== PREDICTION) {
     const stands = truth.objects.map((o, i) => {
@@ -53,7 +53,7 @@ function choose(graph, names, state) {
   return { mode, objects, triplets, rows: { prediction: mode === TRUTH ? null : triplets.filter(t => t.key[0] === 't'), truth: mode === PREDICTION ? null : truths } };
 }
 
-// Fields, votes and sampling points: cells become pixels as stdg.layers.Frame says
+// Fields, votes and sampling points: cells become pixels as stdg.explore.scene.Frame says
 
 class Reading {
   constructor(record) {
@@ -320,7 +320,7 @@ class View {
     const list = (items, text) => items.slice(0, 12).map(text).join('; ') + (items.length > 12 ? '; and more' : '');
     this.imageTitle.textContent = `${base.layer} of ${base.name}`;
     this.image.setAttribute('aria-label', `${base.layer} of ${base.name} with ${objects.length} ${what} boxes: ${list(objects, o => this.name(o))}. ${triplets.length} relations: ${list(triplets, t => this.sentence(t))}`);
-    const kinds = this.chosen.mode === BOTH ? Object.keys(VERDICTS).filter(kind => kind !== 'unwritten' || this.graph.dense) : [];
+    const kinds = this.chosen.mode === BOTH ? Object.keys(VERDICTS).filter(kind => kind !== 'unannotated' || this.graph.dense) : [];
     this.legend.replaceChildren(...kinds.map(kind => make('span', { class: `stdg-key stdg-${kind}` }, make('svg', { viewBox: '0 0 30 8', 'aria-hidden': true }, make('line', { x1: 0, y1: 4, x2: 30, y2: 4 })), `${VERDICTS[kind][0]} ${VERDICTS[kind][1]}`)));
   }
 
