@@ -328,12 +328,14 @@ def known(work):
 def test_shows_what_python_has_computed(open_explorer, known):
     page, (scene, _, graph) = open_explorer, known
     objects, triplets = choose_shown(graph)
-    assert set(page.keys('.stdg-box')) == set(objects) and page.keys('.stdg-edge') == list(
-        triplets) == page.keys('.stdg-table tr') and len(triplets) >= 4
+    assert set(page.keys('.stdg-box')) == set(objects)
+    assert page.keys('.stdg-edge') == list(triplets) == page.keys('.stdg-table tr')
+    assert len(triplets) >= 4
     assert set(page.keys('.stdg-node')) == {t[end] for t in triplets.values() for end in 'so'}
     page.shot('prediction')
     picture = page.pixels('.stdg-image')
-    assert picture.std() > 20 and page.run(
+    assert picture.std() > 20
+    assert page.run(
         "return document.querySelector('.stdg-image').getAttribute('aria-label')").startswith(
         f'RGB of {scene.name} with {len(objects)} predicted boxes: ')
     assert not page.problems()
@@ -355,9 +357,9 @@ def test_a_slider_is_dragged(open_explorer, known):
     page.wait(lambda: len(page.keys('.stdg-edge')) < len(before), 'fewer edges')
     page.settle()
     after = page.keys('.stdg-edge')
-    assert after == before[:len(after)] and page.control('at most',
-                                                         '.widget-readout').text == str(
-        len(after)) and (page.pixels('.stdg-graph') != pixels).any()
+    assert after == before[:len(after)]
+    assert page.control('at most', '.widget-readout').text == str(len(after))
+    assert (page.pixels('.stdg-graph') != pixels).any()
     assert places | page.run(PLACES) == places, 'no node has moved'
     page.shot('fewer')
     page.type('at most', 10)
@@ -389,8 +391,8 @@ def test_hovering_a_node_lights_its_box_its_rows_and_its_field(open_explorer, kn
     assert lit(page, '.stdg-table tr') == mine == lit(page, '.stdg-edge')
     page.settle()
     name = reading.vocabulary.objects[graph['objects'][int(key[1:])]['c']]
-    assert page.text('.stdg-readout') == f'heat-map of {name}' and (
-        abs(page.pixels('.stdg-image') - pixels).max(2) > 30).mean() > .2
+    assert page.text('.stdg-readout') == f'heat-map of {name}'
+    assert (abs(page.pixels('.stdg-image') - pixels).max(2) > 30).mean() > .2
     page.shot('node')
     page.away()
     page.wait(lambda: not lit(page, '[data-key]'), 'nothing is lit')
@@ -401,8 +403,8 @@ def test_hovering_an_edge_shows_the_cells_that_voted(open_explorer, known):
     triplet = choose_shown(graph)[1][page.keys('.stdg-edge')[0]]
     page.hover('.stdg-edge text')
     page.wait(lambda: page.find('.stdg-vote'), 'votes')
-    assert lit(page, '.stdg-box') == {triplet['s'], triplet['o']} == lit(page,
-        '.stdg-node') and page.text(
+    assert lit(page, '.stdg-box') == {triplet['s'], triplet['o']} == lit(page, '.stdg-node')
+    assert page.text(
         '.stdg-readout') == f"confidence of {reading.vocabulary.predicates[triplet['p']]}"
     unit, (x1, y1, x2, y2) = page.unit(), graph['objects'][int(triplet['s'][1:])]['box']
     x, y = (float(page.attribute('.stdg-vote circle', name)) / unit for name in ('cx', 'cy'))
@@ -427,8 +429,8 @@ def test_a_pin_stays_while_a_slider_moves_and_escape_clears_it(open_explorer):
     page.wait(lambda: page.keys('.stdg-node.stdg-pinned') == [key]
               and lit(page, '.stdg-box') == {key}, 'pinned')
     page.type('at most', 11)
-    assert page.keys('.stdg-box.stdg-pinned') == [key] and page.one(
-        '.stdg-node.stdg-pinned').get_attribute('aria-pressed') == 'true'
+    assert page.keys('.stdg-box.stdg-pinned') == [key]
+    assert page.one('.stdg-node.stdg-pinned').get_attribute('aria-pressed') == 'true'
     page.shot('pinned')
     page.one('.stdg-node').send_keys(Keys.ESCAPE)
     page.wait(lambda: not page.find('.stdg-pinned'), 'cleared')
@@ -480,9 +482,8 @@ def test_depth_is_read_in_metres(open_explorer, known):
     _point(page, 30.5, 60.5)
     page.wait(lambda: page.text('.stdg-readout').startswith('x 30, y 60: depth '), 'metres')
     metres = float(page.text('.stdg-readout').split(': depth ')[1].split(' m')[0])
-    assert abs(metres - scene.depth[60,
-                                    30]) <= .0051 and (page.pixels('.stdg-image') != pixels).any(
-        2).mean() > .5
+    assert abs(metres - scene.depth[60, 30]) <= .0051
+    assert (page.pixels('.stdg-image') != pixels).any(2).mean() > .5
     page.shot('depth')
     for layer in ('angle with gravity', 'height above ground', 'horizontal disparity'):
         page.choose('picture', layer)
@@ -506,8 +507,8 @@ def test_sampling_points_are_those_of_the_network(open_explorer, known):
                        "['cx', 'cy'].map(k => Number(e.getAttribute(k))))")
     places = sampling_points(torch.from_numpy(reading.offsets['student'][1, :18])[None])[0, :, :,
         row, column].flip(1)
-    assert np.allclose(student, page.unit() * reading.frame.pixels(places.numpy() + .5),
-                       atol=.3) and len(page.find('.stdg-teacher')) == 9
+    assert np.allclose(student, page.unit() * reading.frame.pixels(places.numpy() + .5), atol=.3)
+    assert len(page.find('.stdg-teacher')) == 9
     assert page.text('.stdg-readout').endswith('cells apart')
     page.shot('sampling')
     page.run("document.querySelector('.stdg-image').focus()")
@@ -523,8 +524,8 @@ def test_fields_and_vectors(open_explorer, known):
     page.away()
     page.choose('predicate', 'on')
     on = reading.vocabulary.predicate_index('on')
-    assert page.text('.stdg-readout') == 'confidence of on' and page.keys('.stdg-edge') == list(
-        choose_shown(graph, predicate=on)[1])
+    assert page.text('.stdg-readout') == 'confidence of on'
+    assert page.keys('.stdg-edge') == list(choose_shown(graph, predicate=on)[1])
     page.shot('confidence')
     page.choose('over it', 'vectors')
     assert len(page.find('.stdg-vote')) == min(150, (reading.confidence[on] > .1).sum())
@@ -551,14 +552,14 @@ def test_truth_and_prediction_compared(open_explorer, known):
         'stroke-dasharray') for verdict in ('hit', 'miss', 'wrong', 'unannotated')]
     colours = [page.one(f'.stdg-edge.stdg-{verdict} .stdg-line').value_of_css_property('stroke')
                for verdict in ('hit', 'miss', 'wrong', 'unannotated')]
-    assert len(set(dashes)) == len(set(colours)) == 4 and page.text(
-        '.stdg-legend') == '✓ hit○ missed✕ wrong+ holds, not annotated'
+    assert len(set(dashes)) == len(set(colours)) == 4
+    assert page.text('.stdg-legend') == '✓ hit○ missed✕ wrong+ holds, not annotated'
     page.away()
     page.settle()
     page.shot('compared')
     page.choose('show', 'truth')
-    assert len(page.find('.stdg-box')) == len(scene.truth) and set(page.keys('.stdg-edge')) == {
-        f'T{i}' for i in range(len(graph['truth']['triplets']))}
+    assert len(page.find('.stdg-box')) == len(scene.truth)
+    assert set(page.keys('.stdg-edge')) == {f'T{i}' for i in range(len(graph['truth']['triplets']))}
     page.shot('truth')
     page.choose('show', 'both, compared')
     page.choose('task', 'PredCls')
@@ -595,8 +596,8 @@ def test_a_picture_is_uploaded_and_a_bad_one_is_refused(open_explorer, known, tm
     page.wait(lambda: page.painted() > painted and page.text('.stdg-readout') == f'RGB of {name}',
               'it is shown')
     page.settle()
-    assert page.text('.stdg-message').startswith('Nobody has annotated') and not page.find(
-        '.stdg-explorer img') and not page.find('.stdg-legend span')
+    assert page.text('.stdg-message').startswith('Nobody has annotated')
+    assert not page.find('.stdg-explorer img') and not page.find('.stdg-legend span')
     x, y, width, height = map(float, page.attribute('.stdg-image', 'viewBox').split())
     assert abs(width / height - 300 / 220) < .02 and page.run('return window.hacked') is None
     page.shot('uploaded')
@@ -691,11 +692,11 @@ def test_hostile_names_are_shown_and_not_obeyed(work, lab, page):
     page.shot('hostile')
     options = page.run("return [...document.querySelectorAll('.widget-dropdown option')].map(e => "
                        "e.textContent.replaceAll('\\u00a0', ' '))")
-    assert any(option.startswith('"><img src=x') for option in options) and max(map(len,
-        options)) <= 40
-    assert page.run('return window.hacked') is None and not page.find('.stdg-explorer script, '
-        '.stdg-explorer img, .stdg-explorer foreignObject, .stdg-explorer [onload], .stdg-explorer '
-        '[onerror]')
+    assert any(option.startswith('"><img src=x') for option in options)
+    assert max(map(len, options)) <= 40
+    assert page.run('return window.hacked') is None
+    assert not page.find('.stdg-explorer script, .stdg-explorer img, .stdg-explorer foreignObject, '
+                         '.stdg-explorer [onload], .stdg-explorer [onerror]')
     assert not page.find('.widget-dropdown script') and not page.problems()
 
 
@@ -716,8 +717,8 @@ def test_voila_serves_it(work, page, tmp_path):
         page.shot('voila')
         # its own page asks a CDN for icons; the explorer needs none
         of_voila = [problem for problem in page.problems() if 'fontawesome' not in problem]
-        assert not of_voila and not any(image.is_displayed()
-                                        for image in page.find('.jp-OutputArea-output img'))
+        assert not of_voila
+        assert not any(image.is_displayed() for image in page.find('.jp-OutputArea-output img'))
     finally: server.stop()
 
 

@@ -133,7 +133,8 @@ def _content(folder):
 def test_database(tmp_path, few, monkeypatch):
     folder = make_rooms(tmp_path / 'rooms', **few)
     base = Database(folder)
-    assert base.vocabulary.objects == VOCABULARY.objects and base.vocabulary.predicates == PREDICATES
+    assert base.vocabulary.objects == VOCABULARY.objects
+    assert base.vocabulary.predicates == PREDICATES
     assert [len(base.indices(s)) for s in ('train', 'val', 'test')] == [6, 1, 3]
     for i in (0, 7):
         r = room((0, i), **SMALL)
