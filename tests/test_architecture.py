@@ -98,3 +98,21 @@ def test_the_sidebar_leads_to_every_notebook():
     found = pages(sidebar['website']['sidebar']['contents'])
     expected = [str(p.relative_to(root/'nbs')) for p in notebooks]
     assert sorted(found) == sorted(expected)
+
+
+def test_links_and_names_of_notebooks_lead_somewhere():
+    wings = '|'.join(p.name for p in (root/'nbs').iterdir() if p.is_dir())
+    lost = []
+    pages = [(p, c.source) for p in notebooks for c in nbformat.read(p, as_version=4).cells
+             if c.cell_type == 'markdown']
+    pages += [(root/name, (root/name).read_text(encoding='utf-8'))
+              for name in ('README.md', 'CONTRIBUTING.md')]
+    for path, text in pages:
+        links = re.findall(r'\]\(([^)#\s]+)\)', text)
+        lost += [f'{path.name}: {link}' for link in links
+                 if '://' not in link and not link.startswith('attachment:')
+                 and not (path.parent/link).exists()]
+        named = re.findall(rf'\b((?:{wings})/\d\d_\w+)', text)
+        lost += [f'{path.name}: {name}' for name in named
+                 if not (root/'nbs'/f'{name}.ipynb').exists()]
+    assert not lost
