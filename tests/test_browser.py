@@ -650,13 +650,17 @@ def _delete(lab, path):
 
 def test_saved_and_opened_again_it_is_a_picture(open_explorer, work, lab):
     page = open_explorer
-    visible = page.run("return document.querySelector('.stdg-explorer').closest('.jp-OutputArea')"
-                       ".querySelector('img').offsetParent")
-    assert not visible, 'while the view lives, the picture is hidden'
+    image = ("document.querySelector('.stdg-explorer').closest('.jp-OutputArea')"
+             ".querySelector('img')")
+    page.wait(lambda: page.run(f'return !!{image}'), 'the picture that stays')
+    assert not page.run(f'return {image}.offsetParent'), 'while the view lives, the picture is hidden'
     time.sleep(4)  # the picture is renewed two seconds after the last change
     page.actions().key_down(Keys.CONTROL).send_keys('s').key_up(Keys.CONTROL).perform()
-    outputs = lambda: [output for cell in nbformat.read(work/'explore.ipynb', 4).cells
-                       for output in cell.get('outputs', [])]
+    def outputs():
+        "Of the saved notebook; none while JupyterLab is writing it."
+        try: cells = nbformat.read(work/'explore.ipynb', 4).cells
+        except nbformat.reader.NotJSONError: return []
+        return [output for cell in cells for output in cell.get('outputs', [])]
     page.wait(lambda: any('image/png' in output.get('data', {}) for output in outputs()), 'saved')
     assert [set(output.get('data', ()))
             for output in outputs()][-3:] == [{'application/vnd.jupyter.widget-view+json'},
