@@ -109,10 +109,11 @@ def _remarks(scene, reading, controls, shown_layer):
 # %% ../../nbs/explore/07_widget.ipynb #explorer
 _LINKED = ('show', 'least_object', 'least_triplet', 'count', 'overlay', 'object_class', 'predicate',
            'head')
-_RULE = """<style>
-.jp-OutputArea-child:has(.stdg-stays) { display: none }
-.jp-OutputArea-child:has(+ .jp-OutputArea-child + .jp-OutputArea-child .stdg-stays):not(:has(.stdg-explorer)) { display: none }
-</style><span class="stdg-stays"></span>"""  # noqa: E501
+_RULE = ('<style>\n'
+         '.jp-OutputArea-child:has(.stdg-stays) { display: none }\n'
+         '.jp-OutputArea-child:has(+ .jp-OutputArea-child + .jp-OutputArea-child .stdg-stays)'
+         ':not(:has(.stdg-explorer)) { display: none }\n'
+         '</style><span class="stdg-stays"></span>')
 
 class Explorer:
     """What `explore` returns; it shows itself in a notebook.
