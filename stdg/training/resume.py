@@ -12,20 +12,21 @@ import os
 import re
 import signal
 import threading
-import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..io.files import atomic_path, read_json, writable_folder, write_json
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # Windows
+from stdg.io.files import (
+    atomic_path,
+    locked,
+    read_json,
+    remove_dead,
+    writable_folder,
+    write_json,
+)
 
 # %% ../../nbs/training/04_resume.ipynb #save-state
 def saved_states(folder, stage):
@@ -99,23 +100,17 @@ def load_state(path, expected=None):
 # %% ../../nbs/training/04_resume.ipynb #lock
 @contextmanager
 def exclusive_run(folder, seconds=15):
-    """Hold the lock of `folder`.
+    """Hold the lock of `folder` (`stdg.io.files.locked`; this thread may take it again), and remove
+    temporary files in it whose writers are surely dead: untouched for a day.
 
     Raises `BlockingIOError` naming it if another process holds it for longer than `seconds`."""
-    path = writable_folder(folder)/'.lock'
-    with open(path, 'a+') as file:
-        end = time.monotonic() + seconds
-        while fcntl:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > end:
-                    raise BlockingIOError(f"another process trains in {folder}. Wait for it, end "
-                                          "it, or take another name for this run") from None
-                time.sleep(.2)
-        for half in (*path.parent.glob('.*.partial.*'), *path.parent.glob('states/.*.partial.*')):
-            half.unlink(missing_ok=True)
+    folder = Path(folder)
+    with ExitStack() as held:
+        try: held.enter_context(locked(folder/'.lock', seconds, folder))
+        except BlockingIOError:
+            raise BlockingIOError(f"another process trains in {folder}. Wait for it, end it, or "
+                                  "take another name for this run") from None
+        for place in (folder, folder/'states'): remove_dead(place)
         yield
 
 # %% ../../nbs/training/04_resume.ipynb #asked-to-stop
