@@ -105,9 +105,7 @@ def _file_of(network): return Path(network)/SHARED if Path(network).is_dir() els
 
 def _load(path):
     "The `STDG` of a checkpoint or a released file, and its facts."
-    if path.suffix == '.safetensors':
-        facts = checkpoint.facts(path)
-        return checkpoint.load(path), facts
+    if path.suffix == '.safetensors': return checkpoint.load_with_facts(path)
     return any_network(path, Vocabulary.visual_genome()), None
 
 class Predictor:
