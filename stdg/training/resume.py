@@ -7,7 +7,6 @@ __all__ = ['EXIT_SAVED', 'saved_states', 'save_state', 'remove_state', 'load_sta
            'stop_requested']
 
 # %% ../../nbs/training/04_resume.ipynb #imports
-import errno
 import os
 import re
 import signal
@@ -16,17 +15,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from stdg.io.files import (
-    atomic_path,
-    locked,
-    read_json,
-    remove_dead,
-    writable_folder,
-    write_json,
-)
+from ..io.files import locked, read_json, remove_dead, writable_folder, write_json
+from ..io.tensors import TensorFile, save_tensors
 
 # %% ../../nbs/training/04_resume.ipynb #save-state
 def saved_states(folder, stage):
@@ -39,13 +30,9 @@ def save_state(folder, stage, step, tensors, facts, keep=2):
 
     Raises `OSError` naming the file when it cannot be written; what was there before stays."""
     path = writable_folder(folder)/f'{stage}-{step:08d}.safetensors'
-    with atomic_path(path) as partial:
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try: save_file(on_cpu, partial)
-        except SafetensorError as error: raise OSError(errno.ENOSPC, str(error)) from None
-        size = partial.stat().st_size
-    write_json(path.with_suffix('.json'), dict(format='stdg-state', version=1, stage=stage,
-                                               step=step, bytes=size, **facts))
+    facts = dict(format='stdg-state', version=1, stage=stage, step=step, **facts)
+    facts = save_tensors(path, tensors, facts)
+    write_json(path.with_suffix('.json'), dict(facts, bytes=path.stat().st_size))
     for old in saved_states(folder, stage)[:-keep]: remove_state(old)
 
 def remove_state(path):
@@ -74,6 +61,13 @@ def _compare(path, facts, expected):
         raise ValueError(f"{path} was written by a run with other settings: "
                          f"{'; '.join(differ[:4])}. {hint}")
 
+def _check_version(facts, path):
+    if not isinstance(facts, dict): facts = {}
+    if facts.get('format') != 'stdg-state' or facts.get('version') != 1:
+        raise ValueError(f"{path} is no state that this version reads ({facts.get('format')}, "
+                         f"version {facts.get('version')}). Install the stdg that wrote it, or "
+                         "start over: -p resume False")
+
 def load_state(path, expected=None):
     """(tensors, facts) of the state whose JSON is `path`; `expected` is dict(data=...,
     settings=...), as it was saved.
@@ -83,19 +77,18 @@ def load_state(path, expected=None):
     path = Path(path)
     hint = f'Remove {path.stem}.json: the run goes on from the state before, or starts over'
     facts = read_json(path, hint)
-    if facts.get('format') != 'stdg-state' or facts.get('version') != 1:
-        raise ValueError(f"{path} is no state that this version reads ({facts.get('format')}, "
-                         f"version {facts.get('version')}). Install the stdg that wrote it, or "
-                         "start over: -p resume False")
-    if expected: _compare(path, facts, expected)
+    _check_version(facts, path)
     file = path.with_suffix('.safetensors')
-    if not file.is_file(): raise FileNotFoundError(f"{file} is missing. {hint}")
-    if file.stat().st_size != facts['bytes']:
+    try:
+        opened = TensorFile(file, hint)
+        facts = opened.record(hint, _check_version)
+    except ValueError as error:
+        if not file.is_file() or file.stat().st_size >= facts.get('bytes', 0):
+            raise ValueError(f"{file} is damaged ({error}). {hint}") from None
         raise ValueError(f"{file} has {file.stat().st_size} bytes of {facts['bytes']}: it was cut "
-                         f"off. {hint}")
-    try: return load_file(file), facts
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged ({error}). {hint}") from None
+                         f"off. {hint}") from None
+    if expected: _compare(path, facts, expected)
+    return opened.tensors(), facts
 
 # %% ../../nbs/training/04_resume.ipynb #lock
 @contextmanager
