@@ -2,27 +2,20 @@
 
 Real processes that begin together at a barrier. `STDG_ROUNDS=100` repeats each meeting so often."""
 import errno
-import io
-import json
 import multiprocessing
 import os
 import shutil
 import stat
-import subprocess
-import sys
-import textwrap
 import threading
 import time
-from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 
 from stdg.datasets.visual_genome import Database
 from stdg.depth import precompute
 from stdg.io import files, packed
-from stdg.io.files import atomic_path, lock_of, locked, read_json, write_json
+from stdg.io.files import atomic_path, locked, write_json
 from stdg.rooms import build
 from stdg.rooms.build import make_rooms
 from stdg.testing import toy_database

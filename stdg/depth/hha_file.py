@@ -59,6 +59,9 @@ class HHAFile(PerProcess):
         n = len(self._png) if packed else len(self._array())
         if n != len(self.image_ids):
             raise ValueError(f"{path} has {n} pictures for {len(self.image_ids)} images. {_HINT}")
+        if not packed and (self._array().dtype != np.uint8 or self._array().shape[1] != 3):
+            raise ValueError(f"{path}: 'hha' is {self._array().dtype} {self._array().shape}, "
+                             f"(N, 3, H, W) uint8 is needed. {_HINT}")
 
     def _array(self): return self._opened(lambda: open_h5(self.path, dict(hha=4), _HINT))['hha']
 
