@@ -24,9 +24,15 @@ from tqdm import tqdm
 
 from .. import checkpoint
 from ..data import loader
-from ..io.devices import choose_device
+from ..io.devices import current_device, device_for
 from ..model import STDG, recomputed
-from .distributed import all_gather, all_reduce, broadcast, rank_and_world
+from stdg.training.distributed import (
+    all_gather,
+    all_reduce,
+    broadcast,
+    broadcast_buffers,
+    rank_and_world,
+)
 from .log import STEP_PARTS, Log
 from stdg.training.resume import (
     Interrupted,
@@ -38,7 +44,15 @@ from stdg.training.resume import (
     stop_requested,
 )
 from .settings import Settings
-from .step import Average, TrainStep, keep_batch, optimiser, schedule, seed_step
+from stdg.training.step import (
+    Average,
+    TrainStep,
+    check_step,
+    keep_batch,
+    optimiser,
+    schedule,
+    seed_step,
+)
 
 try:
     import resource
@@ -243,7 +257,8 @@ def _one_step(run, batch, log):
     run.done += 1
     run.step.watch.lap('optimiser')
     times = run.step.watch.read()
-    if torch.cuda.is_available(): times['memory'] = torch.cuda.max_memory_allocated() / 2**30
+    place = run.step.device
+    if place.type == 'cuda': times['memory'] = torch.cuda.max_memory_allocated(place) / 2**30
     left_out = dict(left_out=bad) if bad else {}
     log.write(run.stage, run.done, times, lr=run.optimiser.param_groups[0]['lr'], **facts, **terms,
               **left_out)
@@ -258,7 +273,8 @@ def _checkpoint(run, name, **more):
 
 def _validate(run, validate, log):
     "Validate the weights, log the figures, and keep the best."
-    values = {k: v for k, v in validate(run.model).items() if math.isfinite(v)}
+    found = broadcast(validate(run.model))
+    values = {k: v for k, v in found.items() if math.isfinite(v)}
     if run.options.best not in values:
         raise ValueError(f"best={run.options.best!r}: validation gives {sorted(values)}")
     log.write(run.stage, run.done, **values)
@@ -269,6 +285,7 @@ def _validate(run, validate, log):
     run.stop_if_stale()
 
 def _end_epoch(run, validate, log):
+    broadcast_buffers(run.model.network)  # each process judges what the first one saves
     run.average.swap()
     epoch = -(-run.done // run.per_epoch)
     if validate and (epoch % (run.options.validate_every or 1) == 0 or run.done >= run.total):
@@ -315,16 +332,17 @@ def fit(model,
     """Train one stage, or resume it; the model ends with averaged weights, as saved.
 
     With several processes (`stdg.training.distributed`) each of them calls this with the same
-    arguments.
+    arguments. Without a `device` a model that lies on a GPU stays there (`io/05_devices`).
 
     Raises `ValueError` for data or settings that do not fit each other or the state to resume from,
     `FloatingPointError` for a loss that is not finite, `OSError` for a full disk, `Interrupted`
     (exit code 75) when the process was asked to stop. Source: method spec 7."""
-    options = _options(options)
-    model.to(choose_device(device), memory_format=torch.channels_last).train()
+    options, place = _options(options), device_for(model, device)
+    check_step(options, device=place)
+    model.to(place, memory_format=torch.channels_last).train()
     run = _Run(model, dataset, out, stage, options, record or {})
     lock = exclusive_run(out) if run.first else nullcontext()
-    with lock, stop_requested(20 if run.world > 1 else None) as asked:
+    with current_device(place), lock, stop_requested(20 if run.world > 1 else None) as asked:
         length = run.restore()
         fresh, place = run.done == 0, next(model.parameters()).device
         batches = loader(dataset, options.batch_size, options.seed, options.workers, device=place,
@@ -342,29 +360,42 @@ def fit(model,
     return model.eval()
 
 # %% ../../nbs/training/06_loop.ipynb #forecast
-def _memory():
-    """The most memory that was in use, GiB: of the GPU if there is one, else of this process; NaN
+def _memory(device):
+    """The most memory that was in use, GiB: of `device` if it is a GPU, else of this process; NaN
     where the system does not say."""
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 2**30
+    if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 2**30
     if resource is None: return math.nan
     unit = 2**30 if sys.platform == 'darwin' else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
+def _short_run(model, dataset, device, options):
+    "The times of each step of a run of which nothing is kept, the same in all processes."
+    with tempfile.TemporaryDirectory() as folder:
+        fit(copy.deepcopy(model), dataset, folder, 'forecast', None, device, False, **options)
+        lines = None
+        if rank_and_world()[0] == 0:  # only the first process writes
+            lines = [json.loads(line) for line in open(Path(folder)/'timing.jsonl')]
+        return broadcast(lines)
+
 def forecast(model, dataset, tries=6, device=None, **options):
     """dict(seconds_per_step, images_per_second, memory, steps, hours, parts) of a run with these
     `options`, from `tries` steps of which nothing is kept: memory in GiB, parts as shares of a
-    step. Validation is not counted."""
+    step. Validation is not counted.
+
+    Raises `ValueError` as `fit`, or for no `tries`."""
+    if tries < 1: raise ValueError(f"tries={tries}: at least one step must be taken")
     options = {k: v for k, v in options.items() if k not in ('trackers', 'progress')}
-    options['keep'] = 0
-    settings = _options(options)
-    with tempfile.TemporaryDirectory() as folder:
-        whole = _Run(copy.deepcopy(model), dataset, folder, 'forecast', settings, {}).total
-        fit(copy.deepcopy(model), dataset, folder, 'forecast', None, device, False,
-            **options | dict(steps=min(tries, whole)))
-        lines = [json.loads(line) for line in open(Path(folder)/'timing.jsonl')]
-    times = lines[min(2, whole - 1):]
+    settings, place = _options(options), device_for(model, device)
+    if place.type == 'cuda':
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats(place)
+    short = dict(keep=0, steps=min(tries, settings.steps or tries))
+    times = _short_run(model, dataset, place, options | short)
+    per_epoch = len(dataset) // settings.batch_size
+    whole = int(min(settings.steps or math.inf, settings.epochs * per_epoch))
+    times = times[min(2, len(times) - 1):]
     parts = {part: statistics.median(time[part] for time in times) for part in STEP_PARTS}
     seconds = sum(parts.values())
     return dict(seconds_per_step=seconds, images_per_second=settings.batch_size / seconds,
-                memory=_memory(), steps=whole, hours=whole * seconds / 3600,
+                memory=max(all_gather(_memory(place))), steps=whole, hours=whole * seconds / 3600,
                 parts={part: value / seconds for part, value in parts.items()})

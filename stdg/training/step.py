@@ -117,10 +117,15 @@ PRECISIONS = dict(float32=None, bfloat16=torch.bfloat16, float16=torch.float16)
 _SYNC_ON_CPU = ('sync_bn=True: PyTorch synchronises batch norms on GPUs only. Set it to False, or '
                 'train on GPUs')
 
+def _check_precision(precision):
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is unknown; there are {list(PRECISIONS)}")
+
 def check_step(settings, processes=None, device=None):
     """Raise `ValueError`, naming the parameters, if no step can be taken with these `Settings` in so
     many `processes` (None: those that there are) on `device`."""
     processes = processes or rank_and_world()[1]
+    _check_precision(settings.precision)
     batch, parts = settings.batch_size, settings.accumulate
     if batch < 1: raise ValueError(f"batch_size={batch}: a step needs a picture, so 1 or more")
     if batch % processes:
@@ -174,18 +179,17 @@ class TrainStep:
     Raises `ValueError` for an unknown precision, `sync_bn` of several processes on CPUs, or a batch
     of fewer pictures than parts."""
     def __init__(self, model, optimiser, accumulate=1, precision='float32', clip=0., sync_bn=False):
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision {precision!r} is unknown; there are {list(PRECISIONS)}")
+        _check_precision(precision)
         self.model, self.optimiser, self.parts, self.clip = model, optimiser, accumulate, clip
         device = next(model.parameters()).device
-        self.device_type, self.dtype = device.type, PRECISIONS[precision]
+        self.device, self.dtype = device, PRECISIONS[precision]
         self.watch = Stopwatch(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == 'float16')
         self.network = _wrapped(model.network, device, sync_bn)
         self.learnt = [p for group in optimiser.param_groups for p in group['params']]
 
     def autocast(self):
-        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def gradient(self, batch):
         """(terms, facts) of a batch of `SceneGraphs`, over all parts and processes.
