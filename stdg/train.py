@@ -88,7 +88,8 @@ def prepare_run(settings):
     from; and a sentence about each thing that a trial does without.
 
     Raises what `check_machine`, `check_validation`, `stdg.training.check_start`,
-    `stdg.datasets.visual_genome.Database` and `stdg.depth.precompute.prepare_hha` raise, all before anything is trained."""
+    `stdg.datasets.visual_genome.Database` and `stdg.depth.precompute.prepare_hha` raise, all before
+    anything is trained."""
     check_machine(settings)
     start = training.check_start(settings.stages, settings.backbone,
                                  settings.weights or settings.pretrained, _teacher_path(settings),
