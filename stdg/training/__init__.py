@@ -9,9 +9,10 @@ __all__ = ['Average', 'Log', 'OPTIONS', 'Run', 'STAGES', 'Settings', 'TrainStep'
 # %% ../../nbs/training/00_about_training.ipynb #face
 from .experiments import Run, run_study
 from .log import Log, step_times
-from .loop import OPTIONS, STAGES, check_start, fit, forecast, start_over
+from .loop import OPTIONS, STAGES, check_start, fit, start_over
 from .settings import Settings
 from .step import Average, TrainStep, build_network, loss_terms, optimiser, replay, schedule
+from .timing import forecast
 
 _all_ = ['Average', 'Log', 'OPTIONS', 'Run', 'STAGES', 'Settings', 'TrainStep', 'build_network', 'check_start',
          'fit', 'forecast', 'loss_terms', 'optimiser', 'replay', 'run_study', 'schedule',
