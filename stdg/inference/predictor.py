@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as T
 
 from .. import checkpoint, decode
-from ..augmentation import centred
+from ..augmentation import FILL, centred
 from ..data import network_input
 from ..graph import Prediction, Vocabulary
 from .display import DEFAULTS, PicturePrediction
@@ -98,14 +98,17 @@ def image_of_bytes(data, name):
     except ValueError as error: raise _named(name, error) from None
 
 # %% ../../nbs/inference/02_predictor.ipynb #letterbox
-def letterbox(picture, canvas):
+def letterbox(picture, canvas, order='RGB'):
     """`picture` (3, H, W) on a square canvas: (3, canvas, canvas), the scale (x, y) and the corner
-    (x, y) of the picture in it."""
+    (x, y) of the picture in it.
+
+    `order` is that of the network's channels, its `colour_order`: in this order
+    `stdg.augmentation.FILL` lies around the picture, as in training. Source: method spec 1.5 step 6."""
     h, w = picture.shape[1:]
     k = canvas / max(h, w)
     new_h, new_w = max(round(h * k), 1), max(round(w * k), 1)
     scaled = T.resize(picture, [new_h, new_w], antialias=True)
-    out, corner = centred(scaled, canvas)
+    out, corner = centred(scaled, canvas, FILL if order == 'RGB' else FILL[::-1])
     return out, (new_w / w, new_h / h), corner
 
 # %% ../../nbs/inference/02_predictor.ipynb #unbox
@@ -183,7 +186,8 @@ class Predictor:
     def __call__(self, pictures, names=None):
         "Predictions for `pictures`, a list of (3, H, W) uint8, together as one batch."
         if not pictures: return []
-        canvases, *places = zip(*(letterbox(picture, self.size) for picture in pictures))
+        order = self.model.colour_order
+        canvases, *places = zip(*(letterbox(picture, self.size, order) for picture in pictures))
         batch = network_input(self.model, torch.stack(canvases))
         found = decode.decode_batch(*self.model(batch), stride=self.model.stride)
         return [on_picture(*one, self.facts, self.model.config, name)

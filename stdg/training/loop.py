@@ -322,6 +322,7 @@ def fit(model,
     (exit code 75) when the process was asked to stop. Source: method spec 7."""
     options = _options(options)
     model.to(choose_device(device), memory_format=torch.channels_last).train()
+    dataset = dataset.seen_by(model)
     run = _Run(model, dataset, out, stage, options, record or {})
     lock = exclusive_run(out) if run.first else nullcontext()
     with lock, stop_requested(20 if run.world > 1 else None) as asked:
