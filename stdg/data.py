@@ -6,6 +6,7 @@
 __all__ = ['overlapping', 'overlapping_counts', 'filter_relations', 'SceneGraphs', 'loader', 'normalise', 'network_input']
 
 # %% ../nbs/method/14_data.ipynb #imports
+import copy
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from . import fields
-from .augmentation import centred, geometry, photometry
+from .augmentation import FILL, centred, geometry, photometry
 from .datasets.visual_genome import boxes_overlap
 from .depth.hha_file import SOURCES, HHAFile, hha_path
 from .graph import SceneGraph
@@ -71,6 +72,7 @@ class SceneGraphs(Dataset):
         self.overlap = overlap and train
         self.augment, self.colour = augment and train, augment and colour and train
         self.augmentation = augmentation
+        self.order = self._stored_order = 'BGR' if self.released else 'RGB'
         if set(inputs) - {'rgb', 'hha'} or not inputs:
             raise ValueError(f"inputs {inputs} must be 'rgb', 'hha' or both")
         self._hha = None
@@ -82,6 +84,16 @@ class SceneGraphs(Dataset):
         self.rows = [i for i in database.indices(split, n_val).tolist() if counts[i]][:limit]
         if not self.rows:
             raise ValueError(f"{database.folder}: no image of split {split!r} has a relation")
+
+    def seen_by(self, model):
+        """These samples as the `STDG` `model` is to see them: `stdg.augmentation.FILL` lies around
+        the picture in the order of the model's channels, `order`, not of the database's.
+
+        Source: method spec 1.5 step 6."""
+        if 'rgb' not in self.inputs or model.colour_order == self.order: return self
+        other = copy.copy(self)
+        other.order = model.colour_order
+        return other
 
     def __len__(self): return len(self.rows)
 
@@ -100,11 +112,12 @@ class SceneGraphs(Dataset):
         pictures = self._pictures(row, graph.size)
         if self.augment:
             placed, graph, valid = geometry(pictures.values(), graph, canvas, **self.augmentation,
-                                            generator=generator, released=self.released)
+                                            generator=generator, released=self.released,
+                                            fills=[self._fill(kind) for kind in pictures])
             pictures = dict(zip(pictures, placed))
         else:
             for kind, picture in pictures.items():
-                pictures[kind], corner = centred(picture.contiguous(), canvas)
+                pictures[kind], corner = centred(picture.contiguous(), canvas, self._fill(kind))
             h, w = graph.size
             graph, valid = self._centred(graph), (*corner, w - 1, h - 1)
         changed = []  # the kinds whose colours change
@@ -139,12 +152,17 @@ class SceneGraphs(Dataset):
         options = [self.inputs, self.training, self.source, self.overlap, self.augment, self.colour,
                    self.released, sorted(self.augmentation.items()), database.size, files,
                    database.vocabulary.to_json()]
+        if self.order != self._stored_order: options.append(self.order)
         digest = hashlib.sha256(json.dumps(options).encode())
         flat = database.flat(self.rows)
         for array in (database.image_ids[self.rows], flat.sizes, flat.image, flat.labels,
                       flat.boxes, flat.relations):
             digest.update(np.ascontiguousarray(array, np.int64).tobytes())
         return digest.hexdigest()[:16]
+
+    def _fill(self, kind):
+        "The colour outside a picture of this kind, whose channels are in the order of the database."
+        return FILL[::-1] if kind == 'rgb' and self.order != self._stored_order else FILL
 
     def _graph(self, row):
         return filter_relations(self.database.graph(row), self.overlap, self.training)

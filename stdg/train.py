@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from . import checkpoint, evaluation, metrics, rooms, training
 from .data import SceneGraphs
 from .datasets.visual_genome import Database
+from .depth.hha_file import SOURCES, hha_path
 from .depth.precompute import prepare_hha
 from .evaluation import thresholds
 from .graph import TASKS
@@ -83,13 +84,32 @@ def folders(settings):
     data = Path(settings.data)
     return root/'runs'/settings.name, data if data.is_absolute() else root/'data'/data
 
-def prepare_run(settings):
-    """(database, pretrained, notes): the data, made if they are rooms; what the networks begin
-    from; and a sentence about each thing that a trial does without.
+def _reads_depth(settings, stage):
+    "Whether `stage` reads HHA: a teacher of depth, or a student with such a teacher."
+    if stage != 'student' or 'teacher' in settings.stages: return stage != 'control'
+    path = _teacher_path(settings)
+    return path in ('', 'random') or checkpoint.facts(path)['config']['mode'] == 'depth'
+
+def _make_hha(settings, database, stages):
+    """The HHA that `stages` read. Raises `ValueError` if some do and there is no depth."""
+    reading = [stage for stage in stages if _reads_depth(settings, stage)]
+    if not reading: return
+    path = hha_path(database, settings.depth_source)
+    if settings.depth_source in SOURCES and not (database.has_depth or path.exists()):
+        raise ValueError(f"{database.folder} has no depth of its own (depth_source "
+                         f"{settings.depth_source!r}), and the stage {reading[0]!r} reads it. Make it "
+                         "with python -m stdg.prepare depth hha and name it in depth_source, or "
+                         "train what reads none, stages: [control]")
+    prepare_hha(database, settings.depth_source)
+
+def prepare_run(settings, stages=None):
+    """(database, pretrained, notes): the data, made if they are rooms, with HHA if one of `stages`
+    (None: all of `settings`) reads it; what the networks begin from; and a sentence about each thing
+    that a trial does without.
 
     Raises what `check_machine`, `check_validation`, `stdg.training.check_start`,
-    `stdg.datasets.visual_genome.Database` and `stdg.depth.precompute.prepare_hha` raise, all before
-    anything is trained."""
+    `stdg.datasets.visual_genome.Database` and `stdg.depth.precompute.prepare_hha` raise, and
+    `ValueError` where depth is read and there is none, all before anything is trained."""
     check_machine(settings)
     start = training.check_start(settings.stages, settings.backbone,
                                  settings.weights or settings.pretrained, _teacher_path(settings),
@@ -101,7 +121,7 @@ def prepare_run(settings):
                              size=settings.size, clutter=settings.clutter, seed=0)
         database = Database(folder, settings.size)
         check_validation(settings, database)
-        prepare_hha(database, settings.depth_source)
+        _make_hha(settings, database, stages or settings.stages)
     by_first(prepare)
     return Database(folder, settings.size), *start
 
@@ -282,7 +302,7 @@ def main(arguments=None):
     settings = read_settings(given.config)
     settings.dry_run |= given.dry_run
     with process_group(settings.device) as device:
-        prepared = prepare_run(settings)
+        prepared = prepare_run(settings, given.stages)
         if settings.dry_run: return forecasts(settings, prepared)
         if not (settings.resume or given.stages) and rank_and_world()[0] == 0:
             training.start_over(folders(settings)[0])

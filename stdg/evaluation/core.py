@@ -73,7 +73,8 @@ def predictions(model, dataset, tasks=TASKS, batch_size=16, workers=0, device=No
 
     Without a `device` a model that lies on a GPU stays there (`io/05_devices`). Raises `ValueError` as `check_fit`."""
     check_fit(model, dataset)
-    kind, part, batch_size = model.reads, copy.copy(dataset), min(batch_size, len(dataset))
+    kind, part = model.reads, copy.copy(dataset.seen_by(model))
+    batch_size = min(batch_size, len(dataset))
     if positions is not None: part.rows = [dataset.rows[i] for i in positions]
     place = device_for(model, device)
     model.to(place, memory_format=torch.channels_last).eval()

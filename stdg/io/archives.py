@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_RATIO', 'DAMAGED', 'FORMATS', 'MAX_PIXELS', 'name_problem', 'ZipSource', 'FolderSource',
-           'open_sources', 'read_picture', 'picture_size']
+           'open_sources', 'check_pixels', 'eight_bits', 'read_picture', 'upright_rgb', 'picture_size']
 
 # %% ../../nbs/io/03_archives.ipynb #imports
 import io
@@ -165,18 +165,23 @@ def open_sources(paths):  # -> list of ZipSource, FolderSource
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')
 MAX_PIXELS = 64_000_000
 
+def _too_many(max_pixels): return f"pixels are more than {max_pixels / 1e6:g} megapixels, the bound"
+
+def check_pixels(h, w, max_pixels=MAX_PIXELS):
+    "Raise `ValueError` for a picture of more than `max_pixels`."
+    if w * h > max_pixels: raise ValueError(f"{w} x {h} {_too_many(max_pixels)}")
+
 def _open_picture(data, max_pixels):
     "The PIL picture behind the bytes `data`, nothing decoded yet."
     Image.init()
     readers = [Image.OPEN[name] for name in FORMATS if name in Image.OPEN]
     reader = next((reader for reader, accepts in readers if accepts(data[:16]) is True), None)
-    if reader is None: raise ValueError(f"it is none of {', '.join(FORMATS)}")
-    too_many = f"pixels are more than {max_pixels / 1e6:g} megapixels, the bound"
+    if reader is None:
+        raise ValueError(f"it is none of {', '.join(FORMATS)}{', it is empty' * (not data)}")
     try: picture = reader(io.BytesIO(data), '')
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"its {too_many}") from None
-    w, h = picture.size
-    if w * h > max_pixels: raise ValueError(f"{w} x {h} {too_many}")
+        raise ValueError(f"its {_too_many(max_pixels)}") from None
+    check_pixels(*picture.size[::-1], max_pixels)
     return picture
 
 # %% ../../nbs/io/03_archives.ipynb #orientation
@@ -192,29 +197,93 @@ def _turn(picture):
     try: return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
     except Exception: return None  # the reader of EXIF fails in many ways, the pixels are sound
 
+# %% ../../nbs/io/03_archives.ipynb #eight-bits
+def _spare(values):
+    "How many bits there are beyond the upper eight of those in use, in whole numbers 0..65535."
+    most = int(values.max(initial=0))
+    return next(bits for bits in (8, 10, 12, 14, 16) if most < 2**bits) - 8
+
+def eight_bits(values):
+    """Pixels (H, W) or (H, W, C) of whole numbers 0..65535 as uint8: the upper eight of the bits in
+    use. Of 2 or 4 channels the last one is opacity, which has at least as many bits as the colours.
+
+    Raises `ValueError` for a number outside."""
+    if values.size and not 0 <= values.min() <= values.max() < 2**16:
+        raise ValueError(f"its pixels go from {values.min()} to {values.max()}; "
+                         "0 to 65535, or eight bits, are read")
+    if values.ndim < 3 or values.shape[2] not in (2, 4):
+        return (values >> _spare(values)).astype(np.uint8)
+    colours, opacity = values[..., :-1], values[..., -1:]
+    spare = _spare(colours)
+    parts = colours >> spare, opacity >> max(spare, _spare(opacity))
+    return np.concatenate(parts, 2).astype(np.uint8)
+
 # %% ../../nbs/io/03_archives.ipynb #read-picture
+# Pillow's names for the colours of a PNG with 16 bits: the upper bytes, and the lower ones
+_LOWER = {'RGB;16B': 'RGB;16L', 'RGBA;16B': 'RGBA;16L'}
+
+def _lower_bytes(picture):
+    """The lower bytes (H, W, C) of a PNG with 16 bits for each colour, of which decoding keeps the
+    upper ones; None for any other picture, and for one that is decoded already."""
+    tiles = getattr(picture, 'tile', None) or []
+    if not tiles or not isinstance(tiles[0].args, str) or tiles[0].args not in _LOWER: return None
+    place = picture.fp.tell()
+    picture.fp.seek(0)
+    again = Image.OPEN['PNG'][0](io.BytesIO(picture.fp.read()), '')
+    picture.fp.seek(place)
+    again.tile = [tile._replace(args=_LOWER[tile.args]) for tile in again.tile]
+    return np.asarray(again)
+
+def _eight_bit_picture(picture, lower):
+    "A decoded PIL picture with eight bits for each channel."
+    if lower is not None:
+        return Image.fromarray(eight_bits(np.asarray(picture).astype(np.uint16) << 8 | lower))
+    if picture.mode == 'F':
+        raise ValueError('its pixels are floating-point numbers (mode F), which have no agreed '
+                         'range; make them eight bits first')
+    if not picture.mode.startswith('I'): return picture
+    values = np.asarray(picture)
+    pixels = eight_bits(values)
+    pixels[values == picture.info.get('transparency', -1)] = 255
+    return Image.fromarray(pixels)
+
 def _to_rgb(picture):
-    "A decoded PIL picture of any mode as RGB."
-    if picture.mode.startswith('I'):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    "A PIL picture of any mode as RGB, not yet turned."
+    lower = _lower_bytes(picture)
+    picture.load()
+    picture = _eight_bit_picture(picture, lower)
     if picture.has_transparency_data:
         picture = picture.convert('RGBA')
         picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
     return picture.convert('RGB')
+
+def _upright(picture):
+    "A PIL picture as RGB, turned. What it said of itself is left behind: it is upright now."
+    rgb, turn = _to_rgb(picture), _turn(picture)
+    if turn is not None: rgb = rgb.transpose(turn)
+    rgb.info = {}
+    return rgb
+
+def _not_read(error):
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    return ValueError(f"the picture is not read: {reason}")
 
 def read_picture(data:bytes,
                  max_pixels=MAX_PIXELS):  # width times height, checked before decoding
     """A JPEG, PNG, WebP or BMP as a PIL picture, RGB, turned as its EXIF tag asks.
 
     Raises `ValueError` when it is too large, damaged or cut off."""
+    try: return _upright(_open_picture(data, max_pixels))
+    except Exception as error: raise _not_read(error) from None  # decoders fail in many ways
+
+def upright_rgb(picture, max_pixels=MAX_PIXELS):
+    """A PIL picture of any mode and format as `read_picture` gives that of a file: RGB, turned.
+
+    Raises `ValueError` when it is too large, damaged or cut off, or holds floating-point numbers."""
     try:
-        picture = _open_picture(data, max_pixels)
-        picture.load()
-        turn = _turn(picture)
-        picture = _to_rgb(picture)
-    except Exception as error:  # decoders fail in many ways
-        raise ValueError(f"the picture is not read: {error or type(error).__name__}") from None
-    return picture.transpose(turn) if turn is not None else picture
+        check_pixels(*picture.size[::-1], max_pixels)
+        return _upright(picture)
+    except Exception as error: raise _not_read(error) from None
 
 # %% ../../nbs/io/03_archives.ipynb #picture-size
 def picture_size(data, max_pixels=MAX_PIXELS):  # -> (height, width), pixels, after turning
@@ -225,6 +294,5 @@ def picture_size(data, max_pixels=MAX_PIXELS):  # -> (height, width), pixels, af
         if picture.format == 'JPEG': picture.draft('L', (1, 1))
         picture.load()
         turn = _turn(picture)
-    except Exception as error:
-        raise ValueError(f"the picture is not read: {error or type(error).__name__}") from None
+    except Exception as error: raise _not_read(error) from None
     return (w, h) if turn in _SIDEWAYS else (h, w)
