@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'ReadReport', 'NameIndex', 'image_key', 'image_number', 'Annotations', 'draw_splits', 'numbers', 'size_of',
-           'Collector']
+           'Collector', 'joined']
 
 # %% ../../nbs/datasets/06_annotations.ipynb #imports
 import hashlib
@@ -13,9 +13,12 @@ from array import array
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
+from .splits import split_name
 from .vg_files import SPLITS
 from ..graph import SceneGraph, Vocabulary
+from ..io.text import one_line
 
 # %% ../../nbs/datasets/06_annotations.ipynb #report
 class ReadReport:
@@ -37,6 +40,24 @@ class ReadReport:
             raise ValueError(f"{self.path}: {kind}: {record}. Fix it, or read with strict=False "
                              "to leave such records out")
         self.note(kind, record)
+
+    def take(self, other):
+        "All that `other`, the report of another file, found."
+        for kind, entry in other.found.items():
+            mine = self.found.setdefault(kind, dict(count=0, first=[]))
+            first = [f'{record} ({other.path})' for record in entry['first']]
+            mine['count'] += entry['count']
+            mine['first'] = (mine['first'] + first)[:self.keep]
+
+    def told(self):
+        "How many of each kind and the first record of each, in one line; empty if nothing was wrong."
+        return '; '.join(f"{entry['count']} x {kind}: {one_line(entry['first'][0], 160)}"
+                         for kind, entry in self.found.items())
+
+    def error(self, what, advice=''):
+        "The `ValueError` that says `what` is wrong with the file, what was left out of it, and an `advice`."
+        told = f". While it was read: {self.told()}" if self.found else ''
+        return ValueError(f"{self.path}: {what}{told}{advice and f'. {advice}'}")
 
     def count(self, kind): return self.found.get(kind, dict(count=0))['count']
     def to_json(self): return {kind: dict(entry) for kind, entry in self.found.items()}
@@ -68,7 +89,11 @@ class NameIndex:
 _HALF = 2 ** 30
 
 def image_key(key):
-    "The id of a picture as text. Raises `ValueError` unless it is text or a whole number."
+    """The id of a picture, object or class as text: 7, 7.0, '7' and '7.0' are one.
+
+    Raises `ValueError` unless it is text or a whole number."""
+    if type(key) is float and key.is_integer(): key = int(key)
+    if type(key) is str and key.endswith('.0') and key.isascii() and key[:-2].isdigit(): key = key[:-2]
     if type(key) not in (int, str) or key == '':
         raise ValueError('an id is neither a whole number nor text')
     return str(key)
@@ -81,6 +106,11 @@ def image_number(key):
     if plain and int(key) < _HALF: return int(key)
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return _HALF + int.from_bytes(digest, 'big') % _HALF
+
+def _free(number, taken):
+    "`number`, or the next one that is not `taken`, from 2^30 on."
+    while number in taken: number = _HALF + (number + 1) % _HALF
+    return number
 
 # %% ../../nbs/datasets/06_annotations.ipynb #annotations
 @dataclass
@@ -148,6 +178,8 @@ def _choose(names, counts, most, sort):
     return [names[i] for i in chosen], new
 
 # %% ../../nbs/datasets/06_annotations.ipynb #collector
+_SHARES = 'objects whose box lies within 0 and 1: is it in pixels?'
+
 class Collector:
     """Flat lists of pictures, objects and relations that a reader fills; `finish` makes
     `Annotations` of them.
@@ -160,6 +192,7 @@ class Collector:
         self.images, self.objects, self._numbers = {}, {}, set()  # rows, and numbers that are taken
         self._pictures, self._boxes = [], array('d')
         self._owner, self._labels, self._relations = array('q'), array('q'), array('q')
+        self._crowd = array('b')
 
     def each(self, name, records, take, of=''):
         """Call `take` with each of `records`; what it cannot take is dropped, as entry of the list
@@ -178,22 +211,23 @@ class Collector:
         key, number = image_key(key), image_number(key)
         if key in self.images: raise ValueError('an id twice')
         if not isinstance(file, str) or not file: raise ValueError('the file name is not text')
-        if split is not None and split not in SPLITS:
-            raise ValueError(f"a split other than {', '.join(SPLITS)}")
-        while number in self._numbers: number = _HALF + (number + 1) % _HALF
+        named, split = split, split_name(split)
+        if split and named != split: self.report.note('split names of another spelling', f'{named!r} is {split}')
+        number = _free(number, self._numbers)
         self._numbers.add(number)
         self.images[key] = len(self._pictures)
         self._pictures.append((number, file, size, split))
         return key
 
-    def object(self, image, key, label, box):
+    def object(self, image, key, label, box, crowd=False):
         """An object of class number `label` in the picture of key `image`; `box` x1, y1, x2, y2 in its
-        pixels."""
+        pixels. A `crowd` is left out in the end."""
         if image not in self.images: raise ValueError('no such picture, or it was left out')
         if key in self.objects: raise ValueError('an id twice')
         self.objects[key] = len(self._owner)
         self._owner.append(self.images[image])
         self._labels.append(label)
+        self._crowd.append(crowd)
         self._boxes.extend(box)
 
     def relation(self, subject, object, predicate, image=None):
@@ -212,7 +246,9 @@ class Collector:
         """The cleaned `Annotations`; names are sorted if `sort`, and the `most` common classes and
         predicates are kept, all if None.
 
-        Raises `ValueError` naming the file if no class or no predicate is left."""
+        Raises `ValueError` naming the file, and what was dropped of it, if no picture, no class or no
+        predicate is left, or most boxes are no pixels."""
+        if not self._pictures: raise self.report.error('it has no picture that can be taken')
         keep, boxes = self._clean()
         labels, owner = np.array(self._labels, np.int64), np.array(self._owner, np.int64)
         rows = np.array(self._relations, np.int64).reshape(-1, 3)
@@ -230,7 +266,7 @@ class Collector:
                            ('relations of rarer predicates', joined & (rows[:, 2] < 0))):
             if lost.any(): self.report.note(kind, f'row {np.flatnonzero(lost)[0]}', int(lost.sum()))
         try: vocabulary = Vocabulary(names, predicates)
-        except ValueError as error: raise ValueError(f"{self.report.path}: {error}") from None
+        except ValueError as error: raise self.report.error(error) from None
         graphs = self._graphs(keep, boxes, labels, owner, rows[joined & (rows[:, 2] >= 0)])
         images, splits = {}, {}
         for (number, file, _, split), graph in zip(self._pictures, graphs):
@@ -248,15 +284,22 @@ class Collector:
         cut = boxes.clip(0, bounds)
         area, inside = ((b[:, 2:] > b[:, :2]).all(1) for b in (boxes, cut))
         moved = inside & (abs(cut - boxes) > 1e-3 * bounds).any(1)
+        crowd = np.array(self._crowd, bool)
+        shares = finite & ((boxes >= 0) & (boxes <= 1) & (bounds > 1)).all(1) & (boxes % 1 > 0).any(1)
         keys = list(self.objects)
-        for kind, rows, tell in (('boxes that are not finite', ~finite, self.report.drop),
-                                 ('boxes without area', finite & ~area, self.report.drop),
-                                 ('boxes outside of their picture', area & ~inside, self.report.drop),
-                                 ('boxes cut at the border', moved, self.report.note)):
+        for kind, rows, tell in (('crowds and regions to ignore: left out', crowd, self.report.note),
+                                 ('boxes that are not finite', ~(crowd | finite), self.report.drop),
+                                 ('boxes without area', finite & ~(crowd | area), self.report.drop),
+                                 ('boxes outside of their picture', area & ~(crowd | inside), self.report.drop),
+                                 ('boxes cut at the border', moved & ~crowd, self.report.note),
+                                 (_SHARES, shares & ~crowd, self.report.note)):
             for row in np.flatnonzero(rows).tolist():
                 file, box = self._pictures[self._owner[row]][1], self._boxes[4 * row:4 * row + 4]
                 tell(kind, f"object {keys[row]} of {file}, {[round(v, 2) for v in box]}")
-        return inside, cut
+        if 2 * shares.sum() > finite.sum():
+            raise self.report.error('most boxes lie within 0 and 1, as shares of the picture do; pixels are needed',
+                                    'Multiply x and width by the width of the picture, y and height by its height')
+        return inside & ~crowd, cut
 
     def _graphs(self, keep, boxes, labels, owner, rows):
         "Yields the `SceneGraph` of each picture, of the objects to `keep` and the relations `rows` (R, 3)."
@@ -270,3 +313,28 @@ class Collector:
         for i, (_, _, size, _) in enumerate(self._pictures):
             mine = order[starts[i]:starts[i + 1]]
             yield SceneGraph(boxes[mine], labels[mine], rows[ends[i]:ends[i + 1]], size)
+
+# %% ../../nbs/datasets/06_annotations.ipynb #joined
+def joined(parts, strict=False):
+    """The `Annotations` of several files as one; the number of a picture that is taken becomes the
+    next free one.
+
+    With `strict`, raises `ValueError` for a picture that two files have."""
+    report = ReadReport(', '.join(str(part.report.path) for part in parts), strict)
+    names = NameIndex(report, 'class'), NameIndex(report, 'predicate')
+    made = Annotations(None, {}, {}, report)
+    for part in parts:
+        report.take(part.report)
+        new = [torch.tensor([index(name) for name in old]) for index, old in
+               zip(names, (part.vocabulary.objects, part.vocabulary.predicates))]
+        for image_id, file, graph in part:
+            if made.images.get(image_id, ('',))[0] == file:
+                report.drop('pictures that two files have: taken from the first', f'image {image_id}, {file}')
+                continue
+            number = _free(image_id, made.images)
+            relations = torch.cat([graph.relations[:, :2], new[1][graph.relations[:, 2:]]], 1)
+            made.images[number] = file, SceneGraph(graph.boxes, new[0][graph.labels], relations, graph.size)
+            for mine, its in ((made.splits, part.splits), (made.depth, part.depth), (made.cameras, part.cameras)):
+                if image_id in its: mine[number] = its[image_id]
+    made.vocabulary = Vocabulary(*(index.spelt for index in names))
+    return made
