@@ -22,17 +22,19 @@ from tqdm import tqdm
 
 from .draw.style import drawn_here
 from .inference import video
-from stdg.inference.predictor import (
+from stdg.inference.albums import (
     ENDINGS,
-    LARGEST,
-    SMALLEST,
     check_picture,
     holds_pictures,
     left_out,
-    load_predictor,
-    network_files,
     no_pictures,
     pictures_in,
+)
+from stdg.inference.predictor import (
+    LARGEST,
+    SMALLEST,
+    load_predictor,
+    network_files,
     predict,
     read_image,
     read_member,
