@@ -131,7 +131,8 @@ class FolderSource:
     def _problem(self, name):
         "Why this file is not read, or None."
         path = self.path/name
-        if not path.resolve().is_relative_to(self.path): return 'it lies outside of the folder'
+        # realpath ends also where links lead to one another
+        if not Path(os.path.realpath(path)).is_relative_to(self.path): return 'it lies outside of the folder'
         if not path.is_file(): return 'it is no regular file'
         if path.stat().st_size > MAX_BYTES: return f'it has {path.stat().st_size:,} bytes'
         return name_problem(name)
