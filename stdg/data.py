@@ -56,8 +56,9 @@ class SceneGraphs(Dataset):
 
     `inputs` names what the network reads: 'rgb', 'hha' or both; `limit` keeps the first so many
     images, `relations=False` also those without a relation, to judge boxes alone. `augment=False`
-    turns all augmentation off, `colour=False` that of colours; `scale`, `stretch` and `flip` go to `stdg.augmentation.geometry`. A database opened with `released=True`
-    is augmented as in the released code.
+    turns all augmentation off, `colour=False` that of colours; `scale`, `stretch` and `flip` go to
+    `stdg.augmentation.geometry`. A database opened with `released=True` is augmented as in the
+    released code.
 
     A sample is a dictionary: 'rgb' and 'hha', as in `inputs`, (3, canvas, canvas) uint8; 'index',
     its number; in training 'targets', what `stdg.fields.encode` gives.
