@@ -56,16 +56,17 @@ class SceneGraphs(Dataset):
     """The pictures of one split that have a relation, as samples for training or evaluation.
 
     `inputs` names what the network reads: 'rgb', 'hha' or both; `limit` keeps the first so many
-    images. `augment=False` turns all augmentation off, `colour=False` that of colours; `scale`,
-    `stretch` and `flip` go to `stdg.augmentation.geometry`. A database opened with `released=True`
-    is augmented as in the released code.
+    images, `relations=False` also those without a relation, to judge boxes alone. `augment=False`
+    turns all augmentation off, `colour=False` that of colours; `scale`, `stretch` and `flip` go to
+    `stdg.augmentation.geometry`. A database opened with `released=True` is augmented as in the
+    released code.
 
     A sample is a dictionary: 'rgb' and 'hha', as in `inputs`, (3, canvas, canvas) uint8; 'index',
     its number; in training 'targets', what `stdg.fields.encode` gives.
 
     Raises `ValueError` when nothing is left. Source: method spec 1.4 to 1.6."""
     def __init__(self, database, split='train', inputs=('rgb',), train=False, stride=16,
-                 source='metric', n_val=0, limit=None, overlap=False,
+                 source='metric', n_val=0, limit=None, overlap=False, relations=True,
                  augment=True, colour=True, **augmentation):
         self.database, self.inputs, self.training = database, tuple(inputs), train
         self.stride, self.source, self.released = stride, source, database.released
@@ -81,9 +82,11 @@ class SceneGraphs(Dataset):
             old_hha = self.released and source not in SOURCES
             self._hha = HHAFile(hha_path(database, source, old_hha), database.image_ids)
         counts = overlapping_counts(database) if self.overlap else database.relation_counts()
-        self.rows = [i for i in database.indices(split, n_val).tolist() if counts[i]][:limit]
+        rows = database.indices(split, n_val).tolist()
+        self.rows = [i for i in rows if counts[i] or not relations][:limit]
         if not self.rows:
-            raise ValueError(f"{database.folder}: no image of split {split!r} has a relation")
+            has = 'has a relation' if relations else 'is there'
+            raise ValueError(f"{database.folder}: no image of split {split!r} {has}")
 
     def seen_by(self, model):
         """These samples as the `STDG` `model` is to see them: `stdg.augmentation.FILL` lies around

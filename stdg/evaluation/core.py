@@ -146,7 +146,7 @@ def _results(evaluators, intervals):
     "{task: figures} of the first protocol, and {protocol: {task: figures}} of the others."
     def figures(evaluator):
         computed = evaluator.compute()
-        if intervals: computed['intervals'] = bootstrap_intervals(evaluator, intervals)
+        if intervals and evaluator.images: computed['intervals'] = bootstrap_intervals(evaluator, intervals)
         return computed
     first, *others = [{task: figures(evaluator) for task, evaluator in by_task.items()}
                       for by_task in evaluators.values()]
