@@ -266,7 +266,7 @@ def loader(dataset, batch_size, seed=0,
     Raises what a sample raises, `ValueError` for a batch that cannot be shared equally, and
     `RuntimeError` when a worker dies."""
     options = dict(num_workers=workers, persistent_workers=workers > 0, collate_fn=_collate,
-                   pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+                   pin_memory=torch.device(device).type == 'cuda', generator=torch.Generator())
     if dataset.training:
         if drop_last and batch_size % share[1]:
             raise ValueError(f"{share[1]} processes cannot share a batch of {batch_size} pictures: "

@@ -23,7 +23,7 @@ from ..data import network_input
 from ..graph import Prediction, Vocabulary
 from .display import DEFAULTS, PicturePrediction
 from ..io.archives import FORMATS, MAX_PIXELS, FolderSource, read_picture
-from ..io.devices import choose_device
+from ..io.devices import choose_device, device_for
 from ..model import STDG
 from ..released import any_network
 
@@ -119,8 +119,9 @@ class Predictor:
     side of the canvas in pixels, by default the checkpoint's, or 512.
 
     Raises `FileNotFoundError` or `ValueError` naming the file; a depth teacher needs HHA and is
-    refused."""
+    refused, and so is a `device` that is not there, before anything is loaded."""
     def __init__(self, network, size=None, device=None, facts=None):
+        device = device_for(network, device) if isinstance(network, STDG) else choose_device(device)
         self.path = None if isinstance(network, STDG) else _file_of(network)
         self.model, known = (network, None) if self.path is None else _load(self.path)
         self.facts = (facts or {}) if known is None else known
@@ -128,7 +129,7 @@ class Predictor:
             raise ValueError(f"{self.path or 'this network'} reads HHA, not RGB: use a student")
         # a student needs its teacher in training only
         if self.model.mode == 'combine': self.model = self.model.student()
-        self.model.to(choose_device(device), memory_format=torch.channels_last).eval()
+        self.model.to(device, memory_format=torch.channels_last).eval()
         self.size = size or self.facts.get('size', 512)
 
     @property
@@ -156,7 +157,7 @@ def load_predictor(network, size=None, device=None):
     changed."""
     if isinstance(network, Predictor): return network
     if isinstance(network, STDG): return Predictor(network, size, device)
-    path = _file_of(network)
+    path, device = _file_of(network), choose_device(device)
     changed = tuple(file.stat().st_mtime_ns if file.exists() else 0
                     for file in (path, path.with_suffix('.json')))
     return _loaded(str(path), changed, size, device)

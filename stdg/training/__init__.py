@@ -9,11 +9,11 @@ __all__ = ['Average', 'Log', 'OPTIONS', 'Run', 'STAGES', 'Settings', 'TrainStep'
 # %% ../../nbs/training/00_about_training.ipynb #face
 from .experiments import Run, run_study
 from .log import Log, step_times
-from .loop import OPTIONS, check_resume, fit, forecast
+from .loop import OPTIONS, STAGES, check_resume, check_start, fit
 from .resume import start_over
 from .settings import Settings
-from .start import STAGES, check_start
 from .step import Average, TrainStep, build_network, loss_terms, optimiser, replay, schedule
+from .timing import forecast
 
 _all_ = ['Average', 'Log', 'OPTIONS', 'Run', 'STAGES', 'Settings', 'TrainStep', 'build_network',
          'check_resume', 'check_start', 'fit', 'forecast', 'loss_terms', 'optimiser', 'replay',

@@ -191,13 +191,14 @@ class Stopwatch:
     """Seconds of the parts of a step on `device`: `lap(part)` after each, `read()` at the end. On a
     GPU `read` waits for it."""
     def __init__(self, device='cpu'):
-        self._cuda = torch.device(device).type == 'cuda'
+        self._device = torch.device(device)
+        self._cuda = self._device.type == 'cuda'
         self._marks = [(None, self._now())]
 
     def _now(self):
         if not self._cuda: return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def lap(self, part):
