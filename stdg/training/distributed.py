@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rank_and_world', 'own_device', 'process_group', 'exit_worker', 'all_reduce', 'all_gather', 'broadcast',
-           'broadcast_buffers', 'by_first', 'check_devices', 'child_process', 'launch']
+           'broadcast_buffers', 'by_first', 'in_any_process', 'check_devices', 'child_process', 'launch']
 
 # %% ../../nbs/training/02_distributed.ipynb #imports
 import ctypes
@@ -121,6 +121,11 @@ def by_first(work):
     heard = broadcast(error and _sendable(error))
     if heard is not None: raise error or heard
     return result
+
+# %% ../../nbs/training/02_distributed.ipynb #in-any-process
+def in_any_process(*flags):
+    "Each of the `flags`, true or false: whether it is true in any process."
+    return [count > 0 for count in all_reduce(torch.tensor(flags, dtype=torch.int64)).tolist()]
 
 # %% ../../nbs/training/02_distributed.ipynb #check-devices
 def check_devices(devices, device=None):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'build_network', 'seed_step', 'optimiser', 'schedule', 'Average', 'network_inputs', 'terms_of',
-           'loss_terms', 'check_step', 'TrainStep', 'keep_batch', 'replay']
+           'loss_terms', 'check_step', 'TrainStep', 'keep_batch', 'replay', 'replay_path']
 
 # %% ../../nbs/training/05_step.ipynb #imports
 import math
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -271,3 +272,20 @@ def replay(path):
     batch = {k: v for k, v in part('batch.').items() if not k.startswith('targets.')}
     batch['targets'] = part('batch.targets.')
     return {name: float(value) for name, value in loss_terms(model.train(), batch).items()}
+
+# %% ../../nbs/training/05_step.ipynb #replay-path
+_FIRST = 3  # steps of which the batch is kept in any case
+
+def replay_path(folder, stage, step):
+    """Where `keep_batch` may write what this process had at a step of `stage`.
+
+    Such a file is larger than the network. To make room, those of other steps are removed, except
+    the first three."""
+    folder, rank = Path(folder), rank_and_world()[0]
+    path = folder/f'{stage}-{step:08d}-{rank}.replay.safetensors'
+    name = re.compile(rf'{re.escape(stage)}-\d{{8}}-{rank}\.replay')
+    others = sorted(file for file in folder.glob('*.replay.safetensors')
+                    if name.fullmatch(file.stem) and file != path)
+    for old in others[_FIRST:]:
+        for file in (old.with_suffix('.json'), old): file.unlink(missing_ok=True)
+    return path
