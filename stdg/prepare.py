@@ -24,7 +24,7 @@ from .depth.depth_file import PfmFolder, depth_path, model_tag
 from .depth.hha_file import hha_path
 from .io.archives import open_sources
 from .io.devices import choose_device
-from .io.files import open_h5, writable_folder
+from .io.files import lock_of, locked, open_h5, writable_folder
 from .io.parameters import CommandLine, Device, Real, Whole, argument, mistakes_in_one_line
 
 # %% ../nbs/commands/02_prepare_data.ipynb #job
@@ -125,6 +125,10 @@ def _visual_genome(job, listing):
     return f"{found}; absent, so names stand for themselves: {', '.join(absent)}"
 
 def _database(job):
+    path = job.folder/'VG-SGG.h5'
+    with locked(lock_of(path), what=path): return _write_database(job)
+
+def _write_database(job):
     listing = pictures.read_listing(job.folder)
     if job.kind == 'visual_genome': return _visual_genome(job, listing)
     read = _annotations(job)
@@ -176,7 +180,10 @@ def _hha(job):
             for size in job.sizes]
     return None if None in made else ', '.join(path.name for path in made)
 
-def _statistics(job): return statistics.write_statistics(job.folder, max(job.sizes)).name
+def _statistics(job):
+    path = job.folder/'statistics.json'
+    with locked(lock_of(path), what=path):
+        return statistics.write_statistics(job.folder, max(job.sizes)).name
 
 def _merge(job):
     "Join whatever parts of depth and HHA the shards have left."
@@ -295,7 +302,8 @@ def main(arguments=None):
     for step in steps:
         with mistakes_in_one_line(step, status=1):
             (step, done), = prepare(options.folder, options.raw, (step,), **settings).items()
-        waiting = 'this share is done; when all are, run: python -m stdg.prepare merge'
+        waiting = ('this share is done; when all are, run: python -m stdg.prepare merge, then this '
+                   'command again for the steps that follow')
         print(f"{step}: {done['result'] or waiting} ({done['seconds']} s)", flush=True)
         if done['result'] is None: break
 

@@ -18,7 +18,6 @@ from ..datasets.listing import read_listing
 from .depth_file import DepthFile, PfmFolder, depth_path, finish_parts, model_tag
 from .maps import write_pfm
 from ..io.devices import choose_device
-from ..io.files import read_json
 from ..io.packed import Parts, run_parts, started_parts
 
 # %% ../../nbs/depth/04_estimators.ipynb #transformers
@@ -225,7 +224,7 @@ def estimate_depth(database,  # `Database` or `Originals`
 # %% ../../nbs/depth/04_estimators.ipynb #merge-depth
 def _finish(parts):
     "Join `parts` to the depth file, with the column `metric` that their settings say."
-    metric = read_json(parts.folder/'parts.json')['metric']
+    metric = parts.settings.get('metric', 0)  # none if another process has joined them
     return finish_parts(parts, metric=np.array([metric], np.int32))
 
 def merge_depth(database, model=MODEL):

@@ -7,9 +7,9 @@ __all__ = ['CHUNK', 'extend', 'PackedWriter', 'write_packed', 'Packed', 'Parts',
 
 # %% ../../nbs/io/02_packed.ipynb #imports
 import os
-import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
@@ -17,7 +17,17 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from .files import PerProcess, atomic_path, open_h5, read_json, writable_folder, write_json
+from stdg.io.files import (
+    PerProcess,
+    atomic_path,
+    lock_of,
+    locked,
+    open_h5,
+    read_json,
+    remove_dead,
+    remove_folder,
+    write_json,
+)
 
 # %% ../../nbs/io/02_packed.ipynb #append
 CHUNK = 2 ** 17  # elements that HDF5 reads at once: about one picture
@@ -116,26 +126,43 @@ class Parts:
     """The parts of `path`, a packed file of `name`, in the folder beside it.
 
     `keys` (N,) int64 names the pieces, in order; `size` is the number of pieces in a part; `dtype`
-    and `compress` are those of the pieces; `settings` are what they are made from.
+    and `compress` are those of the pieces; `settings` are what they are made from. Where `path` is
+    there already, and no parts, nothing is left to do.
 
     Raises `ValueError` when a key occurs twice, or when the folder holds parts of other keys or
     other `settings`."""
     def __init__(self, path, name, keys, size=32, dtype=np.uint8, compress=False, **settings):
         self.path, self.name, self.dtype, self.compress = Path(path), name, dtype, compress
-        self.keys = np.asarray(keys, np.int64)
+        self.keys, self.size, self.settings = np.asarray(keys, np.int64), size, settings
         if len(np.unique(self.keys)) != len(self.keys):
             raise ValueError(f"{path}: a key occurs twice")
-        self.folder = writable_folder(self.path.with_name(self.path.stem + '-parts'))
-        record = self.folder/'parts.json'
-        wanted = dict(settings, n=len(self.keys), keys=_checksum(self.keys))
-        if not record.exists(): write_json(record, dict(wanted, size=size))
-        known = read_json(record, f'Remove {self.folder} and start over.')
+        self.folder = self.path.with_name(self.path.stem + '-parts')
+        self._record = self.folder/'parts.json'
+        self._start()
+
+    def _start(self):
+        "Write the record of what the parts are, or compare the one that is there."
+        wanted = dict(self.settings, n=len(self.keys), keys=_checksum(self.keys))
+        with self._alone():
+            if self.joined: return
+            remove_dead(self.path.parent)
+            if not self._record.exists():
+                for stray in self.folder.glob('part-*'): stray.unlink()  # nobody knows of what
+                write_json(self._record, dict(wanted, size=self.size))
+            known = read_json(self._record, f'Remove {self.folder} and start over.')
         self.size = known.pop('size')
         if known != wanted:
             differ = ', '.join(f'{k} {known.get(k)} (asked: {wanted.get(k)})'
                                for k in sorted({*known, *wanted}) if known.get(k) != wanted.get(k))
             raise ValueError(f"{self.folder} holds parts of something else: {differ}. "
                              "Go on with the old settings, or remove that folder")
+
+    def _alone(self, share=''): return locked(lock_of(self.path, share), what=self.path)
+
+    @property
+    def joined(self):
+        "Whether the whole file is there, and the parts are gone."
+        return self.path.exists() and not self._record.exists()
 
     def __len__(self): return -(-len(self.keys) // self.size)
     def rows(self, k): return range(k * self.size, min((k + 1) * self.size, len(self.keys)))
@@ -146,31 +173,77 @@ class Parts:
         i, n = shard
         if not 0 <= i < n:
             raise ValueError(f"shard {i}/{n}: the first number goes from 0 to {n - 1}")
+        if self.joined: return []
         return [k for k in range(i, len(self), n) if not self.part(k).exists()]
+
+    @contextmanager
+    def share(self, shard=(0, 1)):
+        """Within it this process alone makes the parts of worker `shard` = (i, n); others that
+        were given the same share wait. Yields the numbers of its parts that are not yet there.
+
+        A single worker that fails before its first part is done leaves nothing behind."""
+        self.todo(shard)
+        with self._alone(f'-{shard[0]}-of-{shard[1]}'):
+            self._start()
+            try: yield self.todo(shard)
+            except BaseException:
+                if shard[1] == 1: self._forget()
+                raise
+
+    def _forget(self):
+        "Remove the folder if no part is in it."
+        with self._alone():
+            if self.folder.exists() and not any(self.folder.glob('part-*')):
+                remove_folder(self.folder)
 
     def write(self, k, pieces, **columns):
         "Write part `k`, whole or not at all."
-        write_packed(self.part(k), self.name, pieces, self.dtype, self.compress,
-                     keys=self.keys[self.rows(k)], **columns)
+        self.put(k, lambda path: write_packed(path, self.name, pieces, self.dtype, self.compress,
+                                              keys=self.keys[self.rows(k)], **columns))
+
+    def put(self, k, write):
+        "Let `write(path)` write part `k`, unless another process has made and joined all parts."
+        if not self._record.exists(): self._start()
+        if self.joined: return
+        try: write(self.part(k))
+        except FileNotFoundError:
+            if not self.joined: raise
+
+    @contextmanager
+    def joining(self):
+        """Within it this process alone joins the parts to `path`; yields False if another has done
+        so, else True. Afterwards the parts are removed.
+
+        Raises `ValueError` that names the parts which are missing."""
+        with self._alone():
+            if self.joined:
+                yield False
+                return
+            if missing := self.todo():
+                first = self.keys[self.rows(missing[0])][:3].tolist()
+                raise ValueError(f"{self.path}: {len(missing)} of {len(self)} parts are missing "
+                                 f"(part {missing[0]}, pieces {first}..., is the first). "
+                                 "Run the step again, for every shard, then merge")
+            yield True
+            remove_folder(self.folder)
 
     def merge(self, **columns):
         """Join all parts to `path`, with `columns` that hold one row per piece, and remove them.
 
         Returns `path`. Afterwards nothing is missing or double: raises `ValueError` that names the
         parts which are missing, or one that holds other pieces than it should."""
-        if missing := self.todo():
-            first = self.keys[self.rows(missing[0])][:3].tolist()
-            raise ValueError(f"{self.path}: {len(missing)} of {len(self)} parts are missing "
-                             f"(part {missing[0]}, pieces {first}..., is the first). "
-                             "Run the step again, for every shard, then merge")
+        with self.joining() as ours:
+            if ours: self.join(**columns)
+        return self.path
+
+    def join(self, **columns):
+        "What `merge` does within `joining`."
         with atomic_path(self.path) as partial, h5py.File(partial, 'w') as file:
             writer, found = PackedWriter(file, self.name, self.dtype, self.compress), {}
             for k in range(len(self)): self._append(k, writer, found)
             writer.close()
             joined = {key: np.concatenate(values) for key, values in found.items()}
             for key, values in {**joined, **columns}.items(): file[key] = values
-        shutil.rmtree(self.folder)
-        return self.path
 
     def _append(self, k, writer, found):
         "Copy the pieces of part `k` to `writer`, and its columns to the lists in `found`."
@@ -184,7 +257,7 @@ class Parts:
             whole = file[self.name][:]
             for a, b in zip(part.ends, part.ends[1:]): writer.add(whole[a:b])
             for key in set(file) - {self.name, f'{self.name}_end', 'keys'}:
-                found.setdefault(key, []).append(file[key][:])
+                found.setdefault(key, []).append(part.column(key))
 
 # %% ../../nbs/io/02_packed.ipynb #ahead
 def ahead(function, items, workers=None, waiting=None):
@@ -201,33 +274,35 @@ def ahead(function, items, workers=None, waiting=None):
 
 # %% ../../nbs/io/02_packed.ipynb #run-parts
 def run_parts(parts, load, make, shard=(0, 1), progress=True, title='', workers=4):
-    """Write those parts of worker `shard` = (i, n) that are not yet there.
+    """Write those parts of worker `shard` = (i, n) that are not yet there. Another process that
+    makes the same ones is waited for.
 
     `make(rows, [load(row), ...])` returns the pieces of a part and a dict of columns; `load` runs
     in `workers` threads, a part ahead."""
-    todo = parts.todo(shard)
-    loaded = ahead(load, chain.from_iterable(map(parts.rows, todo)), workers, 2 * parts.size)
-    try:
-        with tqdm(total=sum(len(parts.rows(k)) for k in todo), desc=title, unit=' images',
-                  disable=not progress) as bar:
-            for k in todo:
-                rows = list(parts.rows(k))
-                pieces, columns = make(rows, list(islice(loaded, len(rows))))
-                parts.write(k, pieces, **columns)
-                bar.update(len(rows))
-    except BaseException:
-        if shard[1] == 1 and not any(parts.folder.glob('part-*')):
-            shutil.rmtree(parts.folder, ignore_errors=True)
-        raise
-    finally: loaded.close()
+    with parts.share(shard) as todo:
+        loaded = ahead(load, chain.from_iterable(map(parts.rows, todo)), workers, 2 * parts.size)
+        try:
+            with tqdm(total=sum(len(parts.rows(k)) for k in todo), desc=title, unit=' images',
+                      disable=not progress) as bar:
+                for k in todo:
+                    rows = list(parts.rows(k))
+                    pieces, columns = make(rows, list(islice(loaded, len(rows))))
+                    parts.write(k, pieces, **columns)
+                    bar.update(len(rows))
+        finally: loaded.close()
 
 # %% ../../nbs/io/02_packed.ipynb #started-parts
 def started_parts(path, name, keys, **how):
     """The `Parts` of `path` with the settings of the run that started them.
 
     Raises `FileNotFoundError` if none has."""
-    folder = Path(path).with_name(f'{Path(path).stem}-parts')
-    record = read_json(folder/'parts.json',
-                       f'Nothing has been started for {path}: run the step first.')
+    path = Path(path)
+    folder = path.with_name(f'{path.stem}-parts')
+    try: record = read_json(folder/'parts.json')
+    except FileNotFoundError:
+        if not path.exists():
+            raise FileNotFoundError(f"{folder}/parts.json is missing. Nothing has been started "
+                                    f"for {path}: run the step first.") from None
+        record = {}  # another process has just joined them
     settings = {key: value for key, value in record.items() if key not in ('n', 'keys', 'size')}
     return Parts(path, name, keys, **how, **settings)
