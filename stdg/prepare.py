@@ -166,7 +166,7 @@ def _depth(job):
         path = estimation.estimate_depth(database, where, size=size, batch=job.batch,
                                          device=job.device, metric=job.metric, **share)
     if path and job.pfm: estimation.export_pfm(path, job.pfm, job.progress)
-    return path and path.name
+    return path and measured.depth_said(path)
 
 # %% ../nbs/commands/02_prepare_data.ipynb #step-hha
 def _hha(job):
@@ -175,7 +175,10 @@ def _hha(job):
             for size in job.sizes]
     return None if None in made else ', '.join(path.name for path in made)
 
-def _statistics(job): return statistics.write_statistics(job.folder, max(job.sizes)).name
+def _statistics(job):
+    more, path = {}, None if job.depth == 'none' else depth_path(job.folder, _tag(job))
+    if path and path.exists(): more = dict(depth=measured.depth_report(path))
+    return statistics.write_statistics(job.folder, max(job.sizes), **more).name
 
 def _merge(job):
     "Join whatever parts of depth and HHA the shards have left."
