@@ -171,7 +171,7 @@ def _depth(job):
         path = estimation.estimate_depth(database, where, size=size, batch=job.batch,
                                          device=job.device, metric=job.metric, **share)
     if path and job.pfm: estimation.export_pfm(path, job.pfm, job.progress)
-    return path and path.name
+    return path and measured.depth_said(path)
 
 # %% ../nbs/commands/02_prepare_data.ipynb #step-hha
 def _hha(job):
@@ -182,8 +182,10 @@ def _hha(job):
 
 def _statistics(job):
     path = job.folder/'statistics.json'
+    depth = None if job.depth == 'none' else depth_path(job.folder, _tag(job))
     with locked(lock_of(path), what=path):
-        return statistics.write_statistics(job.folder, max(job.sizes)).name
+        more = dict(depth=measured.depth_report(depth)) if depth and depth.exists() else {}
+        return statistics.write_statistics(job.folder, max(job.sizes), **more).name
 
 def _merge(job):
     "Join whatever parts of depth and HHA the shards have left."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_RATIO', 'DAMAGED', 'FORMATS', 'MAX_PIXELS', 'name_problem', 'ZipSource', 'FolderSource',
-           'open_sources', 'check_pixels', 'eight_bits', 'read_picture', 'upright_rgb', 'picture_size']
+           'open_sources', 'check_pixels', 'upright_turn', 'eight_bits', 'read_picture', 'upright_rgb', 'picture_size']
 
 # %% ../../nbs/io/03_archives.ipynb #imports
 import io
@@ -193,7 +193,7 @@ _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
           8: Image.Transpose.ROTATE_90}
 _SIDEWAYS = {_TURNS[tag] for tag in (5, 6, 7, 8)}  # these swap width and height
 
-def _turn(picture):
+def upright_turn(picture):
     "How the picture is to be turned (`Image.Transpose`), or None."
     try: return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
     except Exception: return None  # the reader of EXIF fails in many ways, the pixels are sound
@@ -260,7 +260,7 @@ def _to_rgb(picture):
 
 def _upright(picture):
     "A PIL picture as RGB, turned. What it said of itself is left behind: it is upright now."
-    rgb, turn = _to_rgb(picture), _turn(picture)
+    rgb, turn = _to_rgb(picture), upright_turn(picture)
     if turn is not None: rgb = rgb.transpose(turn)
     rgb.info = {}
     return rgb
@@ -294,6 +294,6 @@ def picture_size(data, max_pixels=MAX_PIXELS):  # -> (height, width), pixels, af
         w, h = picture.size
         if picture.format == 'JPEG': picture.draft('L', (1, 1))
         picture.load()
-        turn = _turn(picture)
+        turn = upright_turn(picture)
     except Exception as error: raise _not_read(error) from None
     return (w, h) if turn in _SIDEWAYS else (h, w)
