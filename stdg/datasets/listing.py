@@ -167,7 +167,7 @@ class _Plan:
             return None
         found = members[0] if len(members) == 1 else _the_one(sources, members, size)
         if not found:
-            told = ' and '.join(name for _, name in members[:3])
+            told = ' or '.join(name for _, name in members[:3])
             self.problems['ambiguous'].append(f"image {image_id}: {file} may be {told}, which differ: write its folder")
             return None
         s, name = found
