@@ -80,6 +80,11 @@ def _sources(job):
         job.sources = open_sources([job.raw, *archives])
     return job.sources
 
+def _side(record, name):
+    "A side of a picture as a whole number of pixels, or as it is if it is none."
+    number = whole_number(record.get(name))
+    return record.get(name) if number is None else number
+
 def _entries(job):
     "(image_id, file name, width, height) of every picture that the lists know."
     if job.kind != 'visual_genome':
@@ -87,8 +92,7 @@ def _entries(job):
         return
     for record in raw_lists.read_records(job.raw, 'image_data'):
         image_id = record_id(record, 'image_id')
-        size = (record.get('width'), record.get('height'))
-        yield image_id, f'{image_id}.jpg', *(side if whole_number(side) is None else whole_number(side) for side in size)
+        yield image_id, f'{image_id}.jpg', _side(record, 'width'), _side(record, 'height')
 
 # %% ../nbs/commands/02_prepare_data.ipynb #step-check
 def _check(job):
@@ -123,8 +127,8 @@ def _visual_genome(job, listing):
                                       progress=job.progress)
     counts = summary['counts']
     if not counts['objects kept']:
-        raise ValueError(f"{job.raw}: no object is left for the pictures of {job.folder}: {raw_lists.reasons(summary)}. "
-                         "Are these the lists of these pictures?")
+        raise ValueError(f"{job.raw}: no object is left for the pictures of {job.folder}: "
+                         f"{raw_lists.reasons(summary)}. Are these the lists of these pictures?")
     found = _amounts(counts['images listed'], counts['objects kept'], counts['relations kept'])
     absent = [name for name, said in summary['lists'].items()
               if 'alias' in name and said.startswith('absent')]

@@ -41,7 +41,8 @@ def _named(names, name):
 def _one(found, where, name):
     "The only one of `found`, or None. Raises `ValueError` if there are several."
     if len(found) > 1:
-        raise ValueError(f"{where} has {len(found)} files of the name {name}.json: {found[:3]}. Leave one of them there")
+        raise ValueError(f"{where} has {len(found)} files of the name {name}.json: {found[:3]}. "
+                         "Leave one of them there")
     return found[0] if found else None
 
 def _archives(raw, name):
