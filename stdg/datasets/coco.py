@@ -9,8 +9,17 @@ __all__ = ['read_own', 'in_pixels', 'scaled_boxes', 'write_database', 'to_coco']
 import numpy as np
 import torch
 
-from .annotations import (SHARES, Collector, ReadReport, draw_splits, image_key, is_crowd, joined, numbers,
-                                       size_of)
+from stdg.datasets.annotations import (
+    SHARES,
+    Collector,
+    ReadReport,
+    draw_splits,
+    image_key,
+    is_crowd,
+    joined,
+    numbers,
+    size_of,
+)
 from .images import scaled_size
 from .splits import split_files
 from .vg_files import SPLITS, annotation_file, to_centres
@@ -25,6 +34,7 @@ _SECTIONS = ('images', 'categories', 'predicates', 'annotations', 'relations')
 
 _CAMERA = 'the camera (fx, fy, cx, cy or a 3 x 3 matrix)'
 _MATRICES = {9: (3, 3), 12: (3, 4), 16: (4, 4)}
+_WHOLE = ('K', 'intrinsic_matrix', 'intrinsics', 'camera_matrix')  # names of a camera within a record
 
 def _matrix(values):
     """[fx, fy, cx, cy] of a camera's matrix `values` (9, 12 or 16,), row by row or column by column.
@@ -40,9 +50,8 @@ def _matrix(values):
 def _camera(value):
     "[fx, fy, cx, cy] of a camera. Raises `ValueError` for anything that is not one."
     if isinstance(value, dict):
-        inner = next((value[name] for name in ('K', 'intrinsic_matrix', 'intrinsics', 'camera_matrix') if name in value),
-                     None)
-        if inner is not None: return _camera(inner)
+        inner = [value[name] for name in _WHOLE if name in value]
+        if inner: return _camera(inner[0])
         names = ('fx', 'fy', 'cx', 'cy') if 'cx' in value else ('fx', 'fy', 'ppx', 'ppy')
         value = [value.get(name) for name in names]
     if isinstance(value, list) and all(isinstance(row, list) for row in value):
@@ -95,9 +104,8 @@ class _Own(Collector):
                     (x, y, x + w, y + h), is_crowd(r))
 
     def take_relations(self, r):
-        image = r.get('image_id')
-        self.relation(image_key(r['subject_id']), image_key(r['object_id']), self._find(r['predicate_id'], 'predicates'),
-                      None if image is None else image_key(image))
+        image, ends = r.get('image_id'), (image_key(r['subject_id']), image_key(r['object_id']))
+        self.relation(*ends, self._find(r['predicate_id'], 'predicates'), None if image is None else image_key(image))
 
     def finish(self, *args, **options):
         "The `Annotations`; notes boxes that seem to be corners, and not x, y, width, height."
@@ -136,7 +144,8 @@ def _read_file(path, split, strict):
         target.update({i: extras[name] for i, extras in own.extras.items() if name in extras})
     for image_id, named in annotations.splits.items():
         if split and named not in (None, split):
-            own.report.note(f'images in a file for {split} that name another split, which is taken', f'image {image_id}: {named}')
+            own.report.note(f'images in a file for {split} that name another split, which is taken',
+                            f'image {image_id}: {named}')
         annotations.splits[image_id] = named or split
     return annotations
 

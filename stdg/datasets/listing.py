@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from .finding import MemberIndex, is_litter
+from .finding import MemberIndex
 from ..io.archives import MAX_PIXELS, ZipSource, name_problem, picture_size, read_picture
 from ..io.files import atomic_path, lock_of, locked, open_h5, read_json, writable_folder, write_json
 from ..io.packed import Packed, Parts, ahead
@@ -132,7 +132,7 @@ class _Plan:
         self.rows = np.fromiter(self._sound(entries, sources, set(skip)), _ENTRY)
         self._one_each()
         for source in sources:
-            refused = [f"{source.path}: {name!r}: {why}" for name, why in source.refused.items() if not is_litter(name)]
+            refused = [f"{source.path}: {name!r}: {why}" for name, why in source.refused.items()]
             self.problems['refused_member'] += refused
         late = 'duplicate_file', 'refused_member', 'ambiguous', 'other_spelling'
         wrong = [self.problems[kind] for kind in PROBLEMS if kind not in late]
@@ -167,7 +167,7 @@ class _Plan:
             return None
         found = members[0] if len(members) == 1 else _the_one(sources, members, size)
         if not found:
-            told = ' and '.join(name for _, name in members[:3])
+            told = ' or '.join(name for _, name in members[:3])
             self.problems['ambiguous'].append(f"image {image_id}: {file} may be {told}, which differ: write its folder")
             return None
         s, name = found
@@ -288,7 +288,8 @@ def _check_any(plan, n, sources):
     counts = {kind: len(found) for kind, found in plan.problems.items() if found}
     first = '; '.join(found[0] for found in plan.problems.values() if found) or 'there are no entries'
     advice = 'Are these the right sources?'
-    if plan.problems['missing'] and any('link' in text or 'outside' in text for text in plan.problems['refused_member']):
+    links = [text for text in plan.problems['refused_member'] if 'link' in text or 'outside' in text]
+    if links and plan.problems['missing']:
         advice = 'Links are not followed: put the files themselves where the link is'
     raise ValueError(f"of {plan.count} pictures none is there and whole in "
                      f"{[str(source.path) for source in sources]} ({counts}): {first}. {advice}")

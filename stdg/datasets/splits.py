@@ -13,7 +13,8 @@ from pathlib import Path
 from .vg_files import SPLITS
 
 # %% ../../nbs/datasets/10_splits.ipynb #split-name
-_TRAIN, _VAL, _TEST = 'train(?:ing)?|trn', 'val(?:id(?:ation)?)?|dev(?:el(?:opment)?)?|minival', 'test(?:ing)?(?:[ _-]?dev)?|tst'
+_TRAIN, _TEST = 'train(?:ing)?|trn', 'test(?:ing)?(?:[ _-]?dev)?|tst'
+_VAL = 'val(?:id(?:ation)?)?|dev(?:el(?:opment)?)?|minival'
 _SPLIT = re.compile(f'(?:({_TRAIN})|({_VAL})|({_TEST}))(?:[ _-]?(?:set|split))?(?:[ _-]?[0-9]{{4}})?')
 
 def split_name(text):

@@ -305,7 +305,8 @@ def _reason(error):
     text = error.args[0] if error.args and isinstance(error.args[0], bytes) else str(error).encode()
     first, *rest = text.decode('utf-8', 'replace').split('\n')
     at = rest[1].find('^') if len(rest) > 1 else -1
-    if any(word in rest[0][at - 2:at + 8] for word in ('NaN', 'Infinity') if at > 1): first += ' NaN and Infinity are not JSON: write null.'
+    near = rest[0][at - 2:at + 8] if at > 1 else ''
+    if 'NaN' in near or 'Infinity' in near: first += ' NaN and Infinity are not JSON: write null.'
     return first.strip()
 
 def stream_json(file, read, *prefix):
