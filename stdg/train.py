@@ -283,7 +283,12 @@ def _choose_thresholds(settings, database, model, stage, most=1000):
     """Write into the JSON of a trained network the thresholds of what to show, chosen on the first
     `most` validation pictures.
 
-    Not for a trial, and not where the validation split has no relations."""
+    Not for a trial, and not where the validation split has no relations. The weights that were
+    best in validation get thresholds of their own."""
+    best = folders(settings)[0]/f'{stage}.best.safetensors'
+    if best.exists():
+        other = checkpoint.load(best).to(next(model.parameters()).device)
+        _choose_thresholds(settings, database, other, f'{stage}.best', most)
     path = folders(settings)[0]/f'{stage}.safetensors'
     split = 'train' if settings.overfit else 'val'
     if settings.steps or 'thresholds' in checkpoint.facts(path): return
