@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['settings_of', 'read_settings', 'write_settings', 'check_files', 'check_validation', 'check_splits', 'check_machine',
            'folders', 'prepare_run', 'network', 'training_set', 'judged_set', 'validation', 'options_of', 'begin',
-           'train_stage', 'run_stage', 'forecasts', 'main', 'test_sets', 'no_figures', 'figures_of', 'prior_figures',
-           'rows_for_json']
+           'train_stage', 'in_order', 'check_stages', 'run_stage', 'forecasts', 'main', 'test_sets', 'no_figures',
+           'figures_of', 'prior_figures', 'rows_for_json']
 
 # %% ../nbs/commands/01_run_training.ipynb #imports
 import argparse
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timedelta
 from difflib import get_close_matches
@@ -33,7 +34,6 @@ from .io.parameters import Choice, CommandLine, File, Table, argument, check, mi
 from .io.yaml_files import read_yaml
 from stdg.training.distributed import (
     all_gather,
-    broadcast,
     by_first,
     check_devices,
     exit_worker,
@@ -43,7 +43,7 @@ from stdg.training.distributed import (
     rank_and_world,
 )
 from .training.loop import OPTIONS, STAGES
-from .training.resume import Interrupted
+from .training.resume import Interrupted, exclusive_run, saved_states, stop_requested
 from .training.settings import Settings, check_together, check_values, help_text
 from .training.step import check_step
 
@@ -298,6 +298,7 @@ def _choose_thresholds(settings, database, model, stage, most=1000):
                                          device=next(model.parameters()).device)
     thresholds.save_thresholds(path, found)
 
+# %% ../nbs/commands/01_run_training.ipynb #train-stage
 def train_stage(settings, stage, prepared, device=None):
     """Train `stage`, or resume it, with what `prepare_run` gave; returns its network with averaged
     weights."""
@@ -310,14 +311,74 @@ def train_stage(settings, stage, prepared, device=None):
     by_first(lambda: _choose_thresholds(settings, database, model, stage))
     return model
 
-def run_stage(settings, stage, prepared):
-    """`train_stage`, in `settings.devices` processes; the settings are kept in `run.yaml`.
+# %% ../nbs/commands/01_run_training.ipynb #check-stages
+def in_order(stages):
+    """The `stages` in the order in which they are trained, each once.
 
-    Raises also what `stdg.training.distributed.launch` raises."""
+    Raises `ValueError` for an unknown one."""
+    if set(stages) - set(training.STAGES) or not stages:
+        raise ValueError(f"stages {list(stages)} must be some of {list(training.STAGES)}")
+    return [stage for stage in training.STAGES if stage in stages]
+
+def _check_taught(out, learns, earlier):
+    """Raise `ValueError` if a student has begun whose teacher is going to be trained: `learns` are
+    its steps so far, and those that it will have."""
+    states = saved_states(out/'states', 'student')
+    if not states or learns[0] >= learns[1]: return
+    raise ValueError(
+        f"stage 'student': {states[-1]} was taught by the teacher as it was, and this run would "
+        f"first train that teacher, which has {learns[0]} steps of {learns[1]}; a student cannot "
+        "go on with another teacher. Take another name for the run; or start over: -p resume False "
+        "(in a file: resume: false); or train only the earlier stages: "
+        f"-y 'stages: [{', '.join(earlier)}]' (python -m stdg.train: --stages {' '.join(earlier)})")
+
+def check_stages(settings, prepared, stages=None):
+    """Find out whether all `stages` of a run (None: those of its settings) can be trained or
+    resumed. Nothing is trained, and nothing written.
+
+    Raises `ValueError` or `FileNotFoundError` that names the stage, the reason and a remedy."""
+    database, pretrained, _ = prepared
+    out, learns, stages = folders(settings)[0], (0, 0), in_order(stages or settings.stages)
+    for stage in stages:
+        if stage == 'student':
+            _check_taught(out, learns, stages[:-1])
+            if learns[0] < learns[1]: continue  # it begins when its teacher is there
+        try:
+            model, dataset = begin(settings, database, pretrained, stage)
+            steps = training.check_resume(model, dataset, out, stage, **options_of(settings))
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"stage {stage!r}: {error}") from None
+        if stage == 'teacher': learns = steps
+
+# %% ../nbs/commands/01_run_training.ipynb #run-stage
+_ASKED = 'asked to stop; what was done is kept, and the same command goes on from there'
+
+def _train(settings, prepared, stages, device, fresh):
+    """Train `stages` in this process, first forgetting all states if `fresh`. From there to the last
+    stage no other process can train in the run's folder."""
+    out = folders(settings)[0]
+    with ExitStack() as held:
+        def get_ready():
+            held.enter_context(exclusive_run(out))
+            if fresh: training.start_over(out)
+            check_stages(settings, prepared, stages)
+        by_first(get_ready)
+        for stage in in_order(stages):
+            train_stage(settings, stage, prepared, device)
+            if rank_and_world()[0] == 0: print(f"{stage}: {out/stage}.safetensors", flush=True)
+
+def run_stage(settings, stage, prepared):
+    """`train_stage`, in `settings.devices` processes; the settings are kept in `run.yaml`. With the
+    first stage of a run all are checked.
+
+    Raises also what `check_stages` and `stdg.training.distributed.launch` raise."""
     path = folders(settings)[0]/'run.yaml'
-    write_settings(path, settings)
-    if settings.devices == 1: return train_stage(settings, stage, prepared)
-    launch('stdg.train', ['--config', path, '--stages', stage], settings.devices, settings.device)
+    with stop_requested() as asked, asked.at_once(_ASKED):
+        with exclusive_run(path.parent):
+            if stage == in_order(settings.stages)[0]: check_stages(settings, prepared)
+            write_settings(path, settings)
+            if settings.devices == 1: return train_stage(settings, stage, prepared)
+        launch('stdg.train', ['--config', path, '--stages', stage], settings.devices, settings.device)
     return checkpoint.load(path.with_name(f'{stage}.safetensors'), prepared[0].vocabulary)
 
 # %% ../nbs/commands/01_run_training.ipynb #forecast
@@ -374,19 +435,17 @@ def main(arguments=None):
     A mistake in what was given is one line, and exit status 2."""
     given, settings = _given(arguments)
     settings.dry_run |= given.dry_run
-    with process_group(settings.device) as device:
-        prepared = prepare_run(settings, given.stages)
-        if settings.dry_run: return forecasts(settings, prepared)
-        if not (settings.resume or given.stages) and rank_and_world()[0] == 0:
-            training.start_over(folders(settings)[0])
-        broadcast(None)
-        for stage in given.stages or settings.stages:
-            try: train_stage(settings, stage, prepared, device)
-            except Interrupted as saved:
-                print(saved, file=sys.stderr)
-                raise
-            if rank_and_world()[0] == 0:
-                print(f"{stage}: {folders(settings)[0]/stage}.safetensors", flush=True)
+    stages, fresh = in_order(given.stages or settings.stages), not (settings.resume or given.stages)
+    try:
+        with (process_group(settings.device) as device,
+              stop_requested(20 if rank_and_world()[1] > 1 else None) as asked,
+              asked.at_once(_ASKED)):
+            prepared = prepare_run(settings, given.stages)
+            if settings.dry_run: return forecasts(settings, prepared)
+            _train(settings, prepared, stages, device, fresh)
+    except Interrupted as saved:
+        print(saved, file=sys.stderr, flush=True)
+        raise
     exit_worker()
 
 # %% ../nbs/commands/01_run_training.ipynb #run-main
