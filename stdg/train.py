@@ -281,22 +281,20 @@ def begin(settings, database, pretrained, stage):
 
 def _choose_thresholds(settings, database, model, stage, most=1000):
     """Write into the JSON of a trained network the thresholds of what to show, chosen on the first
-    `most` validation pictures.
+    `most` validation pictures; into that of the weights that were best in validation, their own.
 
-    Not for a trial, and not where the validation split has no relations. The weights that were
-    best in validation get thresholds of their own."""
-    best = folders(settings)[0]/f'{stage}.best.safetensors'
-    if best.exists():
-        other = checkpoint.load(best).to(next(model.parameters()).device)
-        _choose_thresholds(settings, database, other, f'{stage}.best', most)
-    path = folders(settings)[0]/f'{stage}.safetensors'
+    Not for a trial, and not where the validation split has no relations."""
     split = 'train' if settings.overfit else 'val'
-    if settings.steps or 'thresholds' in checkpoint.facts(path): return
-    if not _has_relations(settings, database, split): return
+    relations = database.relation_counts()[database.indices(split, settings.hold_out)]
+    if settings.steps or not relations.any(): return
+    device = next(model.parameters()).device
     dataset = judged_set(settings, database, split, model.reads, settings.validate_images or most)
-    found = thresholds.choose_thresholds(model, dataset, progress=False,
-                                         device=next(model.parameters()).device)
-    thresholds.save_thresholds(path, found)
+    for name in (stage, f'{stage}.best'):
+        path = folders(settings)[0]/f'{name}.safetensors'
+        if not path.exists() or 'thresholds' in checkpoint.facts(path): continue
+        judged = model if name == stage else checkpoint.load(path)
+        found = thresholds.choose_thresholds(judged, dataset, progress=False, device=device)
+        thresholds.save_thresholds(path, found)
 
 # %% ../nbs/commands/01_run_training.ipynb #train-stage
 def train_stage(settings, stage, prepared, device=None):

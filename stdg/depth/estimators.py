@@ -19,7 +19,6 @@ from ..datasets.listing import read_listing
 from .depth_file import DepthFile, PfmFolder, depth_path, finish_parts, model_tag
 from .maps import FAR_MEDIAN, NEAR, write_pfm
 from ..io.devices import choose_device
-from ..io.files import read_json
 from ..io.packed import OddPieces, Parts, run_parts, started_parts
 
 # %% ../../nbs/depth/04_estimators.ipynb #transformers
