@@ -138,6 +138,23 @@ class Card(ModelCard):
 # %% ../../nbs/inference/04_hub.ipynb #folder
 WEIGHTS, FACTS, CONFIG = SHARED, 'model.json', 'config.json'
 
+def _is_ours(folder, name):
+    "Whether the file `name` in `folder` is one of a shared model of this package."
+    if name == WEIGHTS: name = FACTS
+    try: record = read_json(folder/name)
+    except (ValueError, OSError): return False
+    return isinstance(record, dict) and 'stdg' in (record.get('model_type'), record.get('format'))
+
+def _check_place(folder):
+    "Raise `ValueError` for a folder in which another model would be overwritten."
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and a shared model is a folder. Choose another name")
+    for name in (WEIGHTS, FACTS, CONFIG):
+        if (folder/name).exists() and not _is_ours(folder, name):
+            raise ValueError(f"{folder/name} is not of this package, and would be overwritten. Choose "
+                             "another folder, or remove it")
+
 def _check_folder(folder):
     "Raise `FileNotFoundError` or `ValueError` for a folder that is not one of ours."
     folder, pickled = Path(folder), ('.bin', '.pt', '.pth', '.pkl', '.pickle', '.ckpt')
@@ -212,6 +229,13 @@ class Model(ModelHubMixin, library_name='stdg', pipeline_tag='object-detection',
         facts = self._hub_mixin_info.model_card_data.to_dict()
         if self.facts.get('license'): facts['license'] = self.facts['license']
         return Card(f'---\n{ModelCardData(**facts).to_yaml()}\n---\n\n{text}')
+
+    def save_pretrained(self, save_directory, **how):
+        """Write the folder of this model; `how` as in huggingface_hub.
+
+        Raises `ValueError` where it would overwrite files of another kind of model."""
+        _check_place(save_directory)
+        return super().save_pretrained(save_directory, **how)
 
     def _save_pretrained(self, folder):
         "Write all but the card into `folder`."

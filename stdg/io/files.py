@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DEAD', 'PATIENCE', 'MAX_DEPTH', 'FREE', 'RATIO', 'LARGEST_CHUNK', 'writable_folder', 'atomic_path', 'remove_dead',
-           'remove_folder', 'lock_of', 'locked', 'readable_file', 'write_json', 'read_json', 'stream_json',
-           'dataset_problem', 'open_h5', 'PerProcess', 'project_folder']
+           'remove_folder', 'lock_of', 'locked', 'readable_file', 'write_json', 'encoding_of', 'read_json',
+           'stream_json', 'dataset_problem', 'open_h5', 'PerProcess', 'project_folder']
 
 # %% ../../nbs/io/01_files.ipynb #imports
+import codecs
 import errno
 import json
 import math
@@ -235,14 +236,30 @@ def write_json(path, record, indent=1):
     with atomic_path(path) as partial: partial.write_text(text + '\n', encoding='utf-8')
 
 # %% ../../nbs/io/01_files.ipynb #read-json
+def encoding_of(head):
+    """The encoding of a text by its first four bytes, 'utf-8-sig' or 'utf-16' say: by its byte order
+    mark, or by the zeros of its first characters, which are ASCII; 'utf-8' if there is neither."""
+    return json.detect_encoding(head[:4])
+
+def _text(data):
+    "The text of the bytes of a JSON file. Raises `ValueError` saying what they are instead."
+    if not data.strip(): raise ValueError('it is empty')
+    if data[:2] in (b'\x1f\x8b', b'PK'): raise ValueError('it is packed: unpack it first')
+    encoding = encoding_of(data)
+    try: return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{error}: save it as UTF-8, without changing it otherwise') from None
+
 def read_json(path, hint='Is the path right?'):
-    """The JSON in `path`.
+    """The JSON in `path`, UTF-8, UTF-16 or UTF-32, with a byte order mark or without.
 
     Raises `FileNotFoundError`, `PermissionError` or `ValueError` naming the file; the error ends
     with the caller's `hint`."""
-    try: return json.loads(readable_file(path, hint).read_text(encoding='utf-8'))
+    try: return json.loads(text := _text(readable_file(path, hint).read_bytes()))
     except (ValueError, RecursionError) as error:  # RecursionError: brackets too deep
-        raise ValueError(f"{path} is not whole JSON ({error}). {hint}") from None
+        lines = getattr(error, 'msg', '') == 'Extra data' and text[error.pos] in '[{'
+        why = f'{error}; are these JSON lines? One object is needed, not one a line' if lines else error
+        raise ValueError(f"{path} is not whole JSON ({why}). {hint}") from None
 
 # %% ../../nbs/io/01_files.ipynb #shallow
 MAX_DEPTH = 1000
@@ -265,16 +282,40 @@ class _Shallow:
         return data
 
 # %% ../../nbs/io/01_files.ipynb #stream-json
+class _Utf8:
+    "Reads `file`, a text in UTF-8, UTF-16 or UTF-32, as UTF-8 without a byte order mark."
+    def __init__(self, file):
+        self._file, self._head = file, file.read(4)
+        encoding = encoding_of(self._head)
+        self._decoder = None if encoding == 'utf-8' else codecs.getincrementaldecoder(encoding)()
+
+    def read(self, n=-1):
+        if n == 0: return b''  # so `ijson` asks whether these are bytes
+        text = ''
+        while not text:
+            data, self._head = self._head + self._file.read(n), b''
+            if self._decoder is None: return data
+            try: text = self._decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error: raise ijson.JSONError(str(error)) from None
+            if not data: break
+        return text.encode('utf-8', 'surrogatepass')
+
 def _reason(error):
-    "The first line of an error's text, which `ijson` may hold as bytes."
+    """The first line of an error's text, which `ijson` may hold as bytes, and what is said of the
+    place that it points to."""
     text = error.args[0] if error.args and isinstance(error.args[0], bytes) else str(error).encode()
-    return text.decode('utf-8', 'replace').split('\n')[0].strip()
+    first, *rest = text.decode('utf-8', 'replace').split('\n')
+    at = rest[1].find('^') if len(rest) > 1 else -1
+    near = rest[0][at - 2:at + 8] if at > 1 else ''
+    if 'NaN' in near or 'Infinity' in near: first += ' NaN and Infinity are not JSON: write null.'
+    return first.strip()
 
 def stream_json(file, read, *prefix):
-    """Yields what `read`, a function of `ijson`, finds in an open binary `file`.
+    """Yields what `read`, a function of `ijson`, finds in an open binary `file`,
+    UTF-8, UTF-16 or UTF-32.
 
     Raises `ijson.JSONError` with a plain reason, also for brackets that are too deep."""
-    try: yield from read(_Shallow(file), *prefix, use_float=True)
+    try: yield from read(_Shallow(_Utf8(file)), *prefix, use_float=True)
     except ijson.JSONError as error: raise ijson.JSONError(_reason(error)) from None
 
 # %% ../../nbs/io/01_files.ipynb #check-dataset
