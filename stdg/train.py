@@ -210,13 +210,13 @@ def run_stage(settings, stage, prepared):
     return checkpoint.load(path.with_name(f'{stage}.safetensors'), prepared[0].vocabulary)
 
 # %% ../nbs/commands/01_run_training.ipynb #forecast
-def forecasts(settings, prepared):
-    """{stage: `stdg.training.forecast`}, and prints them.
+def forecasts(settings, prepared, stages=None):
+    """{stage: `stdg.training.forecast`} of `stages`, by default all, and prints them.
 
     The student is measured with an untrained teacher where this run has not trained one."""
     database, pretrained, _ = prepared
     found, hours = {}, 0.
-    for stage in settings.stages:
+    for stage in stages or settings.stages:
         lone = settings
         if stage == 'student' and 'teacher' in settings.stages:
             lone = replace(settings, stages=['student'], teacher='')
@@ -249,7 +249,7 @@ def main(arguments=None):
     settings = read_settings(given.config)
     with process_group(settings.device or None) as device:
         prepared = prepare_run(settings, given.stages)
-        if given.dry_run or settings.dry_run: return forecasts(settings, prepared)
+        if given.dry_run or settings.dry_run: return forecasts(settings, prepared, given.stages)
         if not (settings.resume or given.stages) and rank_and_world()[0] == 0:
             training.start_over(folders(settings)[0])
         broadcast(None)
