@@ -17,7 +17,7 @@ from PIL import Image
 
 from stdg import evaluation, train, training
 from stdg.augmentation import FILL
-from stdg.data import SceneGraphs, network_input
+from stdg.data import SceneGraphs
 from stdg.datasets import images
 from stdg.datasets.images import make_images
 from stdg.datasets.listing import check_pictures, read_listing
@@ -28,7 +28,7 @@ from stdg.depth.estimators import import_pfm
 from stdg.depth.maps import write_pfm
 from stdg.depth.sensors import depth_report, depth_said, read_depth, write_depth
 from stdg.explore.scene import read_scene, upload_scene
-from stdg.inference.predictor import Predictor, pictures_in, predict, read_image, read_member
+from stdg.inference.predictor import predict, read_image, read_member
 from stdg.io.archives import open_sources
 from stdg.model import STDG
 from stdg.testing import loud, toy_database, toy_scene
