@@ -262,6 +262,7 @@ def _to_rgb(picture):
     lower = _lower_bytes(picture)
     picture.load()
     picture = _eight_bit_picture(picture, lower)
+    if picture.mode == 'La': picture = picture.convert('LA')  # Pillow knows no other way
     if picture.has_transparency_data:
         picture = picture.convert('RGBA')
         picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
