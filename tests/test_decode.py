@@ -160,6 +160,33 @@ def test_match_is_one_to_one_and_best_in_total():
     assert list(zip(ours.tolist(), theirs.tolist())) == [(0, 2), (1, 0)]
 
 
+def test_a_match_overlaps_by_more_than_half():
+    """Widths count the last pixel: of boxes 100 pixels wide, those that share 66 have an overlap
+    of 66/134, just below a half; in the last case it is a half, which is not more."""
+    box = torch.tensor([[0., 0, 99, 49]])
+    for shift, matched in ((33, True), (34, False), (35, False), (38, False), (60, False)):
+        ours, _ = hungarian_match(box, box + torch.tensor([shift, 0, shift, 0]))
+        assert len(ours) == matched, shift
+    half = torch.tensor([[0., 0, 49, 49]])
+    assert len(hungarian_match(box, half)[0]) == 0
+    assert len(hungarian_match(box, half + torch.tensor([0, 0, 1, 0]))[0]) == 1
+
+
+def test_sgcls_takes_the_class_of_a_detection_on_more_than_half():
+    """Detections of class 3 on boxes of class 5, shifted by so much that they share a little more
+    or less than a half; the released code keeps the true class below it."""
+    detection, relation = torch.zeros(10, 12, 24), torch.zeros(4, 7, 12, 24)
+    boxes = torch.tensor([[8., 24, 47, 63], [104, 24, 143, 63]])
+    for box, shift in zip(boxes, (12, 14)):  # 28/52 and 26/54 of 40 pixels
+        x, y = (box[:2] + box[2:]) / 2 / 8 + torch.tensor([shift / 8, 0])
+        detection[3, int(y), int(x)] = .6
+        detection[-4:, int(y), int(x)] = torch.tensor([x % 1, y % 1, 39 / 8, 39 / 8])
+    truth = SceneGraph(boxes, [5, 5], [], (96, 192))
+    found = decode(detection, relation, 'sgcls', truth, 8, released=True)
+    assert found.labels.tolist() == [3, 5]
+    assert found.scores.tolist() == pytest.approx([.6, 1])
+
+
 def test_batch_is_the_images_one_by_one():
     fields = [random_fields(seed) for seed in range(3)]
     truths = [random_graph(seed, n=4 + seed, side=72, size=(72, 96)) for seed in range(3)]

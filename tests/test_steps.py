@@ -1,10 +1,16 @@
 """Ten steps of training against a plain loop that is written out here: losses, learning rates,
-gradients, weights and averages of each step.
+gradients, weights and averages of each step. And on which pictures a run is judged.
 
 The loop takes the network, the batches and the terms of the loss from the package; the schedule,
 the parameter groups, clipping, the optimiser's step and the moving average are its own, after
-section 7 of the method spec."""
+section 7 of the method spec.
+
+As a script (`python test_steps.py FOLDER RANK PORT`) it is one of two processes that train."""
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,10 +18,12 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from stdg import data, losses, training
-from stdg.checkpoint import load
+from stdg import data, evaluation, losses, train, training
+from stdg.checkpoint import facts, load
 from stdg.depth.precompute import prepare_hha
-from stdg.testing import toy_database
+from stdg.evaluation.thresholds import choose_thresholds
+from stdg.graph import TASKS, SceneGraph
+from stdg.testing import loud, toy_database, toy_scene
 from stdg.training.resume import load_state, saved_states
 
 PICTURES, BATCH, EPOCHS = 10, 2, 2
@@ -191,3 +199,93 @@ def test_a_step_that_is_left_out_leaves_nothing_behind(dataset, tmp_path):
     assert 'left_out' in logged(tmp_path)[2] and len(calls) == 10
     np.testing.assert_allclose(rates, [step['rates'] for step in records if 'rates' in step])
     assert records[2]['sums'] == records[1]['sums']
+
+
+def noisy_scene(i):
+    "A toy scene with one to three relations."
+    graph, record = toy_scene(i)
+    relations = np.array([(0, 1, 0), (1, 0, 1), (0, 1, 1), (1, 0, 0)])
+    chosen = np.random.default_rng(i).permutation(4)[:1 + i % 3]
+    return SceneGraph(graph.boxes, graph.labels, relations[chosen], graph.size), record
+
+
+def loud_begin(*given, begin=train.begin):
+    "`stdg.train.begin` with a network that detects much, so that there is something to judge."
+    model, dataset = begin(*given)
+    return loud(model), dataset
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A project folder with a database of three splits."
+    home = tmp_path_factory.mktemp('project')
+    (home/'settings.ini').touch()
+    toy_database(home/'data'/'toy', [noisy_scene(i) for i in range(14)], [0] * 4 + [1] * 4 + [2] * 6)
+    return home
+
+
+def share(home, rank, port):
+    "The work of one of two processes, as torchrun would start it."
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2',
+                      MASTER_ADDR='localhost', MASTER_PORT=str(port), OMP_NUM_THREADS='1')
+    os.chdir(home)
+    train.begin = loud_begin
+    train.main(['--config', 'run.yaml'])
+
+
+def judged(home, name, processes, monkeypatch):
+    "Train with validation in one process or two; returns the folder."
+    settings = train.Settings(name=name, data='toy', size=64, stages=['control'], pretrained=False,
+                              epochs=2, batch_size=4, lr=1e-5, lr_backbone=1e-5, warm_up=0.,
+                              validate_every=1, best='predcls/ng-R@20', device='cpu')
+    train.write_settings(home/'run.yaml', settings)
+    if processes == 1:
+        monkeypatch.chdir(home)
+        monkeypatch.setattr(train, 'begin', loud_begin)
+        train.main(['--config', 'run.yaml'])
+        return home/'runs'/name
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, __file__, str(home)]
+    started = [subprocess.Popen([*command, str(rank), str(port)], stderr=subprocess.PIPE, text=True)
+               for rank in range(processes)]
+    for process in started:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, said
+    return home/'runs'/name
+
+
+def figures_on(model, dataset):
+    found = evaluation.evaluate(model, dataset, protocol='strict', intervals=0, progress=False,
+                                device='cpu')
+    return {f'{task}/{name}': value for task in TASKS for name, value in found[task].items()
+            if '@' in name and isinstance(value, float)} | dict(AP50=found['AP50'])
+
+
+@pytest.mark.parametrize('processes', [1, pytest.param(2, marks=pytest.mark.skipif(
+    os.cpu_count() < 2, reason='one processor core'))])
+def test_a_run_is_judged_on_the_validation_pictures(home, processes, monkeypatch):
+    "What is logged, the best network and the thresholds come from them, never from test pictures."
+    folder = judged(home, f'by{processes}', processes, monkeypatch)
+    database = train.Database(home/'data'/'toy')
+    val, test = (data.SceneGraphs(database, split) for split in ('val', 'test'))
+    best = load(folder/'control.best.safetensors')
+    expected, others = figures_on(best, val), figures_on(best, test)
+    kept = facts(folder/'control.best.json')
+    assert kept['metrics'] == pytest.approx(expected)
+    for name in ('predcls/ng-R@20', 'predcls/ng-mR@20', 'AP50'):
+        assert expected[name] != pytest.approx(others[name], rel=1e-3), name
+    lines = [json.loads(line) for path in sorted(folder.glob('*log*.jsonl'))
+             for line in path.read_text().splitlines()]
+    validated = [line for line in lines if 'AP50' in line]
+    assert [line['step'] for line in validated] == [1, 2]
+    best_line = max(validated, key=lambda line: line['predcls/ng-R@20'])
+    assert {name: best_line[name] for name in expected} == pytest.approx(expected)
+    found = facts(folder/'control.json')['thresholds']
+    last = load(folder/'control.safetensors')
+    assert found == choose_thresholds(last, val, progress=False, device='cpu')
+    assert found != choose_thresholds(last, test, progress=False, device='cpu') | dict(images=4)
+
+
+if __name__ == '__main__': share(*sys.argv[1:])
