@@ -14,8 +14,9 @@ import pytest
 
 from stdg.datasets.visual_genome import Database
 from stdg.depth import precompute
-from stdg.io import files, packed
-from stdg.io.files import atomic_path, locked, write_json
+from stdg.io import files, locks, packed
+from stdg.io.files import atomic_path, write_json
+from stdg.io.locks import locked
 from stdg.rooms import build
 from stdg.rooms.build import make_rooms
 from stdg.testing import toy_database
@@ -138,7 +139,7 @@ def test_a_killed_holder_lets_the_next_go_on_and_a_file_without_locks_warns(tmp_
     assert together(hold) == [9] and (tmp_path/'.lock').exists()
     with locked(tmp_path/'.lock', 0): pass
     def unsupported(*_): raise OSError(errno.ENOLCK, 'No locks available')
-    monkeypatch.setattr(files.fcntl, 'lockf', unsupported)
+    monkeypatch.setattr(locks.fcntl, 'lockf', unsupported)
     with pytest.warns(UserWarning, match='cannot be locked .No locks available.: this file system'):
         with locked(tmp_path/'.lock', 0): pass
 

@@ -22,14 +22,13 @@ from stdg.io.files import (
     PerProcess,
     atomic_path,
     dataset_problem,
-    lock_of,
-    locked,
     open_h5,
     read_json,
     remove_dead,
     remove_folder,
     write_json,
 )
+from .locks import lock_of, locked
 
 # %% ../../nbs/io/02_packed.ipynb #append
 CHUNK = 2 ** 17  # elements that HDF5 reads at once: about one picture

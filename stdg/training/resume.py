@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from ..io.files import locked, read_json, remove_dead, writable_folder, write_json
+from ..io.files import read_json, remove_dead, writable_folder, write_json
+from ..io.locks import locked
 from ..io.tensors import TensorFile, save_tensors
 
 # %% ../../nbs/training/04_resume.ipynb #save-state
@@ -132,7 +133,7 @@ def load_state(path, expected=None):
 # %% ../../nbs/training/04_resume.ipynb #lock
 @contextmanager
 def exclusive_run(folder, seconds=15):
-    """Hold the lock of `folder` (`stdg.io.files.locked`; this thread may take it again), and remove
+    """Hold the lock of `folder` (`stdg.io.locks.locked`; this thread may take it again), and remove
     temporary files in it whose writers are surely dead: untouched for a day.
 
     Raises `BlockingIOError` naming it if another process holds it for longer than `seconds`."""
