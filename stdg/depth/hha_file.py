@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .depth_file import model_tag
-from ..io.files import PerProcess, open_h5
+from ..io.files import PerProcess, open_h5, readable_file
 from ..io.packed import Packed
 
 # %% ../../nbs/depth/03_hha_file.ipynb #hha-path
@@ -30,7 +30,9 @@ def hha_path(database, source='metric', released=False):
 def read_png(data, what, hint):
     """An RGB PNG, a path or an open file, as (H, W, 3) uint8.
 
-    Raises `ValueError` that begins with `what` it is and ends with `hint`."""
+    Raises `ValueError` that begins with `what` it is and ends with `hint`; `FileNotFoundError` or
+    `PermissionError` for a path."""
+    if isinstance(data, (str, Path)): readable_file(data, hint)
     try:
         with Image.open(data, formats=('PNG',)) as picture:
             if picture.mode != 'RGB' or max(picture.size) > 4096:
