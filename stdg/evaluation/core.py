@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from .intervals import intervals as bootstrap_intervals
 from ..graph import TASKS
 from ..io.devices import device_for
 from ..io.files import read_json, write_json
-from ..io.packed import Packed, Parts, run_parts
+from ..io.packed import Packed, Parts
 
 # %% ../../nbs/evaluation/02_core.ipynb #check-fit
 _WRONG_WAYS = dict(training='it was made with train=True: its pictures come shuffled, and its truths '
@@ -73,7 +74,8 @@ def predictions(model, dataset, tasks=TASKS, batch_size=16, workers=0, device=No
 
     Without a `device` a model that lies on a GPU stays there (`io/05_devices`). Raises `ValueError` as `check_fit`."""
     check_fit(model, dataset)
-    kind, part, batch_size = model.reads, copy.copy(dataset), min(batch_size, len(dataset))
+    kind, part = model.reads, copy.copy(dataset.seen_by(model))
+    batch_size = min(batch_size, len(dataset))
     if positions is not None: part.rows = [dataset.rows[i] for i in positions]
     place = device_for(model, device)
     model.to(place, memory_format=torch.channels_last).eval()
@@ -145,7 +147,7 @@ def _results(evaluators, intervals):
     "{task: figures} of the first protocol, and {protocol: {task: figures}} of the others."
     def figures(evaluator):
         computed = evaluator.compute()
-        if intervals: computed['intervals'] = bootstrap_intervals(evaluator, intervals)
+        if intervals and evaluator.images: computed['intervals'] = bootstrap_intervals(evaluator, intervals)
         return computed
     first, *others = [{task: figures(evaluator) for task, evaluator in by_task.items()}
                       for by_task in evaluators.values()]
@@ -221,6 +223,9 @@ def _check_same(folder, identity):
                          "folder, or remove that one")
 
 # %% ../../nbs/evaluation/02_core.ipynb #store
+def _as_bytes(record):
+    return write_arrays({name: np.ascontiguousarray(values) for name, values in record.items()})
+
 def store(folder, model, dataset, tasks=TASKS, zero_shot=None, protocol=('strict', 'reference'),
           shard=(0, 1),  # i and n: every n-th part, from the i-th on
           released=False,  # as in `predictions`
@@ -229,8 +234,10 @@ def store(folder, model, dataset, tasks=TASKS, zero_shot=None, protocol=('strict
     """Write the records of `dataset` to `folder/records.h5`; returns its path, or None while other
     shards may have work to do.
 
-    Goes on where a killed call stopped. Raises `ValueError` naming the folder when it holds records
-    of another network, other data or settings, and what `predictions` raises."""
+    Goes on where a killed call stopped, and waits for another process that does the same.
+
+    Raises `ValueError` naming the folder when it holds records of another network, other data or
+    settings, and what `predictions` raises."""
     check_fit(model, dataset)
     _evaluators(dataset.database.vocabulary, tasks, protocol)  # raises for an unknown protocol
     path = Path(folder)/'records.h5'
@@ -239,16 +246,18 @@ def store(folder, model, dataset, tasks=TASKS, zero_shot=None, protocol=('strict
         _check_same(path.parent, identity)
         return path
     parts = Parts(path, 'record', dataset.database.image_ids[dataset.rows], part, **identity)
-    positions = [row for k in parts.todo(shard) for row in parts.rows(k)]
-    made = _records(model, dataset, tasks, zero_shot, protocol, positions,
-                    options | dict(released=released))
-    def next_as_bytes():
-        return write_arrays({name: np.ascontiguousarray(a) for name, a in next(made).items()})
-    run_parts(parts, int, lambda rows, _: ([next_as_bytes() for _ in rows], {}), shard,
-              progress=False, workers=1)
+    with parts.share(shard) as todo:  # listed once: the records below come in this order
+        positions = [row for k in todo for row in parts.rows(k)]
+        made = _records(model, dataset, tasks, zero_shot, protocol, positions,
+                        options | dict(released=released))
+        for k in todo: parts.write(k, list(islice(map(_as_bytes, made), len(parts.rows(k)))))
     if tuple(shard) != (0, 1): return None
-    write_json(path.with_name('records.json'), identity)
-    return parts.merge()
+    with parts.joining() as ours:
+        if ours:
+            write_json(path.with_name('records.json'), identity)
+            parts.join()
+    _check_same(path.parent, identity)
+    return path
 
 # %% ../../nbs/evaluation/02_core.ipynb #stored
 def stored(path):

@@ -373,6 +373,7 @@ def fit(model,
     options, place = _options(options), device_for(model, device)
     check_step(options, device=place)
     model.to(place, memory_format=torch.channels_last).train()
+    dataset = dataset.seen_by(model)
     run = _Run(model, dataset, out, stage, options, record or {})
     lock = exclusive_run(out) if run.first else nullcontext()
     with current_device(place), lock, stop_requested(20 if run.world > 1 else None) as asked:
