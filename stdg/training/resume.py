@@ -7,7 +7,6 @@ __all__ = ['EXIT_SAVED', 'saved_states', 'save_state', 'mark_state', 'remove_sta
            'exclusive_run', 'start_over', 'Interrupted', 'StopRequest', 'stop_requested']
 
 # %% ../../nbs/training/04_resume.ipynb #imports
-import errno
 import glob
 import os
 import re
@@ -17,17 +16,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
-from stdg.io.files import (
-    atomic_path,
-    locked,
-    read_json,
-    remove_dead,
-    writable_folder,
-    write_json,
-)
+from ..io.files import locked, read_json, remove_dead, writable_folder, write_json
+from ..io.tensors import TensorFile, save_tensors
 
 # %% ../../nbs/training/04_resume.ipynb #save-state
 _NAME = re.compile(r'(.+)-(\d{8})')  # of a state: its stage and how many steps were done
@@ -43,13 +34,9 @@ def save_state(folder, stage, step, tensors, facts, keep=2):
 
     Raises `OSError` naming the file when it cannot be written; what was there before stays."""
     path = writable_folder(folder)/f'{stage}-{step:08d}.safetensors'
-    with atomic_path(path) as partial:
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try: save_file(on_cpu, partial)
-        except SafetensorError as error: raise OSError(errno.ENOSPC, str(error)) from None
-        size = partial.stat().st_size
-    write_json(path.with_suffix('.json'), dict(format='stdg-state', version=2, stage=stage,
-                                               step=step, bytes=size, **facts))
+    facts = dict(format='stdg-state', version=2, stage=stage, step=step, **facts)
+    facts = save_tensors(path, tensors, facts)
+    write_json(path.with_suffix('.json'), dict(facts, bytes=path.stat().st_size))
     for old in saved_states(folder, stage)[:-keep]: remove_state(old)
 
 def mark_state(folder, stage, step, **facts):
@@ -96,42 +83,49 @@ def _compare(path, facts, expected):
                          for name in differ[:4])
         raise ValueError(f"{path} was written by a run with other settings: {said}. {_ANEW}")
 
+def _check_version(facts, path):
+    if not isinstance(facts, dict): facts = {}
+    if facts.get('format') != 'stdg-state' or facts.get('version') not in (1, 2):
+        raise ValueError(f"{path} is no state that this version reads ({facts.get('format')}, "
+                         f"version {facts.get('version')}). Install the stdg that wrote it, or "
+                         "start over: -p resume False")
+
+def _open(path, expected):
+    "(open `TensorFile`, facts) of the state whose JSON is `path`."
+    path = Path(path)
+    hint = f'Remove {path.stem}.json: the run goes on from the state before, or starts over'
+    facts = read_json(path, hint)
+    _check_version(facts, path)
+    file = path.with_suffix('.safetensors')
+    try:
+        opened = TensorFile(file, hint)
+        facts = opened.record(hint, _check_version)
+    except ValueError as error:
+        if not file.is_file() or file.stat().st_size >= facts.get('bytes', 0):
+            raise ValueError(f"{file} is damaged ({error}). {hint}") from None
+        raise ValueError(f"{file} has {file.stat().st_size} bytes of {facts['bytes']}: it was cut "
+                         f"off. {hint}") from None
+    stage, step = facts.get('stage'), facts.get('step')
+    if not isinstance(step, int) or path.stem != f'{stage}-{step:08d}':
+        raise ValueError(f"{path} holds the state of {stage!r} after step {step}: it was renamed. "
+                         f"{hint}")
+    if expected: _compare(path, facts, expected)
+    return opened, facts
+
 def read_state(path, expected=None):
     """The facts of the state whose JSON is `path`, after all checks for which its tensors need not
     be read; `expected` is dict(data=..., settings=...), as it was saved.
 
     Raises `ValueError` naming the file and a remedy for a damaged state, one of another version, or
     one that does not fit; `FileNotFoundError` for a missing file."""
-    path = Path(path)
-    hint = f'Remove {path.stem}.json: the run goes on from the state before, or starts over'
-    facts = read_json(path, hint)
-    if not isinstance(facts, dict): facts = {}
-    if facts.get('format') != 'stdg-state' or facts.get('version') not in (1, 2):
-        raise ValueError(f"{path} is no state that this version reads ({facts.get('format')}, "
-                         f"version {facts.get('version')}). Install the stdg that wrote it, or "
-                         "start over: -p resume False")
-    stage, step = facts.get('stage'), facts.get('step')
-    if not isinstance(step, int) or path.stem != f'{stage}-{step:08d}':
-        raise ValueError(f"{path} holds the state of {stage!r} after step {step}: it was renamed. "
-                         f"{hint}")
-    if expected: _compare(path, facts, expected)
-    file = path.with_suffix('.safetensors')
-    if not file.is_file(): raise FileNotFoundError(f"{file} is missing. {hint}")
-    if file.stat().st_size != facts.get('bytes'):
-        raise ValueError(f"{file} has {file.stat().st_size} bytes of {facts.get('bytes')}: it was "
-                         f"cut off. {hint}")
-    try:
-        with safe_open(file, 'pt') as tensors: tensors.keys()
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged ({error}). {hint}") from None
-    return facts
+    return _open(path, expected)[1]
 
 def load_state(path, expected=None):
     """(tensors, facts) of the state whose JSON is `path`.
 
     Raises as `read_state`."""
-    facts = read_state(path, expected)
-    return load_file(Path(path).with_suffix('.safetensors')), facts
+    opened, facts = _open(path, expected)
+    return opened.tensors(), facts
 
 # %% ../../nbs/training/04_resume.ipynb #lock
 @contextmanager
