@@ -380,14 +380,15 @@ def run_stage(settings, stage, prepared):
     return checkpoint.load(path.with_name(f'{stage}.safetensors'), prepared[0].vocabulary)
 
 # %% ../nbs/commands/01_run_training.ipynb #forecast
-def forecasts(settings, prepared):
-    """{stage: `stdg.training.forecast`}, and prints them; of several processes the first does.
+def forecasts(settings, prepared, stages=None):
+    """{stage: `stdg.training.forecast`} of `stages`, by default all, and prints them; of several
+    processes the first does.
 
     The student is measured with an untrained teacher where this run has not trained one."""
     database, pretrained, _ = prepared
     found, hours, (rank, world) = {}, 0., rank_and_world()
     say = print if rank == 0 else lambda text: None
-    for stage in settings.stages:
+    for stage in stages or settings.stages:
         lone = settings
         if stage == 'student' and 'teacher' in settings.stages:
             lone = replace(settings, stages=['student'], teacher='')
@@ -438,8 +439,8 @@ def main(arguments=None):
         with (process_group(settings.device) as device,
               stop_requested(20 if rank_and_world()[1] > 1 else None) as asked,
               asked.at_once(_ASKED)):
-            prepared = prepare_run(settings, given.stages)
-            if settings.dry_run: return forecasts(settings, prepared)
+            prepared = prepare_run(settings, stages)
+            if settings.dry_run: return forecasts(settings, prepared, stages)
             _train(settings, prepared, stages, device, fresh)
     except Interrupted as saved:
         print(saved, file=sys.stderr, flush=True)

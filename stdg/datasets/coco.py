@@ -55,7 +55,8 @@ def _camera(value):
         names = ('fx', 'fy', 'cx', 'cy') if 'cx' in value else ('fx', 'fy', 'ppx', 'ppy')
         value = [value.get(name) for name in names]
     if isinstance(value, list) and all(isinstance(row, list) for row in value):
-        value = [number for row in value for number in row]
+        nested = {(len(value), len(row)) for row in value} <= {(1, 4), *_MATRICES.values()}
+        value = [number for row in value for number in row] if nested else None
     many = isinstance(value, list) and len(value) in _MATRICES
     found = _matrix(numbers(value, _CAMERA, len(value))) if many else numbers(value, _CAMERA)
     if not np.isfinite(found).all() or min(found[:2]) <= 0:

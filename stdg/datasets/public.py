@@ -128,7 +128,7 @@ def read_gqa(files:dict,  # split ('train', 'val' or 'test') to the path of its 
         things = (item for item in r['objects'].items() if isinstance(item[1], dict))
         c.each('objects', things, edges, of=f'image {key}, ')
     for split, path in files:
-        c.each(split or 'train', _stream(path, ijson.kvitems, ''), partial(scene, split))
+        c.each(split or 'train', _stream(path, ijson.kvitems, ''), partial(scene, split or 'train'))
     return c.finish(sort=True, most=most)
 
 # %% ../../nbs/datasets/08_public.ipynb #read-open-images

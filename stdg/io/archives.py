@@ -80,8 +80,15 @@ class ZipSource(PerProcess):
             raise FileNotFoundError(f"{self.path} is missing. Is the path right?")
         try: return zipfile.ZipFile(self.path)
         except PermissionError: raise
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.path}: the name of a member is marked as UTF-8 and is not. Unpack "
+                             "it and give the folder") from None
         except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError,
                 struct.error) as error:
+            with open(self.path, 'rb') as file: first = file.read(2)
+            if first != b'PK' and self.path.suffix.lower() != '.zip':
+                raise ValueError(f"{self.path} is neither a folder nor a zip archive. If it is an "
+                                 "archive of another kind, unpack it and give the folder") from None
             raise ValueError(f"{self.path} is not a whole zip archive ({error}). "
                              "Was the download cut off? Fetch it again") from None
 
@@ -166,9 +173,10 @@ class FolderSource:
 
 # %% ../../nbs/io/03_archives.ipynb #open-sources
 def open_sources(paths):  # -> list of ZipSource, FolderSource
-    """Open archives and folders, in order.
+    """Open archives and folders, in order; one path alone is a list of one.
 
     Raises `FileNotFoundError` or `ValueError` naming the one that is missing or broken."""
+    if isinstance(paths, (str, Path)): paths = [paths]
     return [FolderSource(path) if Path(path).is_dir() else ZipSource(path) for path in paths]
 
 # %% ../../nbs/io/03_archives.ipynb #open-picture
@@ -262,6 +270,7 @@ def _to_rgb(picture):
     lower = _lower_bytes(picture)
     picture.load()
     picture = _eight_bit_picture(picture, lower)
+    if picture.mode == 'La': picture = picture.convert('LA')  # Pillow knows no other way
     if picture.has_transparency_data:
         picture = picture.convert('RGBA')
         picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
