@@ -24,6 +24,7 @@ from .depth import sensors as measured
 from .depth.depth_file import PfmFolder, depth_path, model_tag
 from .depth.hha_file import hha_path
 from .io.archives import open_sources
+from .io.devices import choose_device
 from .io.files import open_h5, writable_folder
 
 # %% ../nbs/commands/02_prepare_data.ipynb #job
@@ -214,8 +215,9 @@ def prepare(folder,  # where the database goes
     """Do `steps` in order; returns {step: dict(seconds, result)}, result None where other shards
     still have work to do.
 
-    Raises `ValueError` for an unknown step or kind, and whatever the steps raise:
+    Raises `ValueError` for an unknown step, kind or device, and whatever the steps raise:
     `FileNotFoundError` or `ValueError` naming the file and the remedy."""
+    choose_device(device)  # before hours of work
     job = _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device,
                workers, remake, progress, unit, most, originals, pfm)
     done = {}
