@@ -347,6 +347,20 @@ def test_streamed_files_of_other_tools(tmp_path):
     (tmp_path/'g.json').write_text('{"1": {"width": NaN}}')
     with pytest.raises(ValueError, match='g.json is not whole JSON .*NaN and Infinity are not JSON: write null'):
         read_gqa(dict(train=tmp_path/'g.json'))
+    (tmp_path/'g.json').write_text('{}\n{}\n')
+    with pytest.raises(ValueError, match='are these JSON lines'): read_gqa(dict(train=tmp_path/'g.json'))
+    vrd, classes = open_images(tmp_path, [['1', *ROW]])
+    again, _ = open_images(tmp_path, [['1', *ROW[:-1], 'under'], ['2', *ROW]], name='test.csv')
+    read = read_open_images(dict(train=vrd, test=again), classes)
+    assert list(read.splits.values()) == ['train', 'test'] and len(read.images[1][1].relations) == 2
+    assert read.report.count('rows of a picture that a file of another split has: taken to that one') == 1
+    for name in ('g.json', 'p.json', 'vrd.csv'): (tmp_path/name).write_bytes(gzip.compress(b'{}'))
+    for read in (lambda: read_gqa(dict(train=tmp_path/'g.json')), lambda: read_psg(tmp_path/'p.json'),
+                 lambda: read_open_images(dict(train=vrd), classes)):
+        with pytest.raises(ValueError, match='is not .*it is packed: unpack it first'): read()
+    (tmp_path/'vrd.csv').write_bytes('ImageID;caf\u00e9'.encode('latin-1'))
+    with pytest.raises(ValueError, match='vrd.csv is not a CSV file .*save it as UTF-8'):
+        read_open_images(dict(train=vrd), classes)
     (tmp_path/'vrd.csv').write_text('')
     with pytest.raises(ValueError, match='vrd.csv has no column ImageID'):
         read_open_images(dict(train=tmp_path/'vrd.csv'), tmp_path/'class-descriptions-boxable.csv')
