@@ -454,6 +454,11 @@ def test_links_are_named(raw, capsys):
     status, said = run(capsys, raw)
     assert status == 1 and "'images': it lies outside of the folder. Links are not followed" in said
     (raw/'images').unlink()
+    zipped(raw.parent/'far.zip', [(f'{i}.jpg', picture(i)) for i in range(1, 5)])
+    (raw/'pictures.zip').symlink_to(raw.parent/'far.zip')
+    status, said = run(capsys, raw)
+    assert status == 0 and said.startswith('check: 4 of 4 pictures are sound ('), 'a linked archive is opened'
+    (raw/'pictures.zip').unlink()
     link = zipfile.ZipInfo('images')
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     zipped(raw/'pictures.zip', [(link, b'/home/me/images')])
@@ -525,3 +530,15 @@ def test_ids_of_two_files_that_meet_are_numbered_on(tmp_path):
     read = read_own([written(tmp_path, first), written(tmp_path, second, 'b.json')], strict=True)
     assert list(read.images)[:2] == [1, 2] and len(set(read.images)) == 4
     assert {graph.relations.tolist()[0][2] for _, _, graph in read} == {0} and image_number('1') == 1
+
+
+def test_an_archive_of_a_mac_has_accents(tmp_path):
+    "macOS writes UTF-8, with accents as characters of their own, and does not set the flag that says so."
+    name = unicodedata.normalize('NFD', 'm\u00fc.jpg')
+    path = zipped(tmp_path/'mac.zip', [(f'top/{name}', picture(0))])
+    data = bytearray(path.read_bytes())
+    for mark, flags in ((b'PK\3\4', 6), (b'PK\1\2', 8)): data[data.index(mark) + flags + 1] &= ~8
+    path.write_bytes(data)
+    assert name not in zipfile.ZipFile(path).namelist()[0]
+    report = check_pictures(tmp_path/'db', [(1, 'm\u00fc.jpg', W, H)], open_sources([path]), progress=False)
+    assert report['pictures'] == 1 and report['counts']['other_spelling'] == 1
