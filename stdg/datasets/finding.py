@@ -18,9 +18,9 @@ def _folded(name):
 
 def _spellings(file):
     "`file`, and how else it may be written: a path of Windows, an address."
-    plain = file.split('#')[0].split('?')[0] if '://' in file else file
-    plain = re.sub(r'[\\/]+', '/', plain)
-    return dict.fromkeys([file, plain, plain.rsplit('?d=', 1)[-1], unquote(plain)])
+    whole = re.sub(r'[\\/]+', '/', file)
+    plain = whole.split('#')[0].split('?')[0] if '://' in file else whole
+    return dict.fromkeys([file, whole, plain, plain.rsplit('?d=', 1)[-1], unquote(plain)])
 
 def _agreement(a, b):
     "How many parts two paths have in common, from the end."
