@@ -7,7 +7,6 @@ __all__ = ['STEPS', 'KINDS', 'prepare', 'main']
 
 # %% ../nbs/commands/02_prepare_data.ipynb #imports
 import argparse
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,9 @@ from .depth import sensors as measured
 from .depth.depth_file import PfmFolder, depth_path, model_tag
 from .depth.hha_file import hha_path
 from .io.archives import open_sources
-from .io.files import open_h5, writable_folder
+from .io.devices import choose_device
+from .io.files import lock_of, locked, open_h5, writable_folder
+from .io.parameters import CommandLine, Device, Real, Whole, argument, mistakes_in_one_line
 
 # %% ../nbs/commands/02_prepare_data.ipynb #job
 STEPS = ('check', 'database', 'images', 'depth', 'hha', 'statistics')
@@ -136,6 +137,10 @@ def _visual_genome(job, listing):
     return f"{found}; absent, so names stand for themselves: {', '.join(absent)}"
 
 def _database(job):
+    path = job.folder/'VG-SGG.h5'
+    with locked(lock_of(path), what=path): return _write_database(job)
+
+def _write_database(job):
     listing = pictures.read_listing(job.folder)
     if job.kind == 'visual_genome': return _visual_genome(job, listing)
     read = _annotations(job)
@@ -178,7 +183,7 @@ def _depth(job):
         path = estimation.estimate_depth(database, where, size=size, batch=job.batch,
                                          device=job.device, metric=job.metric, **share)
     if path and job.pfm: estimation.export_pfm(path, job.pfm, job.progress)
-    return path and path.name
+    return path and measured.depth_said(path)
 
 # %% ../nbs/commands/02_prepare_data.ipynb #step-hha
 def _hha(job):
@@ -187,7 +192,12 @@ def _hha(job):
             for size in job.sizes]
     return None if None in made else ', '.join(path.name for path in made)
 
-def _statistics(job): return statistics.write_statistics(job.folder, max(job.sizes)).name
+def _statistics(job):
+    path = job.folder/'statistics.json'
+    depth = None if job.depth == 'none' else depth_path(job.folder, _tag(job))
+    with locked(lock_of(path), what=path):
+        more = dict(depth=measured.depth_report(depth)) if depth and depth.exists() else {}
+        return statistics.write_statistics(job.folder, max(job.sizes), **more).name
 
 def _merge(job):
     "Join whatever parts of depth and HHA the shards have left."
@@ -256,10 +266,14 @@ def _shard(text):
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r}: worker and number of workers are written 2/8") from None
+    if not 0 <= i < n:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: workers are counted from 0, so of {n} the last is {n - 1}/{n}"
+            if n > 0 else f"{text!r}: at least one worker is needed, 0/1")
     return i, n
 
 def _parser():
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         'python -m stdg.prepare', description='From downloaded files to everything that training '
         'reads. Steps find what is there and go on after a kill.')
     add = parser.add_argument
@@ -271,22 +285,26 @@ def _parser():
     add('--annotations', nargs='*', default=(),
         help="annotation files in --raw, for the other kinds; 'train=file' where there is one for "
         "each split")
-    add('--size', type=int, nargs='+', default=[512], help='long side of the scaled pictures')
+    add('--size', type=argument(Whole(16, 8192)), nargs='+', default=[512],
+        help='long side of the scaled pictures')
     add('--layout', default='jpeg', choices=pictures.LAYOUTS)
     add('--depth', default=estimation.MODEL,
         help="model of transformers, its folder, a folder of .pfm, 'own' or 'none'")
     add('--metric', choices=('yes', 'no'),
         help='whether depth is metres, where neither model nor files tell')
-    add('--batch', type=int, default=16,
+    add('--batch', type=argument(Whole(1)), default=16,
         help='pictures that go through the depth network together')
-    add('--device', help='cuda, cuda:1, cpu; by default a GPU if there is one')
+    add('--device', type=argument(Device()),
+        help='cuda, cuda:1, cpu; by default a GPU if there is one')
     add('--shard', type=_shard, default=(0, 1), help='this worker and how many there are: 0/8')
-    add('--workers', type=int, help='threads for pictures; by default one for each core')
+    add('--workers', type=argument(Whole(0, 1024)),
+        help='threads for pictures; by default one for each core')
     add('--originals', action='store_true',
         help='estimate depth from the original pictures, not the scaled ones')
     add('--pfm', help='also write the depth maps as .pfm into this folder')
-    add('--unit', type=float, default=.001, help='own depth maps: metres a step of a PNG')
-    add('--most', type=int, nargs=2, default=(None, None), metavar=('CLASSES', 'PREDICATES'),
+    add('--unit', type=argument(Real(0, above=True)), default=.001,
+        help='own depth maps: metres a step of a PNG')
+    add('--most', type=argument(Whole(1)), nargs=2, default=(None, None), metavar=('CLASSES', 'PREDICATES'),
         help='gqa: keep so many, the most frequent')
     add('--remake', action='store_true',
         help='write the annotations again, if those there were made from something else')
@@ -294,16 +312,21 @@ def _parser():
 
 # %% ../nbs/commands/02_prepare_data.ipynb #main-itself
 def main(arguments=None):
-    "The command line. Errors are one line, and exit code 1."
+    """The command line. Errors are one line: exit status 2 for a mistake in the command, 1 for a
+    step that failed."""
     options = _parser().parse_args(arguments)
     settings = {**vars(options), 'metric': dict(yes=True, no=False).get(options.metric),
-                'sizes': options.size}
+                'sizes': options.size, 'workers': options.workers or None}
     steps = STEPS if 'all' in settings.pop('steps') else options.steps
     for name in ('size', 'folder', 'raw'): settings.pop(name)
+    with mistakes_in_one_line('python -m stdg.prepare'):
+        choose_device(options.device)
+        prepare(options.folder, options.raw, (), **settings)  # no step: only the settings are checked
     for step in steps:
-        try: (step, done), = prepare(options.folder, options.raw, (step,), **settings).items()
-        except (ValueError, OSError, ImportError) as error: sys.exit(f'{step}: {error}')
-        waiting = 'this share is done; when all are, run: python -m stdg.prepare merge'
+        with mistakes_in_one_line(step, status=1):
+            (step, done), = prepare(options.folder, options.raw, (step,), **settings).items()
+        waiting = ('this share is done; when all are, run: python -m stdg.prepare merge, then this '
+                   'command again for the steps that follow')
         print(f"{step}: {done['result'] or waiting} ({done['seconds']} s)", flush=True)
         if done['result'] is None: break
 

@@ -21,6 +21,7 @@ import torch
 from .checkpoint import facts, from_released, load, released_layout
 from .graph import Vocabulary
 from .io.files import read_json
+from .io.outputs import check_output
 
 # %% ../nbs/method/12_released.ipynb #record
 @dataclass(slots=True, eq=False, repr=False)
@@ -310,6 +311,19 @@ def read_released(path):
                              f"{str(error) or 'it is cut off'}") from None
 
 # %% ../nbs/method/12_released.ipynb #convert
+def _is_converted(path):
+    "Whether the file `path` belongs to a checkpoint that `convert` has written."
+    try: training = facts(path).get('training')
+    except (ValueError, OSError): return False
+    return isinstance(training, dict) and 'source' in training
+
+def _check_out(out, *inputs):
+    """Raise `ValueError` if one of the two files of the checkpoint `out` is read, or is there and
+    was not written by `convert`."""
+    out = Path(out)
+    for path in (out, out.with_suffix('.json')):
+        check_output(path, inputs, _is_converted, 'a converted network')
+
 def convert(path,
             out,  # name of the new checkpoint, ends in .safetensors
             vocabulary:Vocabulary=None):  # by default Visual Genome's
@@ -318,8 +332,9 @@ def convert(path,
     Its JSON records epoch and source, and `size=512`.
 
     Raises `FileNotFoundError`, or `ValueError` that names the file: damaged, of another layout, or
-    of another vocabulary. Source: method spec 1.5, 4.5."""
+    of another vocabulary; or `out`, if another file has this name. Source: method spec 1.5, 4.5."""
     names = vocabulary or Vocabulary.visual_genome()
+    _check_out(out, path)
     found = read_released(path)
     try:
         layout = released_layout(found['state_dict'])
@@ -372,6 +387,7 @@ def main(arguments=None):
                                              "unless they are Visual Genome's")
     options = parser.parse_args(arguments)
     try:
+        _check_out(options.checkpoint, options.released, *filter(None, [options.vocabulary]))
         names = _vocabulary(options.vocabulary) if options.vocabulary else None
         convert(options.released, options.checkpoint, names)
     except (ValueError, OSError) as error: parser.exit(1, f'{error}\n')

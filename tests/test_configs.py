@@ -229,7 +229,7 @@ def test_student_without_a_teacher(tmp_path):
     assert len(notes) == 1 and notes[0].startswith('TRIAL WITHOUT A TEACHER')
     assert '\n' not in notes[0]
     for trial in (False, True):
-        with pytest.raises(FileNotFoundError, match='gone.json is missing'):
+        with pytest.raises(FileNotFoundError, match='gone.safetensors is missing'):
             training.check_start(['student'], 'small', False, tmp_path/'gone.safetensors',
                                  trial=trial)
         assert training.check_start(['teacher', 'student'], 'small', False, trial=trial) == (False,

@@ -13,8 +13,8 @@ from stdg.checkpoint import load
 from stdg.datasets.visual_genome import Database
 from stdg.depth.precompute import prepare_hha
 from stdg.evaluation import core as evaluation
-from stdg.model import STDG
 from stdg.rooms import build as rooms
+from stdg.testing import loud
 from stdg.training.resume import saved_states
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
@@ -113,5 +113,11 @@ def test_decoding_and_evaluation(database):
     for task in ('sgdet', 'sgcls', 'predcls'):
         assert here['cpu'][task]['R@100'] == pytest.approx(here['cuda'][task]['R@100'], abs=.05)
     picture = data.network_input(model.cuda(), test[0]['rgb'][None])
-    with torch.no_grad(): fields = model(picture)
-    assert isinstance(decode.decode_batch(*fields), list) and STDG is type(model)
+    with torch.no_grad(): fields = [field.float() for field in loud(model)(picture)]
+    for task in ('sgdet', 'sgcls', 'predcls'):
+        ours, theirs = (decode.decode_batch(*(field.to(device) for field in fields), task,
+                                            [test.truth(0)], model.stride)[0]
+                        for device in ('cuda', 'cpu'))
+        assert len(theirs) and len(theirs.pairs), 'there is something to compare'
+        for name in ('boxes', 'labels', 'scores', 'pairs', 'predicates'):
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), msg=f'{task} {name}')

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .finding import MemberIndex
 from ..io.archives import MAX_PIXELS, ZipSource, name_problem, picture_size, read_picture
-from ..io.files import atomic_path, open_h5, read_json, writable_folder, write_json
+from ..io.files import atomic_path, lock_of, locked, open_h5, read_json, writable_folder, write_json
 from ..io.packed import Packed, Parts, ahead
 
 # %% ../../nbs/datasets/02_listing.ipynb #listing
@@ -327,20 +327,22 @@ def check_pictures(folder,  # made if absent; the database will be here
     the report.
 
     It has `entries`, `pictures`, `skipped`, `counts` and `problems` (each record named, by the
-    kinds in `PROBLEMS`), `disk` and `warnings`. Raises `ValueError` when no picture at all is
+    kinds in `PROBLEMS`), `disk` and `warnings`. One process at a time checks; others wait, and find
+    it done. Raises `ValueError` when no picture at all is
     sound. Source: method spec 1.2."""
     check_layout(layout)
     folder, plan = writable_folder(folder), _Plan(entries, sources, skip)
     inputs, path = dict(fingerprint=plan.fingerprint, max_pixels=max_pixels), folder/'check.json'
-    if path.exists() and (folder/'pictures.h5').exists():
-        report = read_json(path, 'Remove it and check again.')
-        if report.get('inputs') == inputs: return _today(report, folder, expected, sizes, layout)
-    _check_any(plan, len(plan.rows), sources)
-    found = _probe_all(folder, plan, sources, max_pixels, workers, progress)
-    listing, report = _results(plan, sources, *found)
-    report = _today(dict(report, inputs=inputs), folder, expected, sizes, layout)
-    path.unlink(missing_ok=True)
-    write_listing(folder, listing)
-    write_json(path, report)
-    shutil.rmtree(folder/'checking')
+    with locked(lock_of(path), what=f'the check of the pictures in {folder}'):
+        if path.exists() and (folder/'pictures.h5').exists():
+            report = read_json(path, 'Remove it and check again.')
+            if report.get('inputs') == inputs: return _today(report, folder, expected, sizes, layout)
+        _check_any(plan, len(plan.rows), sources)
+        found = _probe_all(folder, plan, sources, max_pixels, workers, progress)
+        listing, report = _results(plan, sources, *found)
+        report = _today(dict(report, inputs=inputs), folder, expected, sizes, layout)
+        path.unlink(missing_ok=True)
+        write_listing(folder, listing)
+        write_json(path, report)
+        shutil.rmtree(folder/'checking')
     return report

@@ -352,12 +352,13 @@ def report(database:Database):
     return record
 
 # %% ../../nbs/datasets/09_statistics.ipynb #write-statistics
-def write_statistics(folder, size:int=None):
+def write_statistics(folder, size:int=None,
+                     **more):  # further entries of the JSON
     """Write `statistics.json` and `statistics/*.png` of the database in `folder`, atomically.
 
     Returns the path of the JSON. Raises what `Database` and `report` raise."""
     database = Database(folder, size)
-    record, train = report(database), annotations(database, 'train')
+    record, train = report(database) | more, annotations(database, 'train')
     splits = {split: annotations(database, split) for split in record['splits']}
     figures = dict(predicates=plot_predicates(train), objects=plot_objects(train),
                    triplets=plot_triplets(train, next(iter(record['predicates']))),

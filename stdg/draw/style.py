@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['HIT', 'MISS', 'PAGE', 'COLUMN', 'as_picture', 'luminance', 'class_colour', 'for_print', 'own_axes', 'new_figure',
-           'show_image', 'colour_bar', 'rendered', 'save']
+           'show_image', 'colour_bar', 'rendered', 'save', 'drawn_here']
 
 # %% ../../nbs/draw/01_style.ipynb #imports
 import io
+import re
 import zlib
 from functools import wraps
 from pathlib import Path
@@ -97,14 +98,16 @@ def colour_bar(ax, label):
 
 # %% ../../nbs/draw/01_style.ipynb #save
 _FILES = {'svg.fonttype': 'none', 'svg.hashsalt': 'stdg', 'pdf.fonttype': 42}
-_DATES = dict(svg={'Date': None}, pdf={'CreationDate': None}, png={})
+# every file says who drew it, and not when
+_SAID = dict(svg={'Creator': 'stdg', 'Date': None}, pdf={'Creator': 'stdg', 'CreationDate': None},
+             png={'Software': 'stdg'})
 
 def rendered(figure, kind, dpi=300, **options):
     """The bytes of `figure` as 'svg', 'pdf' or 'png'; `dpi` is that of pictures, `options` are
     further ones of `savefig`."""
     buffer = io.BytesIO()
     with plt.rc_context(_FILES):
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata=_DATES[kind], **options)
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=_SAID[kind], **options)
     return buffer.getvalue()
 
 def save(figure, path, dpi:int=300):
@@ -113,9 +116,23 @@ def save(figure, path, dpi:int=300):
     Returns the path. Raises `ValueError` for another ending, `OSError` for a full disk."""
     path = Path(path)
     kind = path.suffix.lower().lstrip('.')
-    if kind not in _DATES:
+    if kind not in _SAID:
         raise ValueError(f"{path}: a figure is saved as .svg, .pdf or .png; give its name one of "
                          "these endings")
     content = rendered(figure, kind, dpi)
     with atomic_path(path) as partial: partial.write_bytes(content)
     return path
+
+# %% ../../nbs/draw/01_style.ipynb #drawn-here
+# how files of `save` are known again, by their first bytes
+_MARKS = ((b'\x89PNG', b'tEXtSoftware\x00stdg'), (b'%PDF', b'/Creator (stdg)'),
+          (b'<?xml', b'<dc:title>stdg</dc:title>'), (b'<svg', b'<dc:title>stdg</dc:title>'))
+# an SVG of `PicturePrediction.save_svg` before there was a mark
+_BEFORE = re.compile(rb'<svg xmlns="http://www.w3.org/2000/svg"[^>]* width="[0-9.]+pt"[^>]*>'
+                     rb'<rect width="100%" height="100%" fill="white" /><svg')
+
+def drawn_here(path):
+    "Whether the file `path` is a drawing of this package."
+    content = Path(path).read_bytes()
+    if _BEFORE.match(content): return True
+    return any(content.startswith(first) and mark in content for first, mark in _MARKS)

@@ -9,6 +9,7 @@ __all__ = ['NETWORK_ORDER', 'load_network', 'at_hand', 'arguments']
 from pathlib import Path
 
 from .. import checkpoint, train
+from ..io.outputs import path_list
 from ..released import trained_size
 
 # %% ../../nbs/explore/05_networks.ipynb #networks
@@ -60,9 +61,10 @@ def at_hand(run='default', steps=100):
 
 # %% ../../nbs/explore/05_networks.ipynb #arguments
 def arguments(run='default', steps=100, checkpoints=(), data='', split='test', source='metric'):
-    """`at_hand`, unless `checkpoints` are given: then these, and the database in `data`, a folder
-    or a name under data/."""
+    """`at_hand`, unless `checkpoints` are given (a path, several, or {name: path}): then these, and
+    the database in `data`, a folder or a name under data/."""
     if not checkpoints: return at_hand(run, steps)
+    if not isinstance(checkpoints, dict): checkpoints = path_list(checkpoints)
     folder = train.folders(train.Settings(data=str(data)))[1]
     said = f'{len(checkpoints)} network{"s" * (len(checkpoints) > 1)}'
     said += f' on the {split} pictures of {folder}.' if data else '.'

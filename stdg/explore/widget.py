@@ -9,6 +9,7 @@ __all__ = ['SHOW', 'TASK_TITLES', 'OVERLAYS', 'KERNELS', 'View', 'Explorer', 'ex
 import statistics
 import threading
 import time
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,9 @@ from .compare import MOST
 from .records import Records, known_layer
 from .scene import LAYERS, upload_scene
 from .snapshot import draw_snapshot
+from ..inference.albums import left_out, no_pictures, pictures_in
+from ..io.archives import FolderSource
+from ..io.outputs import path_list
 from ..io.text import one_line
 
 # %% ../../nbs/explore/07_widget.ipynb #view
@@ -107,6 +111,7 @@ def _remarks(scene, reading, controls, shown_layer):
     return ' '.join(said)
 
 # %% ../../nbs/explore/07_widget.ipynb #explorer
+_TRIED = 20  # pictures, until one can be shown
 _LINKED = ('show', 'least_object', 'least_triplet', 'count', 'overlay', 'object_class', 'predicate',
            'head')
 _RULE = ('<style>\n'
@@ -134,7 +139,8 @@ class Explorer:
     def begin(self, start):
         """Set the controls to `start`, {name: value}, then link them and show what they ask for.
 
-        Raises `ValueError` for a control that does not exist, or if nothing can be shown."""
+        Where a picture cannot be shown, the next that can be is. Raises `ValueError` for a control
+        that does not exist, or if nothing can be shown."""
         controls = self.controls
         place, number = start.pop('place', controls.place.value), start.pop('number', 1)
         names = list(vars(controls))
@@ -151,8 +157,14 @@ class Explorer:
             getattr(controls, name).value = value
         self._link()
         self._go(place, number)
-        if not self.view.base: raise ValueError(self.view.message)
+        why = '' if self.view.base else self.view.message
+        others = range(1, min(self.records.count(place), _TRIED) + 1)
+        for other in others:
+            if self.view.base: break
+            self._go(place, other)
+        if not self.view.base: raise ValueError(why)
         self._explain()
+        if why: self._say(f'{why}. Another picture is shown.')
 
     def _link(self):
         "Connect the controls with the view, with Python, and with one another."
@@ -191,7 +203,8 @@ class Explorer:
             base = records.base_record(*at, controls.layer.value)
             reading = records.reading_record(*at, network)
             graph = records.graph_record(*at, network, controls.task.value)
-        except (ValueError, OSError) as error: return self._say(str(error))
+        except Exception as error:  # one odd picture does not end the explorer
+            return self._say(one_line(error, 400) or type(error).__name__)
         self._name_options(records.reading(*at, network).vocabulary)
         with self.view.hold_sync():
             if graph is not self.view.graph: self.view.pinned = []
@@ -247,7 +260,7 @@ class Explorer:
         self.controls.head.disabled = overlay != 4
         if at[0] == 'own' and not self.records.own: return
         try: self._say(self._remarks_on(*at))
-        except (ValueError, OSError) as error: self._say(str(error))
+        except Exception as error: self._say(one_line(error, 400) or type(error).__name__)
 
     # The picture that stays
 
@@ -288,7 +301,7 @@ def _named(paths, name):
 
     A name that comes twice is the whole path."""
     if isinstance(paths, dict): return paths
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    paths = path_list(paths)
     short = [name(Path(path)) for path in paths]
     return {str(path) if short.count(text) > 1 else text: path for path, text in zip(paths, short)}
 
@@ -296,17 +309,41 @@ def _networks(checkpoints):
     return _named(checkpoints, lambda path: f'{path.parent.name}/{path.stem}' if path.parent.name
                   else path.stem)
 
-def _databases(folders):
-    return {name: Database(path) for name, path in _named(folders, lambda path: path.name).items()}
+def _databases(folders, split):
+    """({name: `Database`} of those with pictures in the `split`, errors of the others)."""
+    found = {name: Database(path) for name, path in _named(folders, lambda path: path.name).items()}
+    empty = [name for name, one in found.items() if not len(one.indices(split))]
+    there = lambda one: ', '.join(f'{len(one.indices(s))} in {s}' for s in ('train', 'val', 'test'))
+    errors = [ValueError(f"{name} has no pictures in split {split!r} ({there(found[name])}): give "
+                         "another split") for name in empty]
+    return {name: one for name, one in found.items() if name not in empty}, errors
+
+def _files(path):
+    "(files {name: function that gives the bytes}, errors) of a picture, or of a folder of them."
+    path = Path(path)
+    if not path.exists(): return {}, [FileNotFoundError(f"{path} is missing. Is the path right?")]
+    if not path.is_dir(): return {path.name: path.read_bytes}, []
+    source = FolderSource(path)
+    names, refused = pictures_in(source)
+    if not names: return {}, [no_pictures(path, refused, left_out(source))]
+    errors = [ValueError(f"{name}: it is refused: {why}") for name, why in refused.items()]
+    return {name: lambda name=name: source.read(name) for name in names}, errors
 
 def _pictures(paths):
-    return [upload_scene(Path(path).read_bytes(), Path(path).name)
-            for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    "(scenes, errors) of pictures, and of those in folders."
+    scenes, errors = [], []
+    for path in path_list(paths):
+        files, more = _files(path)
+        errors += more
+        for name, read in files.items():
+            try: scenes.append(upload_scene(read(), name))
+            except (ValueError, OSError) as error: errors.append(error)
+    return scenes, errors
 
 # %% ../../nbs/explore/07_widget.ipynb #explore
 def explore(checkpoints,  # .safetensors: a path, several, or {name: path}
             databases=(),  # folders of databases: a path, several, or {name: path}
-            pictures=(),  # paths of pictures of one's own
+            pictures=(),  # pictures of one's own: a path, several, or folders of them
             split='test',
             # where depth and HHA come from, see `stdg.depth.precompute.prepare_hha`
             source='metric',
@@ -314,11 +351,16 @@ def explore(checkpoints,  # .safetensors: a path, several, or {name: path}
             **start):
     """An `Explorer`, which shows itself in a notebook.
 
-    Raises `FileNotFoundError` or `ValueError` naming a checkpoint, database or picture that cannot
-    be read, or a control that does not exist."""
-    networks, places, own = _networks(checkpoints), _databases(databases), _pictures(pictures)
+    A picture that cannot be read, or a database without pictures in the split, is left out with a
+    warning. Raises `FileNotFoundError` or `ValueError` naming a checkpoint or database that cannot
+    be read, a control that does not exist, or what was left out if nothing is left."""
+    networks, (places, errors) = _networks(checkpoints), _databases(databases, split)
+    own, more = _pictures(pictures)
+    errors += more
+    if errors and not (places or own): raise errors[0]
     if not networks or not (places or own):
         raise ValueError('explore needs a checkpoint, and a database or a picture')
+    for error in errors: warnings.warn(f'left out: {one_line(error, 300)}', stacklevel=2)
     explorer = Explorer(networks, places, split, source)
     explorer.records.own += own
     explorer.begin(start)

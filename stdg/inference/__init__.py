@@ -8,15 +8,14 @@ __all__ = ['Model', 'NamedGraph', 'OnnxModel', 'PicturePrediction', 'Predictor',
            'stream', 'watch', 'write_video']
 
 # %% ../../nbs/inference/00_about_inference.ipynb #face
+from .albums import is_picture, pictures_in
 from .display import NamedGraph, PicturePrediction
 from .export import OnnxModel, export_onnx, export_program
 from .hub import Model
 from stdg.inference.predictor import (
     Predictor,
-    is_picture,
     letterbox,
     load_predictor,
-    pictures_in,
     predict,
     read_image,
     read_member,

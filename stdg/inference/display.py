@@ -144,7 +144,7 @@ class PicturePrediction(Prediction):
     name: str = ''  # of the picture
 
     def __repr__(self):
-        name = f'{self.name}: ' if self.name else ''
+        name = f'{one_line(self.name, 200)}: ' if self.name else ''
         return (f"PicturePrediction({name}{len(self)} objects, {len(self.pairs)} pairs, "
                 f"size={self.size})")
 

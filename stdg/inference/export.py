@@ -10,6 +10,7 @@ __all__ = ['NAMES', 'sample_then_project', 'surest', 'nearest', 'finish', 'Deplo
 import copy
 import importlib
 import json
+import mmap
 import warnings
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ..graph import Prediction, Vocabulary
 from .hub import check_facts
 from .predictor import letterbox, on_picture, read_image
 from ..io.files import atomic_path
+from ..io.outputs import check_output
 
 # %% ../../nbs/inference/05_export.ipynb #sample
 def sample_then_project(x, offsets, weight, bias):
@@ -124,6 +126,18 @@ def _needed(name):
         raise ImportError(f"{error.name or name} is not installed; it comes with pip install "
                           "'stdg[onnx]'") from None
 
+def _is_ours(path):
+    "Whether the file `path` holds facts of a network of this package, as exported files do."
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b'"format": "stdg"') >= 0
+
+def _target(path, ending):
+    """The path to write to. Raises `ValueError` for another `ending`, and for the name of a file
+    that is no exported network."""
+    if Path(path).suffix != ending:
+        raise ValueError(f"{path}: such a file is written as {ending}; give its name this ending")
+    return check_output(path, (), _is_ours, 'an exported network')
+
 def _traced(model, size, top):
     """The `Deployed` of a `Model` as a program for any number of pictures of `size` pixels a side,
     and its facts as JSON."""
@@ -138,17 +152,20 @@ def export_program(model, path, size=None, top=4096):
     """Write a `Model` as a program for `torch.export.load(path).module()`; `size` is the side of
     its pictures, by default the model's.
 
-    Raises `ValueError` for a network that reads HHA."""
+    Raises `ValueError` for a network that reads HHA, for a name that does not end in .pt2, and for
+    one of a file that was not exported here."""
+    path = _target(path, '.pt2')
     program, facts = _traced(model, size or model.size, top)
     program.example_inputs = None
     with atomic_path(path) as partial:
         torch.export.save(program, partial, extra_files={'stdg.json': facts})
 
 def export_onnx(model, path, size=None, top=4096):
-    """Write a `Model` as an ONNX graph of opset 20, weights and facts within. Arguments and errors
-    are those of `export_program`.
+    """Write a `Model` as an ONNX graph of opset 20, weights and facts within, to a name that ends in
+    .onnx. Arguments and errors are those of `export_program`.
 
     Raises `ImportError` where the extra is missing."""
+    path = _target(path, '.onnx')
     for name in ('onnx', 'onnxscript'): _needed(name)
     program, facts = _traced(model, size or model.size, top)
     graph = torch.onnx.export(program, (), dynamo=True, opset_version=20, external_data=False,
@@ -196,7 +213,8 @@ class OnnxModel:
         """The `PicturePrediction` for a picture (path, PIL image or array), in its own pixels, as
         `stdg.predict`."""
         picture = read_image(image)
-        canvas, *place = letterbox(picture, self.size)
+        order = self.facts['config'].get('colour_order', 'RGB')
+        canvas, *place = letterbox(picture, self.size, order)
         found = finish(*[array[0] for array in self(canvas[None])], n_predicates=self.n_predicates)
         name = str(image) if isinstance(image, (str, Path)) else ''
         return on_picture(found, *place, picture, self.facts, self.facts['config'], name)

@@ -28,9 +28,10 @@ from ..draw.boxes import titles
 from ..draw.style import class_colour
 from ..graph import Prediction
 from .display import PicturePrediction
-from .predictor import load_predictor
+from .predictor import load_predictor, network_files
 from ..io.archives import MAX_PIXELS
 from ..io.files import atomic_path
+from ..io.outputs import check_apart, check_output
 from ..io.text import one_line
 
 # %% ../../nbs/inference/03_video.ipynb #follow
@@ -218,15 +219,40 @@ def _writer(cv2, path, source, every, size):
     if not writer.isOpened(): raise ValueError(f"{path}: OpenCV cannot write such a video")
     return writer
 
+_MARK = b'made by stdg'
+_BOX = (8 + len(_MARK)).to_bytes(4, 'big') + b'free' + _MARK  # a part of MP4 that players pass over
+
+def _is_ours(path):
+    "Whether the file `path` is a video of `write_video`."
+    return Path(path).read_bytes()[-len(_BOX):] == _BOX
+
+def _are_graphs(path):
+    "Whether the file `path` holds the lines of `write_video`."
+    with open(path, 'rb') as file: first = file.readline(2 ** 24)
+    try: record = json.loads(first)
+    except (ValueError, RecursionError): return False
+    return isinstance(record, dict) and {'seconds', 'objects', 'relations'} <= record.keys()
+
+def _outputs(source, network, lines, drawing):
+    "`lines` and `drawing`, checked, as `Path` or None."
+    inputs = network_files(network) + ([] if isinstance(source, int) else [source])
+    if drawing and Path(drawing).suffix.lower() != '.mp4':
+        raise ValueError(f"{drawing}: a video is written as .mp4")
+    if lines: lines = check_output(lines, inputs, _are_graphs, 'a file of graphs of a video')
+    if drawing: drawing = check_output(drawing, inputs, _is_ours, 'a video')
+    check_apart(filter(None, (lines, drawing)))
+    return lines, drawing
+
 def write_video(source, network, lines=None, drawing=None, every=1, shown=None, progress=True,
                 **options):
     """Write a video's graphs with their seconds as JSON `lines`, and the video with boxes to
-    `drawing` (.mp4), each whole or not at all; returns the number of frames.
+    `drawing` (.mp4), each whole or not at all; returns the number of frames. A webcam is read until
+    an interrupt (Ctrl-C).
 
     `shown` are options of `PicturePrediction.graph`, `options` those of `predict_video`. Raises
-    what that raises, and `ValueError` for another ending."""
-    if drawing and Path(drawing).suffix.lower() != '.mp4':
-        raise ValueError(f"{drawing}: a video is written as .mp4")
+    what that raises, and `ValueError` for another ending, or for the name of a file that is read or
+    was not written here."""
+    lines, drawing = _outputs(source, network, lines, drawing)
     cv2, shown, text, video, writer, number = _opencv(), shown or {}, None, None, None, 0
     with ExitStack() as files:
         if lines:
@@ -234,17 +260,23 @@ def write_video(source, network, lines=None, drawing=None, every=1, shown=None, 
             text = files.enter_context(open(part, 'w', encoding='utf-8'))
         if drawing: video = files.enter_context(atomic_path(drawing))
         found_frames = predict_video(source, network, every=every, **options)
-        for seconds, found in tqdm(found_frames, 'frames', disable=not progress):
-            number += 1
-            if text:
-                record = dict(seconds=round(seconds, 3), **found.graph(**shown).to_json())
-                text.write(json.dumps(record, ensure_ascii=False) + '\n')
-            if video and not writer:
-                writer = _writer(cv2, video, source, every, found.size)
-                files.callback(writer.release)
-            if video:
-                frame = draw_frame(found, **shown).permute(1, 2, 0).contiguous().numpy()
-                writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        try:
+            for seconds, found in tqdm(found_frames, 'frames', disable=not progress):
+                if text:
+                    record = dict(seconds=round(seconds, 3), **found.graph(**shown).to_json())
+                    text.write(json.dumps(record, ensure_ascii=False) + '\n')
+                if video:
+                    writer = writer or _writer(cv2, video, source, every, found.size)
+                    frame = draw_frame(found, **shown).permute(1, 2, 0).contiguous().numpy()
+                    writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+                number += 1
+        except KeyboardInterrupt:
+            if not isinstance(source, int): raise
+        finally:
+            if writer: writer.release()
+        if not number: raise ValueError(f"{source} gave no frame")
+        if video:
+            with open(video, 'ab') as file: file.write(_BOX)
     return number
 
 # %% ../../nbs/inference/03_video.ipynb #watch

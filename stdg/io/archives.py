@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_RATIO', 'DAMAGED', 'FORMATS', 'MAX_PIXELS', 'is_litter', 'name_problem', 'ZipSource', 'FolderSource',
-           'open_sources', 'read_picture', 'picture_size']
+           'open_sources', 'check_pixels', 'upright_turn', 'eight_bits', 'read_picture', 'upright_rgb', 'picture_size']
 
 # %% ../../nbs/io/03_archives.ipynb #imports
 import io
@@ -80,8 +80,15 @@ class ZipSource(PerProcess):
             raise FileNotFoundError(f"{self.path} is missing. Is the path right?")
         try: return zipfile.ZipFile(self.path)
         except PermissionError: raise
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.path}: the name of a member is marked as UTF-8 and is not. Unpack "
+                             "it and give the folder") from None
         except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError,
                 struct.error) as error:
+            with open(self.path, 'rb') as file: first = file.read(2)
+            if first != b'PK' and self.path.suffix.lower() != '.zip':
+                raise ValueError(f"{self.path} is neither a folder nor a zip archive. If it is an "
+                                 "archive of another kind, unpack it and give the folder") from None
             raise ValueError(f"{self.path} is not a whole zip archive ({error}). "
                              "Was the download cut off? Fetch it again") from None
 
@@ -140,7 +147,8 @@ class FolderSource:
     def _problem(self, name):
         "Why this file is not read, or None."
         path = self.path/name
-        if not path.resolve().is_relative_to(self.path): return 'it lies outside of the folder'
+        # realpath ends also where links lead to one another
+        if not Path(os.path.realpath(path)).is_relative_to(self.path): return 'it lies outside of the folder'
         if not path.is_file(): return 'it is no regular file'
         if path.stat().st_size > MAX_BYTES: return f'it has {path.stat().st_size:,} bytes'
         return name_problem(name)
@@ -165,27 +173,33 @@ class FolderSource:
 
 # %% ../../nbs/io/03_archives.ipynb #open-sources
 def open_sources(paths):  # -> list of ZipSource, FolderSource
-    """Open archives and folders, in order.
+    """Open archives and folders, in order; one path alone is a list of one.
 
     Raises `FileNotFoundError` or `ValueError` naming the one that is missing or broken."""
+    if isinstance(paths, (str, Path)): paths = [paths]
     return [FolderSource(path) if Path(path).is_dir() else ZipSource(path) for path in paths]
 
 # %% ../../nbs/io/03_archives.ipynb #open-picture
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')
 MAX_PIXELS = 64_000_000
 
+def _too_many(max_pixels): return f"pixels are more than {max_pixels / 1e6:g} megapixels, the bound"
+
+def check_pixels(h, w, max_pixels=MAX_PIXELS):
+    "Raise `ValueError` for a picture of more than `max_pixels`."
+    if w * h > max_pixels: raise ValueError(f"{w} x {h} {_too_many(max_pixels)}")
+
 def _open_picture(data, max_pixels):
     "The PIL picture behind the bytes `data`, nothing decoded yet."
     Image.init()
     readers = [Image.OPEN[name] for name in FORMATS if name in Image.OPEN]
     reader = next((reader for reader, accepts in readers if accepts(data[:16]) is True), None)
-    if reader is None: raise ValueError(f"it is none of {', '.join(FORMATS)}")
-    too_many = f"pixels are more than {max_pixels / 1e6:g} megapixels, the bound"
+    if reader is None:
+        raise ValueError(f"it is none of {', '.join(FORMATS)}{', it is empty' * (not data)}")
     try: picture = reader(io.BytesIO(data), '')
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"its {too_many}") from None
-    w, h = picture.size
-    if w * h > max_pixels: raise ValueError(f"{w} x {h} {too_many}")
+        raise ValueError(f"its {_too_many(max_pixels)}") from None
+    check_pixels(*picture.size[::-1], max_pixels)
     return picture
 
 # %% ../../nbs/io/03_archives.ipynb #orientation
@@ -196,34 +210,99 @@ _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
           8: Image.Transpose.ROTATE_90}
 _SIDEWAYS = {_TURNS[tag] for tag in (5, 6, 7, 8)}  # these swap width and height
 
-def _turn(picture):
+def upright_turn(picture):
     "How the picture is to be turned (`Image.Transpose`), or None."
     try: return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
     except Exception: return None  # the reader of EXIF fails in many ways, the pixels are sound
 
+# %% ../../nbs/io/03_archives.ipynb #eight-bits
+def _spare(values):
+    "How many bits there are beyond the upper eight of those in use, in whole numbers 0..65535."
+    most = int(values.max(initial=0))
+    return next(bits for bits in (8, 10, 12, 14, 16) if most < 2**bits) - 8
+
+def eight_bits(values):
+    """Pixels (H, W) or (H, W, C) of whole numbers 0..65535 as uint8: the upper eight of the bits in
+    use. Of 2 or 4 channels the last one is opacity, which has at least as many bits as the colours.
+
+    Raises `ValueError` for a number outside."""
+    if values.size and not 0 <= values.min() <= values.max() < 2**16:
+        raise ValueError(f"its pixels go from {values.min()} to {values.max()}; "
+                         "0 to 65535, or eight bits, are read")
+    if values.ndim < 3 or values.shape[2] not in (2, 4):
+        return (values >> _spare(values)).astype(np.uint8)
+    colours, opacity = values[..., :-1], values[..., -1:]
+    spare = _spare(colours)
+    parts = colours >> spare, opacity >> max(spare, _spare(opacity))
+    return np.concatenate(parts, 2).astype(np.uint8)
+
 # %% ../../nbs/io/03_archives.ipynb #read-picture
+# Pillow's names for the colours of a PNG with 16 bits: the upper bytes, and the lower ones
+_LOWER = {'RGB;16B': 'RGB;16L', 'RGBA;16B': 'RGBA;16L'}
+
+def _lower_bytes(picture):
+    """The lower bytes (H, W, C) of a PNG with 16 bits for each colour, of which decoding keeps the
+    upper ones; None for any other picture, and for one that is decoded already."""
+    tiles = getattr(picture, 'tile', None) or []
+    if not tiles or not isinstance(tiles[0].args, str) or tiles[0].args not in _LOWER: return None
+    place = picture.fp.tell()
+    picture.fp.seek(0)
+    again = Image.OPEN['PNG'][0](io.BytesIO(picture.fp.read()), '')
+    picture.fp.seek(place)
+    again.tile = [tile._replace(args=_LOWER[tile.args]) for tile in again.tile]
+    return np.asarray(again)
+
+def _eight_bit_picture(picture, lower):
+    "A decoded PIL picture with eight bits for each channel."
+    if lower is not None:
+        return Image.fromarray(eight_bits(np.asarray(picture).astype(np.uint16) << 8 | lower))
+    if picture.mode == 'F':
+        raise ValueError('its pixels are floating-point numbers (mode F), which have no agreed '
+                         'range; make them eight bits first')
+    if not picture.mode.startswith('I'): return picture
+    values = np.asarray(picture)
+    pixels = eight_bits(values)
+    pixels[values == picture.info.get('transparency', -1)] = 255
+    return Image.fromarray(pixels)
+
 def _to_rgb(picture):
-    "A decoded PIL picture of any mode as RGB."
-    if picture.mode.startswith('I'):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    "A PIL picture of any mode as RGB, not yet turned."
+    lower = _lower_bytes(picture)
+    picture.load()
+    picture = _eight_bit_picture(picture, lower)
+    if picture.mode == 'La': picture = picture.convert('LA')  # Pillow knows no other way
     if picture.has_transparency_data:
         picture = picture.convert('RGBA')
         picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
     return picture.convert('RGB')
+
+def _upright(picture):
+    "A PIL picture as RGB, turned. What it said of itself is left behind: it is upright now."
+    rgb, turn = _to_rgb(picture), upright_turn(picture)
+    if turn is not None: rgb = rgb.transpose(turn)
+    rgb.info = {}
+    return rgb
+
+def _not_read(error):
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    return ValueError(f"the picture is not read: {reason}")
 
 def read_picture(data:bytes,
                  max_pixels=MAX_PIXELS):  # width times height, checked before decoding
     """A JPEG, PNG, WebP or BMP as a PIL picture, RGB, turned as its EXIF tag asks.
 
     Raises `ValueError` when it is too large, damaged or cut off."""
+    try: return _upright(_open_picture(data, max_pixels))
+    except Exception as error: raise _not_read(error) from None  # decoders fail in many ways
+
+def upright_rgb(picture, max_pixels=MAX_PIXELS):
+    """A PIL picture of any mode and format as `read_picture` gives that of a file: RGB, turned.
+
+    Raises `ValueError` when it is too large, damaged or cut off, or holds floating-point numbers."""
     try:
-        picture = _open_picture(data, max_pixels)
-        picture.load()
-        turn = _turn(picture)
-        picture = _to_rgb(picture)
-    except Exception as error:  # decoders fail in many ways
-        raise ValueError(f"the picture is not read: {error or type(error).__name__}") from None
-    return picture.transpose(turn) if turn is not None else picture
+        check_pixels(*picture.size[::-1], max_pixels)
+        return _upright(picture)
+    except Exception as error: raise _not_read(error) from None
 
 # %% ../../nbs/io/03_archives.ipynb #picture-size
 def picture_size(data, max_pixels=MAX_PIXELS):  # -> (height, width), pixels, after turning
@@ -233,7 +312,6 @@ def picture_size(data, max_pixels=MAX_PIXELS):  # -> (height, width), pixels, af
         w, h = picture.size
         if picture.format == 'JPEG': picture.draft('L', (1, 1))
         picture.load()
-        turn = _turn(picture)
-    except Exception as error:
-        raise ValueError(f"the picture is not read: {error or type(error).__name__}") from None
+        turn = upright_turn(picture)
+    except Exception as error: raise _not_read(error) from None
     return (w, h) if turn in _SIDEWAYS else (h, w)

@@ -23,6 +23,7 @@ from scipy import stats
 from ..draw.style import HIT, MISS
 from ..io.files import atomic_path, project_folder, read_json, writable_folder
 from ..io.text import html_table, markdown_table, one_line
+from ..io.yaml_files import parse_yaml, read_yaml
 from .distributed import child_process
 
 # %% ../../nbs/training/07_experiments.ipynb #run
@@ -50,7 +51,9 @@ def finished(run):
     Raises `ValueError` naming the folder if it was started with other parameters."""
     file = run.folder/'parameters.yaml'
     if not file.is_file(): return False
-    before, now = yaml.safe_load(file.read_text(encoding='utf-8')), yaml.safe_load(_yaml(run))
+    hint = f'Remove {run.folder}, and the run is done again'
+    before, now = read_yaml(file, hint), parse_yaml(_yaml(run))
+    if not isinstance(before, dict): raise ValueError(f"{file} holds no parameters. {hint}")
     differ = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted(before.keys() | now)
               if before.get(k) != now.get(k)]
     if differ:
@@ -156,7 +159,7 @@ def _figure_of(run, metric):
     file = run.folder/'results.json'
     figure = list(read_json(file, 'Run the study to its end.')['rows'].values())[-1]
     for part in metric.split('/'):
-        if part not in figure: raise ValueError(f"{file} has no figure {metric}")
+        if part not in figure or figure[part] is None: raise ValueError(f"{file} has no figure {metric}")
         figure = figure[part]
     return float(figure)
 
