@@ -60,8 +60,7 @@ def read_settings(path):
     values = read_yaml(path, 'A YAML file of parameters is needed, as those in nbs/configs')
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no parameters: lines of name: value are needed")
-    check_values(values, path)
-    return check_together(Settings(**values), path)
+    return Settings(**check_values(values, path))
 
 def write_settings(path, settings):
     "Write `settings` as YAML, atomically."
@@ -301,7 +300,7 @@ def _given(arguments):
     parser.add_argument('--dry-run', action='store_true',
                         help='a few steps of each, and how long all would take')
     given = parser.parse_args(arguments)
-    settings = read_settings(given.config)
+    settings = check_together(read_settings(given.config), given.config)
     if missing := [stage for stage in given.stages or () if stage not in settings.stages]:
         parser.error(f"--stages {missing[0]}: {given.config} has the stages "
                      f"{', '.join(settings.stages)}")
