@@ -347,13 +347,16 @@ def said_on_purpose(error):
     return ours or getattr(error, 'filename', None) is not None
 
 @contextmanager
-def mistakes_in_one_line(program, status=2, all=True):
+def mistakes_in_one_line(program, status=2, of_ours=False, alone=False):
     """Within it, or in a function that it decorates, `ValueError`, `OSError` and `ImportError` end
-    the program with `status` and one line on the error stream, and Ctrl-C ends it with 130. Without
-    `all`, only those that are `said_on_purpose`."""
+    the program with `status` and one line on the error stream, and Ctrl-C ends it with 130.
+
+    `of_ours`: only those that are `said_on_purpose`; `alone`: not in a process of torchrun, whose
+    own report needs the traceback."""
     try: yield
     except (ValueError, OSError, ImportError) as error:
-        if not (all or said_on_purpose(error)): raise
+        if of_ours and not said_on_purpose(error): raise
+        if alone and 'LOCAL_RANK' in os.environ: raise
         said = ' '.join(str(error).split()) or type(error).__name__
         print(f'{program}: {said}', file=sys.stderr, flush=True)
         raise SystemExit(status) from None
