@@ -29,6 +29,7 @@ from .depth.hha_file import SOURCES, hha_path
 from .depth.precompute import prepare_hha
 from .evaluation import thresholds
 from .graph import TASKS
+from .io.devices import choose_device
 from .io.files import atomic_path, project_folder
 from .io.parameters import Choice, CommandLine, File, Table, argument, check, mistakes_in_one_line
 from .io.yaml_files import read_yaml
