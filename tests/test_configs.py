@@ -349,7 +349,6 @@ def test_the_rarer_defaults():
     (dict(n_train=2000, hold_out=1999, batch_size=1), dict(n_train=2000, hold_out=2000, batch_size=1)),
     (dict(overfit=8), dict(overfit=7)),
     (dict(accumulate=8), dict(accumulate=9)),
-    (dict(devices=8), dict(devices=9)),
     (dict(validate_every=1, n_val=1), dict(validate_every=1, n_val=0)),
     (dict(validate_every=1, n_val=0, hold_out=1), dict(validate_every=2, n_val=0)),
     (dict(validate_every=0, n_val=0), dict(validate_every=1, n_val=0)),

@@ -307,7 +307,7 @@ def test_faults_of_train_keep_their_traceback(project, capsys, monkeypatch):
     for error in (RuntimeError('a fault'), ValueError('of a library'), FloatingPointError('nan')):
         raises(error)
         with pytest.raises(type(error), match=str(error)): train.main(['--config', 'run.yaml'])
-    monkeypatch.setattr(train, 'prepare_run', lambda settings: None)
+    monkeypatch.setattr(train, 'prepare_run', lambda settings, stages: None)
     def ours(*args): train.read_settings('gone.yaml')
     monkeypatch.setattr(train, 'train_stage', ours)
     code, said = ends(capsys, train.main, ['--config', 'run.yaml'])
@@ -324,16 +324,12 @@ def test_faults_of_train_keep_their_traceback(project, capsys, monkeypatch):
 
 
 def test_the_device_is_looked_for_before_rooms_are_made(project, capsys, monkeypatch):
-    def absent(device): return parameters.check(dict(device=3), dict(device=parameters.Device()))
-    monkeypatch.setattr(train, 'choose_device', absent)
     monkeypatch.setattr(train.rooms, 'make_rooms', lambda *args, **kwargs: pytest.fail('too late'))
     (project/'run.yaml').write_text('pretrained: false\ndevice: cuda:3')
-    with pytest.raises(ValueError, match='device is 3'):
+    with pytest.raises(ValueError, match="device 'cuda:3': this machine has"):
         train.prepare_run(train.read_settings('run.yaml'))
-    monkeypatch.setattr(train, 'choose_device', lambda device: None)
-    monkeypatch.setattr(train, 'check_devices', absent)
-    with pytest.raises(ValueError, match='device is 3'):
-        train.check_files(settings.Settings(devices=3))
+    with pytest.raises(ValueError, match='devices=4096, but this machine has'):
+        train.prepare_run(settings.Settings(devices=4096, batch_size=4096, n_train=4096))
 
 
 def test_mistakes_of_prepare_are_one_line(project, capsys):
