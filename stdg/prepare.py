@@ -26,7 +26,8 @@ from .depth.depth_file import PfmFolder, depth_path, model_tag
 from .depth.hha_file import hha_path
 from .io.archives import open_sources
 from .io.devices import choose_device
-from .io.files import lock_of, locked, open_h5, writable_folder
+from .io.files import open_h5, writable_folder
+from .io.locks import lock_of, locked
 from .io.parameters import CommandLine, Device, Real, Whole, argument, mistakes_in_one_line
 
 # %% ../nbs/commands/02_prepare_data.ipynb #job

@@ -2,27 +2,21 @@
 
 Real processes that begin together at a barrier. `STDG_ROUNDS=100` repeats each meeting so often."""
 import errno
-import io
-import json
 import multiprocessing
 import os
 import shutil
 import stat
-import subprocess
-import sys
-import textwrap
 import threading
 import time
-from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 
 from stdg.datasets.visual_genome import Database
 from stdg.depth import precompute
-from stdg.io import files, packed
-from stdg.io.files import atomic_path, lock_of, locked, read_json, write_json
+from stdg.io import files, locks, packed
+from stdg.io.files import atomic_path, write_json
+from stdg.io.locks import locked
 from stdg.rooms import build
 from stdg.rooms.build import make_rooms
 from stdg.testing import toy_database
@@ -145,7 +139,7 @@ def test_a_killed_holder_lets_the_next_go_on_and_a_file_without_locks_warns(tmp_
     assert together(hold) == [9] and (tmp_path/'.lock').exists()
     with locked(tmp_path/'.lock', 0): pass
     def unsupported(*_): raise OSError(errno.ENOLCK, 'No locks available')
-    monkeypatch.setattr(files.fcntl, 'lockf', unsupported)
+    monkeypatch.setattr(locks.fcntl, 'lockf', unsupported)
     with pytest.warns(UserWarning, match='cannot be locked .No locks available.: this file system'):
         with locked(tmp_path/'.lock', 0): pass
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from .finding import MemberIndex
 from ..io.archives import MAX_PIXELS, ZipSource, name_problem, picture_size, read_picture
-from ..io.files import atomic_path, lock_of, locked, open_h5, read_json, writable_folder, write_json
+from ..io.files import atomic_path, open_h5, read_json, writable_folder, write_json
+from ..io.locks import lock_of, locked
 from ..io.packed import Packed, Parts, ahead
 
 # %% ../../nbs/datasets/02_listing.ipynb #listing

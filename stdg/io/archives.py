@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from .files import PerProcess
+from .files import PerProcess, readable_file
 
 # %% ../../nbs/io/03_archives.ipynb #name-problem
 MAX_BYTES = 2 ** 28  # of a picture file, unpacked: 64 megapixels, uncompressed, have 192 MB
@@ -76,8 +76,7 @@ class ZipSource(PerProcess):
     def _open(self): return self._opened(self._archive)
 
     def _archive(self):
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} is missing. Is the path right?")
+        readable_file(self.path)
         try: return zipfile.ZipFile(self.path)
         except PermissionError: raise
         except UnicodeDecodeError:
@@ -141,6 +140,9 @@ class FolderSource:
                 else: self._names.append(name)
 
     def _not_listed(self, error):
+        if Path(error.filename) == self.path:
+            raise PermissionError(f"{self.path} cannot be listed: {error.strerror}. Ask its owner "
+                                  "for the right to read it: chmod a+rx") from None
         name = os.path.relpath(error.filename, self.path)
         self.refused[name] = f'it cannot be listed ({error.strerror})'
 

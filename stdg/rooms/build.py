@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from ..datasets.visual_genome import write_annotations, write_images
 from ..graph import SceneGraph, Vocabulary
-from ..io.files import atomic_path, lock_of, locked, read_json, remove_dead, remove_folder, write_json
+from ..io.files import atomic_path, read_json, remove_dead, remove_folder, write_json
+from ..io.locks import lock_of, locked
 from .catalogue import CATEGORIES, make
 from .layout import arrange, extent
 from .relations import PREDICATES, Bodies, annotate, footprints, heights, relations

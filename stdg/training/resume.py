@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from ..io.files import locked, read_json, remove_dead, writable_folder, write_json
+from ..io.files import read_json, remove_dead, writable_folder, write_json
+from ..io.locks import locked
 from ..io.tensors import TensorFile, save_tensors
 
 # %% ../../nbs/training/04_resume.ipynb #save-state
@@ -83,34 +84,36 @@ def _compare(path, facts, expected):
                          for name in differ[:4])
         raise ValueError(f"{path} was written by a run with other settings: {said}. {_ANEW}")
 
-def _check_version(facts, path):
+def _check_form(facts, path):
     if not isinstance(facts, dict): facts = {}
     if facts.get('format') != 'stdg-state' or facts.get('version') not in (1, 2):
         raise ValueError(f"{path} is no state that this version reads ({facts.get('format')}, "
                          f"version {facts.get('version')}). Install the stdg that wrote it, or "
                          "start over: -p resume False")
-
-def _open(path, expected):
-    "(open `TensorFile`, facts) of the state whose JSON is `path`."
-    path = Path(path)
-    hint = f'Remove {path.stem}.json: the run goes on from the state before, or starts over'
-    facts = read_json(path, hint)
-    _check_version(facts, path)
-    file = path.with_suffix('.safetensors')
-    try:
-        opened = TensorFile(file, hint)
-        facts = opened.record(hint, _check_version)
-    except ValueError as error:
-        if not file.is_file() or file.stat().st_size >= facts.get('bytes', 0):
-            raise ValueError(f"{file} is damaged ({error}). {hint}") from None
-        raise ValueError(f"{file} has {file.stat().st_size} bytes of {facts['bytes']}: it was cut "
-                         f"off. {hint}") from None
     stage, step = facts.get('stage'), facts.get('step')
     if not isinstance(step, int) or path.stem != f'{stage}-{step:08d}':
         raise ValueError(f"{path} holds the state of {stage!r} after step {step}: it was renamed. "
-                         f"{hint}")
+                         f"Remove {path.stem}.json: the run goes on from the state before, or "
+                         "starts over")
+
+def _opened(path, expected):
+    "The open tensors of the state whose JSON is `path`, and its facts, checked."
+    path = Path(path)
+    hint = f'Remove {path.stem}.json: the run goes on from the state before, or starts over'
+    facts = read_json(path, hint)
+    _check_form(facts, path)
+    file, size = path.with_suffix('.safetensors'), facts.get('bytes')
+    try: opened = TensorFile(file, hint)
+    except ValueError as error:
+        if file.stat().st_size == size:
+            raise ValueError(f"{file} is damaged ({error}). {hint}") from None
+        opened = None
+    if opened is None or opened.inside is None and file.stat().st_size != size:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes of {size}: it was cut off. {hint}")
+    try: facts = opened.record(hint, _check_form)
+    except ValueError as error: raise ValueError(f"{error}. {hint}") from None
     if expected: _compare(path, facts, expected)
-    return opened, facts
+    return opened, {name: value for name, value in facts.items() if name != 'digest'}
 
 def read_state(path, expected=None):
     """The facts of the state whose JSON is `path`, after all checks for which its tensors need not
@@ -118,19 +121,19 @@ def read_state(path, expected=None):
 
     Raises `ValueError` naming the file and a remedy for a damaged state, one of another version, or
     one that does not fit; `FileNotFoundError` for a missing file."""
-    return _open(path, expected)[1]
+    return _opened(path, expected)[1]
 
 def load_state(path, expected=None):
     """(tensors, facts) of the state whose JSON is `path`.
 
     Raises as `read_state`."""
-    opened, facts = _open(path, expected)
-    return opened.tensors(), facts
+    file, facts = _opened(path, expected)
+    return file.tensors(), facts
 
 # %% ../../nbs/training/04_resume.ipynb #lock
 @contextmanager
 def exclusive_run(folder, seconds=15):
-    """Hold the lock of `folder` (`stdg.io.files.locked`; this thread may take it again), and remove
+    """Hold the lock of `folder` (`stdg.io.locks.locked`; this thread may take it again), and remove
     temporary files in it whose writers are surely dead: untouched for a day.
 
     Raises `BlockingIOError` naming it if another process holds it for longer than `seconds`."""
