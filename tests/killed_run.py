@@ -12,12 +12,13 @@ import sys
 
 from stdg import train
 from stdg.backbone import OTHER
+from stdg.io import tensors
 from stdg.training import loop, resume
 
 config, kind, stage, step = sys.argv[1:]
 step = int(step)
 one_step, save_state = loop._one_step, loop.save_state
-save_file, write_json = resume.save_file, resume.write_json
+save_file, write_json = tensors.save_file, resume.write_json
 # batch norms see what their own process sees
 if 'NO_NORM' in os.environ: OTHER['head_norm'] = False
 now = ['', -1]  # of the state that is being written
@@ -42,8 +43,8 @@ def at_state(folder, stage, step, *rest):
     save_state(folder, stage, step, *rest)
 
 
-def at_tensors(tensors, path):
-    save_file(tensors, path)
+def at_tensors(numbers, path, **more):
+    save_file(numbers, path, **more)
     if kind == 'tensors' and now == [stage, step]:
         with open(path, 'r+b') as file: file.truncate(os.path.getsize(path) // 2)
         kill()
@@ -55,5 +56,5 @@ def at_json(path, record):
 
 
 loop._one_step, loop.save_state = at_step, at_state
-resume.save_file, resume.write_json = at_tensors, at_json
+tensors.save_file, resume.write_json = at_tensors, at_json
 train.main(['--config', config])

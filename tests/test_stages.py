@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from stdg.training.resume import (
     saved_states,
     start_over,
 )
+from stdg.training.step import build_network
 
 ROUNDS = int(os.environ.get('STDG_ROUNDS', 3))
 TOY = train.Settings(name='whole', size=64, epochs=1, batch_size=4, pretrained=False, device='cpu',
@@ -48,6 +50,15 @@ def run(home, name, *stages, **changed):
     train.main(['--config', f'{name}.yaml', *(['--stages', *stages] if stages else [])])
 
 
+def no_run(capsys, home, name, *stages, **changed):
+    "What a command that is refused says, in one line and with exit status 2."
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended: run(home, name, *stages, **changed)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count('\n') == 1, said
+    return said
+
+
 def lines(home, name, file='log'):
     return (home/'runs'/name/f'{file}.jsonl').read_text().splitlines()
 
@@ -64,6 +75,11 @@ def everything(folder):
             if path.is_file() and path.name not in ('timing.jsonl', '.lock', 'run.yaml')}
 
 
+def narrow(*given, **more):
+    "Instead of `build_network`: a network of few channels."
+    return build_network(*given, **dict(fpn=16, channels=16) | more)
+
+
 @pytest.fixture(scope='module')
 def project(tmp_path_factory):
     "A project folder with data and an undisturbed run of all stages."
@@ -74,6 +90,7 @@ def project(tmp_path_factory):
     os.chdir(home)
     patch = pytest.MonkeyPatch()
     patch.setattr(train, 'validation', figures)
+    patch.setattr(training, 'build_network', narrow)
     try: run(home, 'whole')
     finally:
         patch.undo()
@@ -86,6 +103,7 @@ def home(project, monkeypatch):
     "The project folder, as the working one; afterwards no handler of a signal has changed."
     monkeypatch.chdir(project)
     monkeypatch.setattr(train, 'validation', figures)
+    monkeypatch.setattr(training, 'build_network', narrow)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
     yield project
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
@@ -96,21 +114,20 @@ def copied(home, name):
     return home/'runs'/name
 
 
-def test_more_epochs_are_refused_before_anything_is_trained(home):
+def test_more_epochs_are_refused_before_anything_is_trained(home, capsys):
     "One epoch, then two: the student cannot follow a teacher who learns on. Nothing is touched."
     before = everything(copied(home, 'longer'))
     said = (r"stage 'student': .*student-00000002.json was taught by the teacher as it was, and "
             r"this run would first train that teacher, which has 2 steps of 4.*-p resume False.*"
             r"--stages teacher control")
-    with pytest.raises(ValueError, match=said) as error: run(home, 'longer', epochs=2)
-    assert '\n' not in str(error.value)
+    assert re.search(said, no_run(capsys, home, 'longer', epochs=2))
     settings = replace(TOY, name='longer', data=str(home/'toy'), epochs=2)
     with pytest.raises(ValueError, match=said):  # as the runbook does
         train.run_stage(settings, 'teacher', train.prepare_run(settings))
     assert everything(home/'runs'/'longer') == before
 
 
-def test_one_stage_goes_on_and_the_log_of_the_others_stays(home):
+def test_one_stage_goes_on_and_the_log_of_the_others_stays(home, capsys):
     "The remedy that the message names. Then the teacher has changed, and that is said up front."
     copied(home, 'earlier')
     before, times = lines(home, 'earlier'), lines(home, 'earlier', 'timing')
@@ -122,7 +139,7 @@ def test_one_stage_goes_on_and_the_log_of_the_others_stays(home):
     for stage in ('teacher', 'control'):
         assert steps(after, stage) == one_epoch + [(3, True), (4, True), (4, False)]
     said = "stage 'student': .*taught by another teacher: the teacher's weights have changed since"
-    with pytest.raises(ValueError, match=said): run(home, 'earlier', epochs=2)
+    assert re.search(said, no_run(capsys, home, 'earlier', epochs=2))
     assert lines(home, 'earlier') == after
     run(home, 'earlier', 'control', epochs=3)
     assert steps(lines(home, 'earlier'), 'student') == one_epoch
@@ -148,11 +165,11 @@ def test_a_crash_costs_the_lines_of_its_own_stage_alone(home):
         after = lines(home, name)
         assert after[:-3] == [*before[:2], foreign, *before[2:]]
         assert [json.loads(line)['step'] for line in after[-3:]] == [3, 4, 4]
-        assert all('9.0' not in line for line in after)
+        assert not set(lost) & set(after)
         assert steps(lines(home, name, 'timing'), 'teacher') == [(n, False) for n in (1, 2, 3, 4)]
 
 
-def test_every_stage_is_checked_first(home):
+def test_every_stage_is_checked_first(home, capsys):
     for name, harm, stages, said in (
             ('damaged', lambda path: path.with_suffix('.safetensors').write_bytes(b'1'), (),
              "stage 'student': .*student-00000002.safetensors has 1 bytes.*Remove student-00000002"),
@@ -163,11 +180,10 @@ def test_every_stage_is_checked_first(home):
         harm(saved_states(out/'states', 'student')[-1])
         before = everything(out)
         changed = dict(batch_size=2) if name == 'settings' else {}
-        with pytest.raises((ValueError, FileNotFoundError), match=said):
-            run(home, name, *stages, **changed)
+        assert re.search(said, no_run(capsys, home, name, *stages, **changed))
         assert everything(out) == before
     with pytest.raises(ValueError, match="stages .'techer'. must be some of"):
-        run(home, 'x', 'techer')
+        train.check_stages(TOY, (None, None, []), ['techer'])
     assert not (home/'runs'/'x').exists()
 
 
@@ -209,14 +225,15 @@ def test_asked_to_stop_at_any_moment(home, monkeypatch):
         (train, 'begin', ask, lambda settings, *rest: rest[-1] == 'control' and
          'thresholds' in (out/'teacher.json').read_text(), Interrupted, 'what was done is kept',
          ['teacher']),
-        (loop, '_one_step', lambda: ask(signal.SIGINT), at('control', 1), KeyboardInterrupt, None,
+        (loop, '_one_step', lambda: ask(signal.SIGINT), at('control', 1), SystemExit, None,
          ['teacher']),
         (loop, '_one_step', lambda: [ask(), ask()], at('control', 1), Interrupted,
          'control: .*after step 2 is saved', ['teacher', 'control'])]
     for where, name, act, when, error, said, there in moments:
         acted = once(where, name, act, when)
         with pytest.raises(error, match=said) as raised: run(home, 'stopped', stages=list(stages))
-        if error is Interrupted: assert raised.value.code == EXIT_SAVED
+        if error is not Crash:
+            assert raised.value.code == (EXIT_SAVED if error is Interrupted else 130)
         assert acted and sorted(path.stem for path in out.glob('*.safetensors')
                                 if 'best' not in path.stem) == sorted(there)
         if 'after step 2' in (said or ''):
@@ -300,8 +317,7 @@ def test_two_start_over_at_once(home):
 def test_few_of_many_replay_files_stay(home, tmp_path):
     settings = replace(TOY, data=str(home/'toy'))
     database, *_ = train.prepare_run(settings)
-    model = training.build_network(0, 'small', 'rgb', pretrained=False, n_objects=2, n_predicates=2,
-                                   fpn=16, channels=16)
+    model = narrow(0, 'small', 'rgb', pretrained=False, n_objects=2, n_predicates=2)
     with torch.no_grad(): model.network.relation.layer.bias.fill_(float('nan'))
     samples = SceneGraphs(database, 'train', ('rgb',), train=True, stride=8)
     training.fit(model, samples, tmp_path, 'odd', progress=False, batch_size=1, epochs=1, skip=8,
@@ -319,7 +335,7 @@ import sys
 import time
 from contextlib import nullcontext
 
-from stdg import train
+from stdg import train, training
 from stdg.training.distributed import process_group
 
 def figures(settings, database, kind):
@@ -331,7 +347,8 @@ def figures(settings, database, kind):
     return judge
 
 with process_group('cpu') as device:
-    train.validation, train.exit_worker = figures, lambda: None
+    train.validation, train.exit_worker, build = figures, lambda: None, training.build_network
+    training.build_network = lambda *given, **more: build(*given, **more, fpn=16, channels=16)
     train.process_group = lambda device: nullcontext('cpu')
     for name in ('pair', 'cut'): train.main(['--config', f'{name}.yaml'])
 """

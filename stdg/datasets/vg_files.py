@@ -115,7 +115,8 @@ def names_digest(vocabulary):
     return hashlib.sha256(json.dumps(vocabulary.to_json()).encode()).hexdigest()[:32]
 
 @contextmanager
-def annotation_file(folder, vocabulary, sizes, dense=False):
+def annotation_file(folder, vocabulary, sizes, dense=False,
+                    made_from=''):  # a digest of the sources, kept as an attribute
     """Yields an `AnnotationWriter` of `VG-SGG.h5` in `folder` (made if absent).
 
     Afterwards that and `VG-SGG-dicts.json` are complete, or as they were before if an error ended it."""
@@ -125,6 +126,7 @@ def annotation_file(folder, vocabulary, sizes, dense=False):
         yield writer
         writer.flush()
         file.attrs['names'] = np.bytes_(names_digest(vocabulary))
+        if made_from: file.attrs['made_from'] = np.bytes_(made_from)
     _write_dicts(folder/'VG-SGG-dicts.json', vocabulary, *writer.counts)
 
 # %% ../../nbs/datasets/00_vg_files.ipynb #write-annotations

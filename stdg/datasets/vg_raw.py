@@ -7,6 +7,8 @@ __all__ = ['RAW', 'MAX_LIST_BYTES', 'MAX_LIST_RATIO', 'find_raw', 'read_records'
            'reasons']
 
 # %% ../../nbs/datasets/05_vg_raw.ipynb #imports
+import hashlib
+import json
 import re
 import tempfile
 import zlib
@@ -22,7 +24,7 @@ from .vg_files import SPLITS, annotation_file
 from .vg_rules import NameReader, Tally, first_pass, record_id, second_pass
 from ..graph import Vocabulary
 from ..io.archives import DAMAGED, ZipSource
-from ..io.files import encoding_of, read_json, stream_json, writable_folder, write_json
+from ..io.files import encoding_of, open_h5, read_json, stream_json, writable_folder, write_json
 from ..io.text import one_line
 
 # %% ../../nbs/datasets/05_vg_raw.ipynb #find-raw
@@ -234,13 +236,13 @@ def _read_all(raw, listing, spool, names, predicates, tally, progress):
     return count
 
 # %% ../../nbs/datasets/05_vg_raw.ipynb #second-pass-all
-def _write_all(folder, listing, spool, readers, sizes, train_share, tally, progress):
+def _write_all(folder, listing, spool, readers, sizes, train_share, tally, made_from, progress):
     "Steps 6 to 10: the two files. Returns the vocabulary."
     names, counts, numbers = zip(*[_choose(reader, kind) for reader, kind in zip(readers, _KEEP)])
     vocabulary = Vocabulary(*names)
     longest, row = np.maximum(listing.heights, listing.widths), 0
     first_test = int(train_share * len(longest))
-    with (annotation_file(folder, vocabulary, sizes) as writer,
+    with (annotation_file(folder, vocabulary, sizes, made_from=_digest_of(made_from)) as writer,
           tqdm(total=len(longest), desc='database', disable=not progress) as bar):
         for block in spool:
             n = len(block[0])
@@ -280,11 +282,29 @@ def _made_from(raw, lists, listing, sizes, train_share):
     return record
 
 # %% ../../nbs/datasets/05_vg_raw.ipynb #finished
+def _digest_of(made_from):
+    "A digest of what a database was made from."
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
+
+def _annotations_from(path):
+    "The digest of what the annotation file `path` was made from, None if it does not say."
+    try:
+        with open_h5(path, {}) as file: digest = file.attrs.get('made_from')
+    except ValueError: return None
+    return digest.decode() if isinstance(digest, bytes) else None
+
 def _finished(folder, made_from):
-    """The summary of the database in `folder` if it was made from the same, None if there is none.
+    """The summary of the database in `folder` if it was made from the same, None if there is none,
+    or if the making was cut off between its files.
 
     Raises `ValueError` for another."""
     if not (folder/'VG-SGG.h5').exists(): return None
+    there, asked = _annotations_from(folder/'VG-SGG.h5'), _digest_of(made_from)
+    summary = read_json(folder/'database.json') if (folder/'database.json').exists() else {}
+    if there == asked and summary.get('made_from') != made_from: return None
+    if there not in (None, asked) and summary.get('made_from') == made_from:
+        raise ValueError(f"{folder}/VG-SGG.h5 was made from something else than database.json says: "
+                         "the making was cut off. Ask for remake=True to replace it")
     hint = 'Ask for remake=True to replace it, or choose another folder'
     if not (folder/'database.json').exists():
         raise ValueError(f"{folder} has a VG-SGG.h5, and no database.json that says what it was "
@@ -323,7 +343,8 @@ def make_database(folder,  # of the database; has the listing pictures.h5
         spool = _Spool(file, folder)
         tally['images in the lists'] = _read_all(raw, listing, spool, *readers, tally, progress)
         tally['images listed'] = len(listing)
-        vocabulary = _write_all(folder, listing, spool, readers, sizes, train_share, tally, progress)
+        vocabulary = _write_all(folder, listing, spool, readers, sizes, train_share, tally, made_from,
+                                progress)
     summary = _summary(raw, tally, told, vocabulary, made_from)
     write_json(folder/'database.json', summary)
     return summary
