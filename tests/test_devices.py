@@ -115,7 +115,7 @@ def test_a_run_told_cpu_stays_on_the_cpu(database, tmp_path, monkeypatch, moves)
     graphs = patch('torch.optim.Optimizer._accelerator_graph_capture_health_check', lambda _: None)
     with machine(2), graphs:
         model = train.train_stage(settings, 'control', (database, False, []))
-        assert len(moves) == 3 and set(moves) == {'cpu'}, 'fit, validation, thresholds'
+        assert len(moves) >= 3 and set(moves) == {'cpu'}, 'fit, validation, thresholds'
         moves.clear()
         with torch.no_grad(), patch('torch.cuda.synchronize', lambda *_: None):
             dataset = SceneGraphs(database, 'val')
@@ -133,10 +133,10 @@ def test_validation_is_where_the_network_is(database):
     model = loud(network())
     settings = train.Settings(validate_every=1, device='cuda')
     judge = train.validation(settings, database, 'rgb')
-    with patch('stdg.evaluation.records', side_effect=lambda *_, device, **__: [device]) as made, \
-            patch('stdg.evaluation.figures', side_effect=ValueError('enough')), \
-            pytest.raises((ValueError, TypeError)):
-        judge(model)
+    figures = dict({task: {'R@20': .5} for task in train.TASKS}, AP50=.25)
+    with patch('stdg.evaluation.records', return_value=[]) as made, \
+            patch('stdg.evaluation.figures', return_value=figures):
+        assert judge(model)['AP50'] == .25
     assert made.call_args.kwargs['device'] == torch.device('cpu')
 
 
@@ -250,8 +250,9 @@ with process_group('cpu') as device:
         training.fit(model, samples, f'{out}/{images}', 'control', watched, device, False,
                      **train.options_of(settings))
         found[f'{images}'] = dict(judged=before, ends=digest(model))
-    ahead = training.forecast(network(), samples, 3, device, epochs=5, batch_size=4)
-    found['ahead'] = ahead
+    settings = train.Settings(stages=['control'], pretrained=False, epochs=5, batch_size=4,
+                              device='cpu')
+    found['ahead'] = train.forecasts(settings, (database, False, []))['control']
     both = all_gather(found)
     if rank == 0: print('FOUND', json.dumps(both))
 exit_worker()
@@ -274,6 +275,7 @@ def test_two_processes(database, tmp_path):
     assert first.pop('made') == 'made' and second.pop('made') is None
     assert first['failed'] == ['no depth: nothing can be made'] * rounds
     assert first == second, 'judged networks, networks at the end, forecasts'
+    assert done.stdout.count('control: ') == 1 and 'h in all on 2 devices' in done.stdout
     assert first['ahead']['steps'] == 5 and first['ahead']['seconds_per_step'] > 0
     for images, expected in ((0, 3), (1, 1)):
         assert len(set(first[str(images)]['judged'])) == 2, 'two epochs, two networks'
