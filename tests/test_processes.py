@@ -3,13 +3,16 @@
 Real processes that begin together at a barrier. `STDG_ROUNDS=100` repeats each meeting so often."""
 import copy
 import errno
+import json
 import multiprocessing
 import os
 import shutil
 import stat
 import threading
 import time
+import zipfile
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -20,18 +23,30 @@ from stdg.data import SceneGraphs
 from stdg.datasets import vg_files, vg_raw
 from stdg.datasets.visual_genome import Database
 from stdg.depth import precompute
-from stdg.depth.maps import write_pfm
+from stdg.depth.depth_file import DepthFile
+from stdg.depth.hha_file import HHAFile, read_png
+from stdg.depth.maps import read_pfm, write_pfm
+from stdg.depth.sensors import read_depth
 from stdg.evaluation import core
 from stdg.graph import Vocabulary
 from stdg.inference.hub import Model
+from stdg.inference.predictor import read_image
 from stdg.io import files, locks, packed
+from stdg.io.archives import open_sources
 from stdg.io.files import atomic_path, read_json, write_json
 from stdg.io.locks import locked
 from stdg.model import STDG
+from stdg.released import read_released
 from stdg.rooms import build
 from stdg.rooms.build import make_rooms
 from stdg.testing import loud, toy_database
+from stdg.train import read_settings
 from stdg.training import resume
+
+try:
+    import resource
+except ImportError:
+    resource = None  # Windows
 
 rounds = int(os.environ.get('STDG_ROUNDS', 3))
 fork = multiprocessing.get_context('fork') if hasattr(os, 'fork') else None
@@ -484,3 +499,127 @@ def test_all_files_have_the_mode_that_the_umask_says(tmp_path, network):
     weights.chmod(0o664)
     network.save(weights)
     assert stat.S_IMODE(weights.stat().st_mode) == 0o664, 'as the file it replaces'
+
+
+@needs_fork
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid(), reason='only the superuser may become another')
+def test_permission_denied_is_named_by_all_readers(tmp_path, network):
+    "Read by another user: none of them is told to fetch the file again."
+    for folder in (tmp_path, *tmp_path.parents[:2]): folder.chmod(0o755)
+    network.save(tmp_path/'a.safetensors')
+    packed.write_packed(tmp_path/'a.h5', 'x', [b'1'])
+    write_json(tmp_path/'a.json.txt', {})
+    write_pfm(tmp_path/'a.pfm', np.ones((2, 2)))
+    for end in ('png', 'jpg'): Image.new('RGB', (8, 8)).save(tmp_path/f'a.{end}')
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as archive: archive.writestr('a', 'a')
+    for name in ('a.yaml', 'a.pth'): (tmp_path/name).write_text('name: x')
+    for path in tmp_path.iterdir(): path.chmod(0)
+    (tmp_path/'closed').mkdir(mode=0)
+    readers = {'a.safetensors': [checkpoint.load, checkpoint.facts, checkpoint.read_tensors],
+               'a.json.txt': [read_json], 'a.h5': [lambda path: files.open_h5(path, {}),
+                                                   lambda path: packed.Packed(path, 'x')],
+               'a.pfm': [read_pfm, read_depth], 'a.png': [read_depth, lambda path: read_png(path, path, '')],
+               'a.jpg': [read_image], 'a.zip': [lambda path: open_sources([path])],
+               'a.yaml': [read_settings], 'a.pth': [read_released], 'closed': [lambda path: open_sources([path])],
+               'closed/a.json': [read_json], 'closed/a.h5': [lambda path: files.open_h5(path, {})],
+               'closed/a.safetensors': [checkpoint.load]}
+    def read():
+        os.setgid(65534)
+        os.setuid(65534)
+        for name, functions in readers.items():
+            for function in functions:
+                try: function(tmp_path/name)
+                except (OSError, ValueError) as error: said = str(error)
+                else: said = 'no error'
+                good = name in said and 'ermission denied' in said
+                assert good and 'again' not in said and '\n' not in said, f'{name}: {said}'
+        try: write_json(tmp_path/'closed'/'b.json', {})
+        except OSError as error: assert 'nothing can be written in' in str(error) and 'disk' not in str(error)
+    assert together(read) == [0]
+
+
+def limited(work, megabytes=300):
+    "Run `work` in a process that may take so much more memory; its exit code."
+    def body():
+        used = int(open('/proc/self/statm').read().split()[0]) * os.sysconf('SC_PAGE_SIZE')
+        resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20,) * 2)
+        work()
+    return together(body)[0]
+
+
+needs_limit = pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='needs /proc')
+
+
+def sparse(path, name, shape, dtype, **how):
+    "Replace dataset `name` by one that claims much and holds nothing."
+    with h5py.File(path, 'r+') as file:
+        if name in file: del file[name]
+        file.create_dataset(name, shape, dtype, chunks=tuple(min(n, 2**10) for n in shape), **how)
+
+
+@needs_fork
+@needs_limit
+def test_files_that_claim_much_take_little(tmp_path, database):
+    said = r"(claims [\d,]+ bytes, the file holds|holds complex|rows, |rows for|is needed|whole numbers)"
+    cases = [('VG-SGG.h5', 'labels', (2**31, 1), 'i8'), ('VG-SGG.h5', 'boxes_64', (2**30, 4), 'f8'),
+             ('VG-SGG.h5', 'split', (2**31,), 'i8'), ('VG-SGG.h5', 'relationships', (2**20, 2**12), 'i8'),
+             ('VG-SGG.h5', 'predicates', (1, 1), 'c16'), ('VG-SGG.h5', 'labels', (12, 1), 'f8'),
+             ('imdb_64.h5', 'image_ids', (2**31,), 'i8'), ('imdb_64.h5', 'images', (6, 3, 2**15, 2**15), 'u1'),
+             ('imdb_64.h5', 'images', (6, 3, 64, 64), 'f8'), ('imdb_64.h5', 'depth', (6, 2**15, 2**15), 'f2'),
+             ('imdb_64.h5', 'camera', (2**28, 3, 3), 'f8')]
+    def work():
+        for i, (name, dataset, shape, dtype) in enumerate(cases):
+            folder = shutil.copytree(database.folder, tmp_path/f'db{i}')
+            sparse(folder/name, dataset, shape, dtype)
+            assert (folder/name).stat().st_size < 2**20
+            with pytest.raises(ValueError, match=f'{name}.*{said}') as caught: Database(folder)
+            assert '\n' not in str(caught.value)
+        for name, kind in (('png', 'u1'), ('png_end', 'i8'), ('image_ids', 'i8')):
+            path = hha(copy_of(database, tmp_path/f'hha-{name}'))
+            sparse(path, name, (2**33,), kind)
+            with pytest.raises(ValueError, match='claims'): HHAFile(path, database.image_ids)
+        packed.write_packed(tmp_path/'depth_x.h5', 'depth', [np.ones(4, 'f2')], 'f2', image_ids=[7],
+                            shape=np.array([[2**32, 2**32]]), metric=[1], camera=np.eye(3)[None])
+        with pytest.raises(ValueError, match='the map of image 7 does not have'): DepthFile(tmp_path/'depth_x.h5')
+        for name, shape in (('camera', (2**28, 3, 3)), ('shape', (2**30, 2)), ('metric', (2**33,))):
+            sparse(tmp_path/'depth_x.h5', name, shape, 'i8')
+            with pytest.raises(ValueError, match='claims'): DepthFile(tmp_path/'depth_x.h5')
+        write_json(tmp_path/'records.json', {})
+        packed.write_packed(tmp_path/'records.h5', 'record', [b'x'])
+        sparse(tmp_path/'records.h5', 'record', (2**35,), 'u1')
+        with pytest.raises(ValueError, match='claims'): list(core.stored(tmp_path/'records.h5'))
+        parts = packed.Parts(tmp_path/'p.h5', 'x', [7])
+        parts.write(0, [b'x'], more=[1])
+        sparse(parts.part(0), 'more', (2**33,), 'i8')
+        with pytest.raises(ValueError, match="part-000000.h5: dataset 'more' claims"): parts.merge()
+    assert limited(work) == 0
+
+
+@needs_fork
+@needs_limit
+def test_checkpoints_that_ask_for_much_or_for_nonsense(tmp_path, network):
+    network.save(tmp_path/'a.safetensors')
+    record = read_json(tmp_path/'a.json')
+    header = json.dumps(dict(x=dict(dtype='F32', shape=[2**40], data_offsets=[0, 2**42]))).encode()
+    (tmp_path/'claims.safetensors').write_bytes(len(header).to_bytes(8, 'little') + header)
+    (tmp_path/'header.safetensors').write_bytes((2**62).to_bytes(8, 'little') + b'{}')
+    changes = [('config', name, value) for name, value in dict(
+        channels=200_000, n_objects=99_999, n_predicates=-1, layers=[1], transformer='no', prior=7,
+        backbone=['small'], mode='x', mode2=1, stride=2.5, fpn=10**30, timm_name='vit_giant_patch14_224',
+        head_norm={}, frozen=float('inf'), pretrained='http://x').items()]
+    changes += [(None, 'config', None), (None, 'size', 10**9), (None, 'vocabulary', [1]), (None, 'version', '1'),
+                (None, 'thresholds', dict(objects='x')), (None, 'training', 'long')]
+    def work():
+        for where, name, value in changes:
+            changed = copy.deepcopy(record)
+            (changed[where] if where else changed)[name] = value
+            (tmp_path/'a.json').write_text(json.dumps(changed))
+            with pytest.raises(ValueError, match='a.(json|safetensors)') as caught:
+                checkpoint.load(tmp_path/'a.safetensors')
+            assert '\n' not in str(caught.value) and len(str(caught.value)) < 600
+        for name in ('claims', 'header'):
+            with pytest.raises(ValueError, match=f'{name}.safetensors is not a whole safetensors file'):
+                checkpoint.load(tmp_path/f'{name}.safetensors')
+    assert limited(work, 500) == 0
+    write_json(tmp_path/'a.json', record)
+    assert checkpoint.load(tmp_path/'a.safetensors').config == network.config
