@@ -246,8 +246,9 @@ def prepare(folder,  # where the database goes
     """Do `steps` in order; returns {step: dict(seconds, result)}, result None where other shards
     still have work to do.
 
-    Raises `ValueError` for an unknown step or kind, and whatever the steps raise:
+    Raises `ValueError` for an unknown step, kind or device, and whatever the steps raise:
     `FileNotFoundError` or `ValueError` naming the file and the remedy."""
+    choose_device(device)  # before hours of work
     job = _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device,
                workers, remake, progress, unit, most, originals, pfm)
     done = {}

@@ -347,6 +347,20 @@ def test_streamed_files_of_other_tools(tmp_path):
     (tmp_path/'g.json').write_text('{"1": {"width": NaN}}')
     with pytest.raises(ValueError, match='g.json is not whole JSON .*NaN and Infinity are not JSON: write null'):
         read_gqa(dict(train=tmp_path/'g.json'))
+    (tmp_path/'g.json').write_text('{}\n{}\n')
+    with pytest.raises(ValueError, match='are these JSON lines'): read_gqa(dict(train=tmp_path/'g.json'))
+    vrd, classes = open_images(tmp_path, [['1', *ROW]])
+    again, _ = open_images(tmp_path, [['1', *ROW[:-1], 'under'], ['2', *ROW]], name='test.csv')
+    read = read_open_images(dict(train=vrd, test=again), classes)
+    assert list(read.splits.values()) == ['train', 'test'] and len(read.images[1][1].relations) == 2
+    assert read.report.count('rows of a picture that a file of another split has: taken to that one') == 1
+    for name in ('g.json', 'p.json', 'vrd.csv'): (tmp_path/name).write_bytes(gzip.compress(b'{}'))
+    for read in (lambda: read_gqa(dict(train=tmp_path/'g.json')), lambda: read_psg(tmp_path/'p.json'),
+                 lambda: read_open_images(dict(train=vrd), classes)):
+        with pytest.raises(ValueError, match='is not .*it is packed: unpack it first'): read()
+    (tmp_path/'vrd.csv').write_bytes('ImageID;caf\u00e9'.encode('latin-1'))
+    with pytest.raises(ValueError, match='vrd.csv is not a CSV file .*save it as UTF-8'):
+        read_open_images(dict(train=vrd), classes)
     (tmp_path/'vrd.csv').write_text('')
     with pytest.raises(ValueError, match='vrd.csv has no column ImageID'):
         read_open_images(dict(train=tmp_path/'vrd.csv'), tmp_path/'class-descriptions-boxable.csv')
@@ -440,6 +454,11 @@ def test_links_are_named(raw, capsys):
     status, said = run(capsys, raw)
     assert status == 1 and "'images': it lies outside of the folder. Links are not followed" in said
     (raw/'images').unlink()
+    zipped(raw.parent/'far.zip', [(f'{i}.jpg', picture(i)) for i in range(1, 5)])
+    (raw/'pictures.zip').symlink_to(raw.parent/'far.zip')
+    status, said = run(capsys, raw)
+    assert status == 0 and said.startswith('check: 4 of 4 pictures are sound ('), 'a linked archive is opened'
+    (raw/'pictures.zip').unlink()
     link = zipfile.ZipInfo('images')
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     zipped(raw/'pictures.zip', [(link, b'/home/me/images')])
@@ -511,3 +530,15 @@ def test_ids_of_two_files_that_meet_are_numbered_on(tmp_path):
     read = read_own([written(tmp_path, first), written(tmp_path, second, 'b.json')], strict=True)
     assert list(read.images)[:2] == [1, 2] and len(set(read.images)) == 4
     assert {graph.relations.tolist()[0][2] for _, _, graph in read} == {0} and image_number('1') == 1
+
+
+def test_an_archive_of_a_mac_has_accents(tmp_path):
+    "macOS writes UTF-8, with accents as characters of their own, and does not set the flag that says so."
+    name = unicodedata.normalize('NFD', 'm\u00fc.jpg')
+    path = zipped(tmp_path/'mac.zip', [(f'top/{name}', picture(0))])
+    data = bytearray(path.read_bytes())
+    for mark, flags in ((b'PK\3\4', 6), (b'PK\1\2', 8)): data[data.index(mark) + flags + 1] &= ~8
+    path.write_bytes(data)
+    assert name not in zipfile.ZipFile(path).namelist()[0]
+    report = check_pictures(tmp_path/'db', [(1, 'm\u00fc.jpg', W, H)], open_sources([path]), progress=False)
+    assert report['pictures'] == 1 and report['counts']['other_spelling'] == 1

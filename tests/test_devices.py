@@ -16,8 +16,9 @@ from stdg.checkpoint import load
 from stdg.data import SceneGraphs, loader
 from stdg.inference.predictor import load_predictor
 from stdg.io.devices import choose_device, current_device, device_for
+from stdg.prepare import prepare
 from stdg.testing import loud, toy_database
-from stdg.training import distributed, log, step
+from stdg.training import distributed, experiments, log, step
 from stdg.training.resume import load_state, saved_states
 
 rounds = int(os.environ.get('STDG_ROUNDS', 3))
@@ -466,3 +467,38 @@ def test_a_shard_that_is_not_there(database):
     empty = evaluation.records(network(), SceneGraphs(database, 'val', limit=1), shard=(1, 2),
                                progress=False, device='cpu')
     assert list(empty) == []
+
+
+# studies and preparation
+
+def test_a_study_checks_devices_first(tmp_path, monkeypatch):
+    (tmp_path/'settings.ini').touch()
+    monkeypatch.chdir(tmp_path)
+    for parameters in (dict(device='cuda'), dict(more=dict(device='cuda'))):
+        with machine(0), pytest.raises(ValueError, match="run 'a': device 'cuda': this machine has"):
+            experiments.run_study([experiments.Run('a', parameters)])
+    with machine(2), pytest.raises(ValueError, match="run 'a': device 'cuda:1' is one GPU, but the "
+                                   'runs of a study share all'):
+        experiments.run_study([experiments.Run('a', dict(more=dict(device='cuda:1')))])
+    assert not (tmp_path/'runs').exists()
+
+
+@pytest.mark.parametrize('visible,expected', [(None, '010'), ('', '010'), ('2,3', '232')])
+def test_a_study_shares_the_gpus_that_it_was_given(visible, expected, tmp_path, monkeypatch):
+    "Numbers in CUDA_VISIBLE_DEVICES are those of the machine, and not to be numbered anew."
+    (tmp_path/'settings.ini').touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if visible is not None: monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    got = []
+    monkeypatch.setattr(experiments, 'child_process', lambda *_, env, **__: got.append(
+        env['CUDA_VISIBLE_DEVICES']))
+    with machine(2):
+        for slot in range(3): experiments._start(experiments.Run(f'{slot}', {}), 1, slot)
+    assert ''.join(got) == expected
+
+
+def test_prepare_checks_the_device_first(tmp_path):
+    with machine(0), pytest.raises(ValueError, match="device 'cuda': this machine has cpu, and no GPU"):
+        prepare(tmp_path/'db', tmp_path/'raw', device='cuda')
+    assert not (tmp_path/'db').exists()

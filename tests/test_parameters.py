@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def test_a_certain_meaning_is_taken(project, name, given, meant):
     ('predict', dict(top=-1), 'top is -1'), ('predict', dict(checkpoint=''), "checkpoint is ''"),
     ('explore', dict(show='truht'), "did you mean 'truth'"), ('explore', dict(number=0), 'number is 0'),
     ('prepare', dict(kind='coco'), 'kind is'), ('prepare', dict(steps='check,imags'), "'images'"),
-    ('prepare', dict(step='check'), "did you mean 'steps'"),
+    ('prepare', dict(step='check'), "did you mean 'steps'"), ('prepare', dict(raw='gone'), 'gone is missing'),
     ('own_data', dict(n_images='few'), "n_images is 'few'"),
     ('study', dict(seeds=[1, 1]), 'all different'), ('study', dict(clutters=.5), '1 are given'),
     ('study', dict(n_train=4), 'batch_size is 8, n_train 4'),
@@ -178,19 +179,30 @@ def test_papermill_stops_before_anything_is_made(project):
     assert {path.name for path in project.iterdir()} == {'settings.ini', 'out.ipynb'}
 
 
+def ends(capsys, main, arguments):
+    "(exit status, what was said on the error stream) of a command that ends."
+    with pytest.raises(SystemExit) as end: main(arguments)
+    said = capsys.readouterr()
+    assert not said.out
+    return end.value.code, said.err
+
+
 # What does not go together
 
 @pytest.mark.parametrize('change, said', [
     (dict(n_train=4), 'batch_size is 8, n_train 4: fewer pictures'),
     (dict(hold_out=2000), 'none is left to train'),
     (dict(overfit=4), 'overfit is 4, batch_size 8'),
-    (dict(accumulate=16), 'accumulate is 16'), (dict(devices=16), 'devices is 16'),
+    (dict(accumulate=16), 'accumulate is 16'),
     (dict(validate_every=1, n_val=0), 'n_val and hold_out are both 0'),
     (dict(validate_every=1, best='R@50'), "best is 'R@50'"), (dict(patience=2), 'patience is 2')])
-def test_what_does_not_go_together(project, change, said):
+def test_what_does_not_go_together(project, capsys, change, said):
+    "It is said before a run; but what a run of an earlier version has written is read."
     with pytest.raises(ValueError, match=said): train.settings_of(change)
     (project/'run.yaml').write_text(yaml.safe_dump(change))
-    with pytest.raises(ValueError, match=f'^run.yaml: .*{said}'): train.read_settings('run.yaml')
+    code, line = ends(capsys, train.main, ['--config', 'run.yaml'])
+    assert code == 2 and line.startswith('python -m stdg.train: run.yaml: ') and said in line
+    assert train.read_settings('run.yaml') == settings.Settings(**change)
 
 
 # YAML
@@ -268,14 +280,6 @@ def test_every_settings_file_is_read_as_it_is_written(project):
 
 # Command lines
 
-def ends(capsys, main, arguments):
-    "(exit status, what was said on the error stream) of a command that ends."
-    with pytest.raises(SystemExit) as end: main(arguments)
-    said = capsys.readouterr()
-    assert not said.out
-    return end.value.code, said.err
-
-
 def test_mistakes_of_train_are_one_line(project, capsys):
     (project/'folder').mkdir()
     files = dict(bad='epochs: two', broken='a: [', empty='', unknown='epoch: 3', good='stages: [student]',
@@ -303,6 +307,17 @@ def test_faults_of_train_keep_their_traceback(project, capsys, monkeypatch):
     for error in (RuntimeError('a fault'), ValueError('of a library'), FloatingPointError('nan')):
         raises(error)
         with pytest.raises(type(error), match=str(error)): train.main(['--config', 'run.yaml'])
+    monkeypatch.setattr(train, 'prepare_run', lambda settings: None)
+    def ours(*args): train.read_settings('gone.yaml')
+    monkeypatch.setattr(train, 'train_stage', ours)
+    code, said = ends(capsys, train.main, ['--config', 'run.yaml'])
+    assert code == 2 and 'gone.yaml is missing' in said and said.count('\n') == 1
+    monkeypatch.setattr(train, 'process_group', lambda device: nullcontext('cpu'))
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    with pytest.raises(FileNotFoundError): train.main(['--config', 'run.yaml'])
+    code, said = ends(capsys, train.main, ['--config', 'gone.yaml'])
+    assert code == 2 and said.count('\n') == 1, 'a mistake in the command, also under torchrun'
+    monkeypatch.delenv('LOCAL_RANK')
     raises(KeyboardInterrupt())
     code, said = ends(capsys, train.main, ['--config', 'run.yaml'])
     assert code == 130 and said.count('\n') == 1
@@ -425,7 +440,7 @@ def test_what_cannot_be_judged_is_null_with_the_reason(tmp_path):
         database = toy(tmp_path/name, split, **kinds)
         notes = train.check_splits(SMALL, database)
         assert len(notes) == bool(note) and all(note in said for said in notes)
-        test = train.test_sets(SMALL, database, {'rgb'})
+        test = train.judged_sets(SMALL, database, {'rgb'})
         rows = dict(prior=train.prior_figures(SMALL, database, test),
                     student=train.figures_of(SMALL, database, model, test, intervals=20, progress=False))
         rows = json.loads(json.dumps(train.rows_for_json(rows, test), allow_nan=False))

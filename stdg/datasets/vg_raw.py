@@ -125,7 +125,9 @@ def _lines(path):
     """The lines of a text file, stripped, without empty ones.
 
     Bytes that are not of its encoding, UTF-8 mostly, are dropped, as in names."""
-    with open(path, 'rb') as file: encoding = encoding_of(file.read(4))
+    with open(path, 'rb') as file: head = file.read(4)
+    try: encoding = encoding_of(head)
+    except ValueError as error: raise ValueError(f"{path} is no list of names: {error}") from None
     with open(path, encoding=encoding, errors='ignore') as file:
         return [line.strip() for line in file if line.strip()]
 

@@ -138,13 +138,17 @@ def write_json(path, record, indent=1):
 # %% ../../nbs/io/01_files.ipynb #read-json
 def encoding_of(head):
     """The encoding of a text by its first four bytes, 'utf-8-sig' or 'utf-16' say: by its byte order
-    mark, or by the zeros of its first characters, which are ASCII; 'utf-8' if there is neither."""
+    mark, or by the zeros of its first characters, which are ASCII; 'utf-8' if there is neither.
+
+    Raises `ValueError` for the bytes of an archive."""
+    if head[:2] in (b'\x1f\x8b', b'PK'): raise ValueError('it is packed: unpack it first')
     return json.detect_encoding(head[:4])
+
+_LINES = '; are these JSON lines? One object is needed, not one a line'
 
 def _text(data):
     "The text of the bytes of a JSON file. Raises `ValueError` saying what they are instead."
     if not data.strip(): raise ValueError('it is empty')
-    if data[:2] in (b'\x1f\x8b', b'PK'): raise ValueError('it is packed: unpack it first')
     encoding = encoding_of(data)
     try: return data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -158,7 +162,7 @@ def read_json(path, hint='Is the path right?'):
     try: return json.loads(text := _text(readable_file(path, hint).read_bytes()))
     except (ValueError, RecursionError) as error:  # RecursionError: brackets too deep
         lines = getattr(error, 'msg', '') == 'Extra data' and text[error.pos] in '[{'
-        why = f'{error}; are these JSON lines? One object is needed, not one a line' if lines else error
+        why = f'{error}{_LINES}' if lines else error
         raise ValueError(f"{path} is not whole JSON ({why}). {hint}") from None
 
 # %% ../../nbs/io/01_files.ipynb #shallow
@@ -186,7 +190,9 @@ class _Utf8:
     "Reads `file`, a text in UTF-8, UTF-16 or UTF-32, as UTF-8 without a byte order mark."
     def __init__(self, file):
         self._file, self._head = file, file.read(4)
-        encoding = encoding_of(self._head)
+        try: encoding = encoding_of(self._head)
+        except ValueError as error: raise ijson.JSONError(str(error)) from None
+        if not self._head: raise ijson.JSONError('it is empty')
         self._decoder = None if encoding == 'utf-8' else codecs.getincrementaldecoder(encoding)()
 
     def read(self, n=-1):
@@ -208,6 +214,7 @@ def _reason(error):
     at = rest[1].find('^') if len(rest) > 1 else -1
     near = rest[0][at - 2:at + 8] if at > 1 else ''
     if 'NaN' in near or 'Infinity' in near: first += ' NaN and Infinity are not JSON: write null.'
+    if 'trailing garbage' in first: first += _LINES
     return first.strip()
 
 def stream_json(file, read, *prefix):
