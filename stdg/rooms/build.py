@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..datasets.visual_genome import write_annotations, write_images
 from ..graph import SceneGraph, Vocabulary
-from ..io.files import atomic_path, read_json, remove_dead, remove_folder, write_json
+from ..io.files import atomic_path, read_json, remove_dead, remove_folder, writable_folder, write_json
 from ..io.locks import lock_of, locked
 from .catalogue import CATEGORIES, make
 from .layout import arrange, extent
@@ -364,7 +364,7 @@ def _cores():
 
 def _make(folder, settings, total, workers):
     "Render what is missing of `total` rooms, and assemble all."
-    for place in (folder, folder / 'shards'): remove_dead(place)
+    for place in (folder, writable_folder(folder / 'shards')): remove_dead(place)
     shards = range(-(-total // SHARD))
     missing = [k for k in shards if _read_shard(folder, settings, k) is None]
     there = total - sum(len(_shard_rooms(settings, k)) for k in missing)
@@ -391,10 +391,9 @@ def make_rooms(
     folder, total = Path(folder), int(n_train) + int(n_val) + int(n_test)
     if total < 1:
         raise ValueError('make_rooms: at least one room is needed, n_train + n_val + n_test is 0')
-    settings = dict(images=[int(n_train), int(n_val), int(n_test)], size=int(size),
-                    clutter=float(clutter), seed=int(seed),
-                    mean_relations=float(mean_relations), samples=int(samples), shard=SHARD,
-                    version=VERSION)
+    settings = dict(images=[int(n_train), int(n_val), int(n_test)], size=int(size), seed=int(seed),
+                    clutter=float(clutter), mean_relations=float(mean_relations),
+                    samples=int(samples), shard=SHARD, version=VERSION)
     if (folder / 'rooms.json').exists() and _claim(folder, settings): return folder
     with locked(lock_of(folder / 'rooms.json'), what=f'the rooms in {folder}'):
         if not _claim(folder, settings): _make(folder, settings, total, workers or _cores())
