@@ -179,7 +179,7 @@ def _depth(job):
         path = measured.write_depth(job.folder, pictures.read_listing(job.folder), job.raw,
                                     read.depth, read.cameras, size, job.unit, **share)
     elif kind == 'pfm':
-        path = estimation.import_pfm(database, where, metric=bool(job.metric), **share)
+        path = estimation.import_pfm(database, where, metric=job.metric, **share)
     else:
         path = estimation.estimate_depth(database, where, size=size, batch=job.batch,
                                          device=job.device, metric=job.metric, **share)
@@ -206,10 +206,10 @@ def _merge(job):
     tag, merged = _tag(job), []
     def waiting(path): return path.with_name(path.stem + '-parts').exists()
     if waiting(depth_path(job.folder, tag)):
-        merged.append(estimation.merge_depth(databases[-1], tag))
-    merged += [precompute.merge_hha(database, tag) for database in databases
+        merged.append(measured.depth_said(estimation.merge_depth(databases[-1], tag)))
+    merged += [precompute.merge_hha(database, tag).name for database in databases
                if waiting(hha_path(database, tag))]
-    return ', '.join(path.name for path in merged) or 'no parts are waiting'
+    return ', '.join(merged) or 'no parts are waiting'
 
 # %% ../nbs/commands/02_prepare_data.ipynb #step-statistics
 def _statistics_or_why(job):

@@ -309,7 +309,7 @@ def test_faults_of_train_keep_their_traceback(project, capsys, monkeypatch):
         with pytest.raises(type(error), match=str(error)): train.main(['--config', 'run.yaml'])
     monkeypatch.setattr(train, 'prepare_run', lambda settings, stages: None)
     def ours(*args): train.read_settings('gone.yaml')
-    monkeypatch.setattr(train, 'train_stage', ours)
+    monkeypatch.setattr(train, '_train', ours)
     code, said = ends(capsys, train.main, ['--config', 'run.yaml'])
     assert code == 2 and 'gone.yaml is missing' in said and said.count('\n') == 1
     monkeypatch.setattr(train, 'process_group', lambda device: nullcontext('cpu'))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stdg import evaluation, train, training
+from stdg import evaluation, prepare, train, training
 from stdg.augmentation import FILL
 from stdg.data import SceneGraphs
 from stdg.datasets import images
@@ -27,7 +27,7 @@ from stdg.depth.depth_file import DepthFile
 from stdg.depth.estimators import import_pfm
 from stdg.depth.maps import write_pfm
 from stdg.depth.sensors import depth_report, depth_said, read_depth, write_depth
-from stdg.explore.scene import read_scene, upload_scene
+from stdg.explore.scene import database_scene, read_scene, upload_scene
 from stdg.inference.predictor import predict, read_image, read_member
 from stdg.io.archives import open_sources
 from stdg.model import STDG
@@ -386,6 +386,9 @@ def test_a_run_that_reads_no_depth_needs_none(wide, at_home, capsys):
     assert list(train.main(['--config', 'alone.yaml', '--dry-run'])) == ['control']
     assert list(train.main(['--config', 'run.yaml', '--dry-run', '--stages', 'control'])) == ['control']
     assert not list(wide.glob('hha*'))
+    scene = database_scene(Database(wide), 0)
+    assert scene.depth is None and scene.hha is None
+    assert set(read_scene(scene, tiny(), scene.vocabulary, 64).offsets) == {'student'}
 
 
 @pytest.mark.parametrize('options', [dict(stages=['teacher']), dict(stages=['control', 'student']),
@@ -505,6 +508,60 @@ def test_maps_by_others_are_looked_at_too(tmp_path, wide):
     (tmp_path/'pfm'/f'{database.image_ids[4]}.pfm').unlink()
     with pytest.raises(FileNotFoundError, match=r'no depth map 102.pfm .*\(2 of 6 have none\)'):
         import_pfm(database, tmp_path/'pfm', 'metres', progress=False)
+
+
+def test_another_unit_is_not_passed_over(tmp_path, wide):
+    "Who reads the note and gives another unit must not get the old maps again."
+    (tmp_path/'db').mkdir()
+    path = write_maps(tmp_path, [SLOPE] * 2, unit=.0001)
+    (tmp_path/'db'/'hha_60_own.h5').touch()
+    before = path.read_bytes()
+    files = {10: '0.png', 11: '1.png'}
+    again = lambda unit: write_depth(tmp_path/'db', listed(2), tmp_path, files, size=60, unit=unit,
+                                     progress=False)
+    assert again(.001) == path and path.read_bytes() == before
+    with pytest.raises(ValueError, match=r'with --unit 0.001 .asked: 0.0001.*Remove it.*hha_60_own.h5'):
+        again(.0001)
+    path.unlink()
+    assert '4 m, median 2.5 m' in depth_said(again(.0001))
+    for wrong in (0, -1, np.nan):
+        with pytest.raises(ValueError, match='--unit'): again(wrong)
+    database = Database(wide)
+    (tmp_path/'pfm').mkdir()
+    for image_id in database.image_ids: write_pfm(tmp_path/'pfm'/f'{image_id}.pfm', SLOPE)
+    read = lambda metric: import_pfm(database, tmp_path/'pfm', 'slope', metric, progress=False)
+    made = read(True)
+    try:
+        assert read(None) == read(True) == made and DepthFile(made).metric
+        with pytest.raises(ValueError, match='holds metres .asked: relative depth'): read(False)
+    finally: made.unlink()
+
+
+def test_prepare_says_the_range_and_keeps_it(tmp_path, capsys):
+    own, records = tmp_path/'own', []
+    own.mkdir()
+    for i in range(10):
+        Image.fromarray(RNG.integers(0, 256, (40, 60, 3), np.uint8)).save(own/f'{i}.jpg')
+        map_file(own, SLOPE, f'{i}.png', .0001)
+        things = [dict(bbox=[2, 3, 20, 30], category_id=1), dict(bbox=[30, 3, 20, 30], category_id=1)]
+        records.append((i, things))
+    annotations = dict(
+        images=[dict(id=i, file_name=f'{i}.jpg', width=60, height=40, depth=f'{i}.png')
+                for i, _ in records],
+        categories=[dict(id=1, name='thing')], predicates=[dict(id=1, name='beside')],
+        annotations=[dict(thing, id=2 * i + k, image_id=i) for i, things in records
+                     for k, thing in enumerate(things)],
+        relations=[dict(image_id=i, subject_id=2 * i, object_id=2 * i + 1, predicate_id=1)
+                   for i, _ in records])
+    (own/'annotations.json').write_text(json.dumps(annotations))
+    run = lambda *more: prepare.main(['check', 'database', 'images', 'depth', 'statistics', '--kind', 'own',
+                                      '--annotations', 'annotations.json', '--size', '64', '--depth',
+                                      'own', '--raw', str(own), '--folder', str(tmp_path/'db'), *more])
+    run()
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('depth: '))
+    assert '10 maps, 10 to 40 m, median 25 m, 0% missing. NOTE: ' in said and '--unit 0.0001' in said
+    kept = json.loads((tmp_path/'db'/'statistics.json').read_text())['depth']
+    assert kept['median'] == pytest.approx(25, rel=.01) and len(kept['notes']) == 1
 
 
 # One odd picture

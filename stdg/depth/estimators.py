@@ -184,6 +184,18 @@ def _fingerprint(network):
         number = zlib.crc32(weights.cpu().contiguous().numpy(), number)
     return number
 
+# %% ../../nbs/depth/04_estimators.ipynb #made
+def _made(path, image_ids, metric):
+    """The depth file `path`, which is there.
+
+    Raises what `DepthFile` raises, and `ValueError` if `metric` (None: whatever it is) is another."""
+    file = DepthFile(path, image_ids)
+    if metric is not None and file.metric != bool(metric):
+        kind, asked = (('metres' if one else 'relative depth') for one in (file.metric, metric))
+        raise ValueError(f"{path} holds {kind} (asked: {asked}). Remove it, and the HHA made of it, to "
+                         "make it again, or leave --metric out")
+    return path
+
 # %% ../../nbs/depth/04_estimators.ipynb #estimate-depth
 _PACK = dict(dtype=np.float16, compress=True)
 
@@ -202,7 +214,7 @@ def estimate_depth(database,  # `Database` or `Originals`
     `Estimator`, `Parts` and `DepthFile` raise, and `ValueError` naming the images that can't be
     read or whose map has NaN. Source: method spec 2.1."""
     path = depth_path(database.folder, model)
-    if path.exists(): return DepthFile(path, database.image_ids).path
+    if path.exists(): return _made(path, database.image_ids, metric)
     estimator = Estimator(model, device, metric)
     parts = Parts(path, 'depth', database.image_ids, batch, **_PACK, model=estimator.tag,
                   weights=_fingerprint(estimator.network),
@@ -225,9 +237,10 @@ def estimate_depth(database,  # `Database` or `Originals`
 
 # %% ../../nbs/depth/04_estimators.ipynb #merge-depth
 def _finish(parts):
-    "Join `parts` to the depth file, with the column `metric` that their settings say."
-    metric = parts.settings.get('metric', 0)  # none if another process has joined them
-    return finish_parts(parts, metric=np.array([metric], np.int32))
+    "Join `parts` to the depth file, with `metric`, and of measured maps `unit`, as their settings say."
+    settings = parts.settings  # none if another process has joined them
+    more = dict(unit=np.array([settings['unit']])) if 'unit' in settings else {}
+    return finish_parts(parts, metric=np.array([settings.get('metric', 0)], np.int32), **more)
 
 def merge_depth(database, model=MODEL):
     """Join the parts of all shards of `estimate_depth` to the depth file; its path.
@@ -260,7 +273,7 @@ def _check_metres(maps, folder):
                      "or street. Are they millimetres, or relative depth (--metric no)? Metres are "
                      "needed")
 
-def import_pfm(database, folder, tag=None, metric=False, shard=(0, 1), progress=True):
+def import_pfm(database, folder, tag=None, metric=None, shard=(0, 1), progress=True):
     """Join the maps of a folder of PFM files to `depth_<tag>.h5` beside the database, in their own
     shapes; `tag` is by default the estimator in the file names, or the folder's name.
 
@@ -268,18 +281,18 @@ def import_pfm(database, folder, tag=None, metric=False, shard=(0, 1), progress=
     Raises `FileNotFoundError` if an image has no map."""
     files = PfmFolder(folder, tag)
     path = depth_path(database.folder, tag or files.tag or folder)
-    if path.exists(): return DepthFile(path, database.image_ids).path
+    if path.exists(): return _made(path, database.image_ids, metric)
     image_ids = database.image_ids.tolist()
     if lack := [image_id for image_id in image_ids if image_id not in files.names]:
         try: files.path(lack[0])
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error} ({len(lack)} of {len(image_ids)} have none)") from None
     parts = Parts(path, 'depth', database.image_ids, 64, **_PACK, pfm=model_tag(folder),
-                  metric=int(metric))
+                  metric=int(bool(metric)))
     def load(row): return files[image_ids[row]]
     def make(rows, maps):
         if metric: _check_metres(maps, folder)
-        return _storable(maps, [image_ids[row] for row in rows], metric, str(folder))
+        return _storable(maps, [image_ids[row] for row in rows], bool(metric), str(folder))
     run_parts(parts, load, make, shard, progress, 'reading PFM')
     return _finish(parts) if tuple(shard) == (0, 1) else None
 

@@ -17,7 +17,7 @@ from ..datasets.images import scaled_size
 from .depth_file import DepthFile, depth_path, finish_parts
 from .maps import FAR_MEDIAN, NEAR, camera_matrix, read_pfm
 from ..io.archives import upright_turn
-from ..io.files import readable_file
+from ..io.files import open_h5, readable_file
 from ..io.packed import Parts, run_parts
 
 # %% ../../nbs/depth/05_sensors.ipynb #read-depth
@@ -60,6 +60,11 @@ def _range_problem(found):
 # %% ../../nbs/depth/05_sensors.ipynb #read-depth-itself
 _READERS = {'.png': _read_png, '.npy': _read_npy, '.pfm': read_pfm}
 
+def _check_unit(unit):
+    if not 0 < unit < np.inf:
+        raise ValueError(f"unit {unit}: the metres that a step of a .png means are needed, .001 for "
+                         "millimetres (--unit)")
+
 def read_depth(path, unit=.001):
     """The depth map in a .png (`unit` metres a step), .npy or .pfm (metres), (H, W) float32 metres,
     0 missing, upright.
@@ -70,9 +75,7 @@ def read_depth(path, unit=.001):
     suffix = path.suffix.lower()
     if suffix not in _READERS:
         raise ValueError(f"{path}: depth maps are read from {', '.join(_READERS)}")
-    if not 0 < unit < np.inf:
-        raise ValueError(f"unit {unit}: the metres that a step of a .png means are needed, .001 for "
-                         "millimetres")
+    _check_unit(unit)
     readable_file(path, 'Is the name of the depth map right?')
     try: found = np.asarray(_READERS[suffix](path), np.float32) * (unit if suffix == '.png' else 1)
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -110,6 +113,16 @@ def fitted(found,  # (H, W) metres
 # %% ../../nbs/depth/05_sensors.ipynb #write-depth
 TAG = 'own'
 
+def _check_made(path, listing, unit):
+    "Raise `ValueError` if the depth file `path` is of other pictures, or was read in another unit."
+    DepthFile(path, listing.image_ids)
+    with open_h5(path, dict(metric=1)) as file:
+        known = float(file['unit'][0]) if 'unit' in file else unit
+    if known != unit:
+        made = ', '.join(sorted(file.name for file in path.parent.glob(f'hha_*_{TAG}.h5')))
+        raise ValueError(f"{path} was read with --unit {known:g} (asked: {unit:g}). Remove it"
+                         f"{f' and what was made of it ({made})' * bool(made)} to read the maps again")
+
 def _depth_files(listing, root, files):
     """Path of the map of each picture of `listing`.
 
@@ -141,12 +154,16 @@ def write_depth(folder,  # of the database
                 unit=.001,  # metres a step of a .png
                 shard=(0, 1),  # (i, n): worker i of n
                 progress=True):
-    """Write `depth_own.h5`; its path, or None while other shards may have work to do.
+    """Write `depth_own.h5`; its path, or None while other shards may have work to do. If the file is
+    there, and was read in this `unit`, it is kept.
 
     Raises what `read_depth` and `fitted` raise, when all parts without such maps are made, and
     `FileNotFoundError` if a picture has no map."""
     path, cameras = depth_path(folder, TAG), cameras or {}
-    if path.exists(): return DepthFile(path, listing.image_ids).path
+    _check_unit(unit)
+    if path.exists():
+        _check_made(path, listing, unit)
+        return path
     paths = _depth_files(listing, root, files)
     parts = Parts(path, 'depth', listing.image_ids, 32, np.float16, compress=True,
                   model=TAG, metric=1, pixels=size, unit=unit)
@@ -161,7 +178,8 @@ def write_depth(folder,  # of the database
                        camera=np.stack(matrices), constant=np.zeros(len(maps), np.uint8))
         return [one.astype(np.float16).ravel() for one in maps], columns
     run_parts(parts, load, make, shard, progress, 'reading depth')
-    return finish_parts(parts, metric=np.array([1], np.int32)) if tuple(shard) == (0, 1) else None
+    if tuple(shard) != (0, 1): return None
+    return finish_parts(parts, metric=np.array([1], np.int32), unit=np.array([unit]))
 
 # %% ../../nbs/depth/05_sensors.ipynb #depth-report
 SAMPLE = 256  # maps that a report reads

@@ -64,7 +64,7 @@ def _layout(shape):
     if len(shape) == 2: return 0, 1
     first, last = shape[0], shape[2]
     if last == 3 or (first != 3 and last in (1, 2, 4)): return 0, 1, 2
-    return (1, 2, 0) if first in (1, 3, 4) else None
+    return (1, 2, 0) if first in (1, 2, 3, 4) else None
 
 def _read_array(array):
     "An array or tensor as `read_image` gives it."
