@@ -133,6 +133,9 @@ def _open_video(source):
         video = cv2.VideoCapture(source)
         if not video.isOpened(): raise ValueError(f"webcam {source} does not answer")
         return video
+    if Path(source).is_dir():
+        raise ValueError(f"{source} is a folder, and a video is one file. Give that, or take stdg "
+                         "predict for a folder of pictures")
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source} is missing. Is the path right?")
     with open(source, 'rb') as file: first = file.read(16)
@@ -253,6 +256,7 @@ def write_video(source, network, lines=None, drawing=None, every=1, shown=None, 
     what that raises, and `ValueError` for another ending, or for the name of a file that is read or
     was not written here."""
     lines, drawing = _outputs(source, network, lines, drawing)
+    if not isinstance(source, int): _open_video(source).release()
     cv2, shown, text, video, writer, number = _opencv(), shown or {}, None, None, None, 0
     with ExitStack() as files:
         if lines:
