@@ -80,8 +80,10 @@ _TAKEN = (*ENDINGS, *DRAWINGS, '.zip', '.safetensors', '.mp4')  # endings of wha
 
 def _is_graph(path):
     "Whether the file `path` is what `predict_one` writes."
-    try: record = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError): return False
+    with open(path, 'rb') as file:
+        if file.read(1) != b'{': return False
+        try: record = json.loads(b'{' + file.read())
+        except (ValueError, RecursionError): return False
     return isinstance(record, dict) and {'file', 'network', 'canvas'} <= record.keys()
 
 def _json_output(path, inputs, ours, kind):

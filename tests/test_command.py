@@ -17,6 +17,7 @@ from PIL import Image
 import stdg
 from stdg import cli
 from stdg.draw.style import drawn_here
+from stdg.explore.networks import arguments
 from stdg.graph import Vocabulary
 from stdg.inference import predictor
 from stdg.inference.display import PicturePrediction
@@ -447,6 +448,19 @@ def test_advice(home, refused, run, network, tmp_path):
         assert 'the name is empty' in refused('predict', *empty)
     assert 'two\\nlines' in refused('predict', 'two\nlines') or 'two lines is missing' in refused(
         'predict', 'two\nlines')
+
+
+def test_text_where_a_list_is_meant(home, network):
+    "One path or name is not as many as it has letters."
+    for one in (str(network), network, [network], {'name': network}):
+        assert arguments(checkpoints=one)[1] == '1 network.'
+    assert cli.listed('photo.png')[0] == cli.listed(['photo.png'])[0] == ['photo.png']
+    assert cli.listed('album')[0] == cli.listed(Path('album'))[0] == ['a.png', 'b.png']
+    writer = cli.Writer(predictor.load_predictor(network), top=2)
+    assert cli.predict_many('album', predictor.load_predictor(network), 'o.jsonl', writer,
+                            progress=False) == (2, 0)
+    for names in (('cup', ['on']), (['cup'], 'on')):
+        with pytest.raises(ValueError, match='a list of names is needed'): Vocabulary(*names)
 
 
 def test_names_and_labels_cannot_steer_a_terminal(home, run, network, capsys):

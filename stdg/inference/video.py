@@ -8,6 +8,7 @@ __all__ = ['Smoother', 'frames', 'predict_video', 'draw_frame', 'write_video', '
 # %% ../../nbs/inference/03_video.ipynb #imports
 import json
 import math
+import os
 from contextlib import ExitStack
 from io import BytesIO
 from itertools import islice
@@ -227,7 +228,9 @@ _BOX = (8 + len(_MARK)).to_bytes(4, 'big') + b'free' + _MARK  # a part of MP4 th
 
 def _is_ours(path):
     "Whether the file `path` is a video of `write_video`."
-    return Path(path).read_bytes()[-len(_BOX):] == _BOX
+    with open(path, 'rb') as file:
+        file.seek(-min(len(_BOX), Path(path).stat().st_size), os.SEEK_END)
+        return file.read() == _BOX
 
 def _are_graphs(path):
     "Whether the file `path` holds the lines of `write_video`."
