@@ -17,13 +17,19 @@ help:  ## what can be made
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# The name of a run may hold spaces and quotes: the shell gets it from the environment, papermill as text (-r).
+export RUN
 train: .venv/installed  ## the whole method at small size, about 20 minutes on 2 cores
-	@mkdir -p runs/$(RUN)
-	$(BIN)/papermill --log-output --no-progress-bar nbs/train.ipynb runs/$(RUN)/train.ipynb -p name $(RUN) $(ARGS)
-	@echo "Done. The executed notebook: runs/$(RUN)/train.ipynb; the figures: runs/$(RUN)/results.json; the networks: runs/$(RUN)/*.safetensors"
+	@case "/$$RUN/" in \
+	    *//* | */./* | */../* | *[\\{}[:cntrl:]]* | */' '* | *' '/*) \
+	        printf '%s\n' "RUN='$$RUN' can be no folder below runs/: no '.', '..', braces, backslash, nor a space at an end" >&2; exit 2;; esac
+	@mkdir -p "runs/$$RUN"
+	$(BIN)/papermill --log-output --no-progress-bar nbs/train.ipynb "runs/$$RUN/train.ipynb" $(CONFIG) -r name "$$RUN" $(ARGS)
+	@printf '%s\n' "Done. The executed notebook: runs/$$RUN/train.ipynb; the figures: runs/$$RUN/results.json; the networks: runs/$$RUN/*.safetensors"
 
-train-full: .venv/installed  ## the same at a larger size, about two hours on 2 cores or minutes on a GPU
-	@$(MAKE) train RUN=full ARGS="-f nbs/configs/full.yaml"
+train-full: RUN = full
+train-full: CONFIG = -f nbs/configs/full.yaml
+train-full: train  ## the same at a larger size, about two hours on 2 cores or minutes on a GPU
 
 test: .venv/installed  ## everything that CI runs
 	@bash tests/run.sh

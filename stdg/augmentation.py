@@ -91,14 +91,15 @@ def _move(graph, steps):
     return moved, (x1 + dx, y1 + dy, x2 - x1 - last, y2 - y1 - last)
 
 # %% ../nbs/method/13_augmentation.ipynb #place
-FILL = (124, 116, 104)  # the colour outside a picture, for RGB and HHA
+# the colour outside a picture, for HHA and for a network's colours in the network's own order
+FILL = (124, 116, 104)
 
-def centred(picture, canvas):
+def centred(picture, canvas, fill=FILL):
     "`picture` (3k, h, w) in the middle of a square canvas, and the position of its corner (x, y)."
     channels, h, w = picture.shape
     x, y = (canvas - w)//2, (canvas - h)//2
     if (h, w) == (canvas, canvas): return picture, (0, 0)
-    fill = torch.tensor(FILL, dtype=picture.dtype).repeat(channels//3)
+    fill = torch.tensor(fill, dtype=picture.dtype).repeat(channels//3)
     out = fill[:, None, None].repeat(1, canvas, canvas)
     out[:, y:y + h, x:x + w] = picture
     return out, (x, y)
@@ -108,7 +109,7 @@ def _corner_aligned(picture, size):
     scaled = interpolate(picture[None].float(), size, mode='bilinear', align_corners=True)
     return scaled[0].round().byte()
 
-def _place(picture, steps):
+def _place(picture, steps, fill=FILL):
     """`picture` (3, H, W) uint8 after `steps`, (3, canvas, canvas); fastest if the channels come
     last in memory."""
     x, y, w, h = steps.window
@@ -117,18 +118,21 @@ def _place(picture, steps):
     if steps.released: scaled = _corner_aligned(picture, size)
     else: scaled = T.resize(picture, size, antialias=True)
     part = scaled[:, y:y + h, x:x + w].contiguous()
-    return centred(part.flip(2) if steps.flip else part, steps.canvas)[0]
+    return centred(part.flip(2) if steps.flip else part, steps.canvas, fill)[0]
 
 # %% ../nbs/method/13_augmentation.ipynb #geometry
 def geometry(pictures, graph, canvas, scale=(.7, 1.5), stretch=(.75, 1.33), flip=.5, generator=None,
-             released=False):
+             released=False,
+             fills=None):  # the colour outside each picture; None: `FILL`
     """Mirror, scale, crop and pad `pictures`, (3, H, W) uint8 of one scene, and its `graph`
     together.
 
     Returns the pictures (3, canvas, canvas), the graph, and the valid area (x, y, w, h). Source:
     method spec 1.5 steps 2 to 7."""
     steps = _draw(graph, canvas, scale, stretch, flip, generator, released)
-    return [_place(picture, steps) for picture in pictures], *_move(graph, steps)
+    pictures = list(pictures)
+    fills = fills or [FILL] * len(pictures)
+    return [_place(picture, steps, fill) for picture, fill in zip(pictures, fills)], *_move(graph, steps)
 
 # %% ../nbs/method/13_augmentation.ipynb #turn-hue
 _GREY, _POSITIONS = torch.tensor([.299, .587, .114]), torch.tensor([[0.], [2], [4]])

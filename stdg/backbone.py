@@ -49,8 +49,12 @@ def _file_weights(name, path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing. It should hold ImageNet weights of {name}")
     try:
+        open(path, 'rb').close()
         if str(path).endswith('.safetensors'): tensors = load_file(path)
         else: tensors = torch.load(path, map_location='cpu', weights_only=True)
+    except PermissionError:
+        raise PermissionError(f"{path} may not be read: permission denied. Ask its owner for the "
+                              "right to read it") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a whole file of weights, or holds more than weights "
                          f"({error})") from None
@@ -140,15 +144,16 @@ class FPN(nn.Module):
 
 # %% ../nbs/method/05_backbone.ipynb #frozen
 def _first_levels(body, levels):
-    "The modules of a timm feature extractor up to and with its level number `levels`."
+    """Names of the modules of a timm feature extractor up to and with its level number `levels`.
+
+    Names, since a module may be replaced by another (batch norms by synchronised ones)."""
     if not levels: return []
     last = body.feature_info.info[levels - 1]['module']
     named = [(name, module) for name, module in body.named_modules() if name]
     if last not in dict(named): last = last.replace('.', '_')  # timm's flattened extractors
-    parts = [(name, module) for name, module in named if not last.startswith(name + '.')]
-    end = max(i for i, (name, _) in enumerate(parts)
-              if name == last or name.startswith(last + '.'))
-    return [module for _, module in parts[:end + 1]]
+    parts = [name for name, _ in named if not last.startswith(name + '.')]
+    end = max(i for i, name in enumerate(parts) if name == last or name.startswith(last + '.'))
+    return parts[:end + 1]
 
 # %% ../nbs/method/05_backbone.ipynb #body
 def _body(timm_name, stride, fpn, pretrained, **options):
@@ -184,11 +189,11 @@ class Backbone(nn.Module):
         self.fpn = FPN(found, fpn) if fpn else nn.Identity()
         self.channels, self.stride = fpn or found[0], stride
         self._frozen = _first_levels(self.body, frozen)
-        for module in self._frozen: module.requires_grad_(False).eval()
+        for name in self._frozen: self.body.get_submodule(name).requires_grad_(False).eval()
 
     def train(self, mode=True):
         super().train(mode)
-        for module in self._frozen: module.eval()
+        for name in self._frozen: self.body.get_submodule(name).eval()
         return self
 
     def forward(self, image):

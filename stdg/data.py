@@ -6,6 +6,7 @@
 __all__ = ['overlapping', 'overlapping_counts', 'filter_relations', 'SceneGraphs', 'loader', 'normalise', 'network_input']
 
 # %% ../nbs/method/14_data.ipynb #imports
+import copy
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from . import fields
-from .augmentation import centred, geometry, photometry
+from .augmentation import FILL, centred, geometry, photometry
 from .datasets.visual_genome import boxes_overlap
 from .depth.hha_file import SOURCES, HHAFile, hha_path
 from .graph import SceneGraph
@@ -55,22 +56,24 @@ class SceneGraphs(Dataset):
     """The pictures of one split that have a relation, as samples for training or evaluation.
 
     `inputs` names what the network reads: 'rgb', 'hha' or both; `limit` keeps the first so many
-    images. `augment=False` turns all augmentation off, `colour=False` that of colours; `scale`,
-    `stretch` and `flip` go to `stdg.augmentation.geometry`. A database opened with `released=True`
-    is augmented as in the released code.
+    images, `relations=False` also those without a relation, to judge boxes alone. `augment=False`
+    turns all augmentation off, `colour=False` that of colours; `scale`, `stretch` and `flip` go to
+    `stdg.augmentation.geometry`. A database opened with `released=True` is augmented as in the
+    released code.
 
     A sample is a dictionary: 'rgb' and 'hha', as in `inputs`, (3, canvas, canvas) uint8; 'index',
     its number; in training 'targets', what `stdg.fields.encode` gives.
 
     Raises `ValueError` when nothing is left. Source: method spec 1.4 to 1.6."""
     def __init__(self, database, split='train', inputs=('rgb',), train=False, stride=16,
-                 source='metric', n_val=0, limit=None, overlap=False,
+                 source='metric', n_val=0, limit=None, overlap=False, relations=True,
                  augment=True, colour=True, **augmentation):
         self.database, self.inputs, self.training = database, tuple(inputs), train
         self.stride, self.source, self.released = stride, source, database.released
         self.overlap = overlap and train
         self.augment, self.colour = augment and train, augment and colour and train
         self.augmentation = augmentation
+        self.order = self._stored_order = 'BGR' if self.released else 'RGB'
         if set(inputs) - {'rgb', 'hha'} or not inputs:
             raise ValueError(f"inputs {inputs} must be 'rgb', 'hha' or both")
         self._hha = None
@@ -79,9 +82,21 @@ class SceneGraphs(Dataset):
             old_hha = self.released and source not in SOURCES
             self._hha = HHAFile(hha_path(database, source, old_hha), database.image_ids)
         counts = overlapping_counts(database) if self.overlap else database.relation_counts()
-        self.rows = [i for i in database.indices(split, n_val).tolist() if counts[i]][:limit]
+        rows = database.indices(split, n_val).tolist()
+        self.rows = [i for i in rows if counts[i] or not relations][:limit]
         if not self.rows:
-            raise ValueError(f"{database.folder}: no image of split {split!r} has a relation")
+            has = 'has a relation' if relations else 'is there'
+            raise ValueError(f"{database.folder}: no image of split {split!r} {has}")
+
+    def seen_by(self, model):
+        """These samples as the `STDG` `model` is to see them: `stdg.augmentation.FILL` lies around
+        the picture in the order of the model's channels, `order`, not of the database's.
+
+        Source: method spec 1.5 step 6."""
+        if 'rgb' not in self.inputs or model.colour_order == self.order: return self
+        other = copy.copy(self)
+        other.order = model.colour_order
+        return other
 
     def __len__(self): return len(self.rows)
 
@@ -100,11 +115,12 @@ class SceneGraphs(Dataset):
         pictures = self._pictures(row, graph.size)
         if self.augment:
             placed, graph, valid = geometry(pictures.values(), graph, canvas, **self.augmentation,
-                                            generator=generator, released=self.released)
+                                            generator=generator, released=self.released,
+                                            fills=[self._fill(kind) for kind in pictures])
             pictures = dict(zip(pictures, placed))
         else:
             for kind, picture in pictures.items():
-                pictures[kind], corner = centred(picture.contiguous(), canvas)
+                pictures[kind], corner = centred(picture.contiguous(), canvas, self._fill(kind))
             h, w = graph.size
             graph, valid = self._centred(graph), (*corner, w - 1, h - 1)
         changed = []  # the kinds whose colours change
@@ -139,12 +155,17 @@ class SceneGraphs(Dataset):
         options = [self.inputs, self.training, self.source, self.overlap, self.augment, self.colour,
                    self.released, sorted(self.augmentation.items()), database.size, files,
                    database.vocabulary.to_json()]
+        if self.order != self._stored_order: options.append(self.order)
         digest = hashlib.sha256(json.dumps(options).encode())
         flat = database.flat(self.rows)
         for array in (database.image_ids[self.rows], flat.sizes, flat.image, flat.labels,
                       flat.boxes, flat.relations):
             digest.update(np.ascontiguousarray(array, np.int64).tobytes())
         return digest.hexdigest()[:16]
+
+    def _fill(self, kind):
+        "The colour outside a picture of this kind, whose channels are in the order of the database."
+        return FILL[::-1] if kind == 'rgb' and self.order != self._stored_order else FILL
 
     def _graph(self, row):
         return filter_relations(self.database.graph(row), self.overlap, self.training)
@@ -266,7 +287,7 @@ def loader(dataset, batch_size, seed=0,
     Raises what a sample raises, `ValueError` for a batch that cannot be shared equally, and
     `RuntimeError` when a worker dies."""
     options = dict(num_workers=workers, persistent_workers=workers > 0, collate_fn=_collate,
-                   pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+                   pin_memory=torch.device(device).type == 'cuda', generator=torch.Generator())
     if dataset.training:
         if drop_last and batch_size % share[1]:
             raise ValueError(f"{share[1]} processes cannot share a batch of {batch_size} pictures: "

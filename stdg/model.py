@@ -8,21 +8,21 @@ __all__ = ['MODES', 'Branches', 'position_encoding', 'Transformer', 'DetectionHe
 
 # %% ../nbs/method/06_model.ipynb #imports
 import math
-import os
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .backbone import CONFIGURATIONS, OTHER, Backbone
 from .deform import PreHead
-from .io.files import atomic_path, write_json
+from .io.files import write_json
+from .io.tensors import save_tensors
 
 # %% ../nbs/method/06_model.ipynb #branch
 def _branch(channels, out, norm=False, prior=None):
@@ -295,16 +295,15 @@ class STDG(nn.Module):
 
     def save(self, path, **record):
         """Write `path` (.safetensors) and the JSON beside it, with further entries of `record`,
-        each atomically.
+        each atomically; the weights' file holds the same record.
 
         Raises `ValueError` for another suffix."""
-        path = os.fspath(path)
-        if not path.endswith('.safetensors'):
+        path = Path(path)
+        if path.suffix != '.safetensors':
             raise ValueError(f"{path}: a checkpoint's name ends in .safetensors")
-        with atomic_path(path) as temporary:
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, temporary)
         description = dict(format='stdg', version=1, config=self.config, **record)
-        write_json(path.removesuffix('.safetensors') + '.json', description)
+        description = save_tensors(path, self.state_dict(), description)
+        write_json(path.with_suffix('.json'), description)
 
 # %% ../nbs/method/06_model.ipynb #blocks
 def _blocks(module):

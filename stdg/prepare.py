@@ -7,7 +7,6 @@ __all__ = ['STEPS', 'KINDS', 'prepare', 'main']
 
 # %% ../nbs/commands/02_prepare_data.ipynb #imports
 import argparse
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,8 @@ from .datasets import listing as pictures
 from .datasets import public, statistics
 from .datasets import vg_raw as raw_lists
 from .datasets.images import make_images
+from .datasets.splits import annotation_files
+from .datasets.vg_rules import record_id, whole_number
 from .datasets.visual_genome import Database
 from .depth import estimators as estimation
 from .depth import precompute
@@ -24,7 +25,10 @@ from .depth import sensors as measured
 from .depth.depth_file import PfmFolder, depth_path, model_tag
 from .depth.hha_file import hha_path
 from .io.archives import open_sources
+from .io.devices import choose_device
 from .io.files import open_h5, writable_folder
+from .io.locks import lock_of, locked
+from .io.parameters import CommandLine, Device, Real, Whole, argument, mistakes_in_one_line
 
 # %% ../nbs/commands/02_prepare_data.ipynb #job
 STEPS = ('check', 'database', 'images', 'depth', 'hha', 'statistics')
@@ -35,46 +39,53 @@ def _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, sh
     "The settings, checked, in one place."
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown; there are {', '.join(KINDS)}")
-    if kind != 'visual_genome' and not annotations:
-        raise ValueError(f"kind {kind}: annotations, its files, are needed")
+    if kind == 'visual_genome' and annotations:
+        raise ValueError("kind visual_genome: its lists have their names, image_data.json and others; "
+                         "annotations are for another kind, name it")
     if str(depth) == 'own' and kind != 'own':
         raise ValueError("depth 'own': only annotations of kind 'own' name the depth maps of "
                          "their pictures")
     if not Path(raw).is_dir():
         raise FileNotFoundError(f"{raw} is not a folder. Put the downloaded files there, or name "
                                 "the folder that holds them")
+    files = {} if kind == 'visual_genome' else annotation_files(raw, annotations, kind)
     return SimpleNamespace(
-        folder=writable_folder(folder), raw=Path(raw), kind=kind,
-        annotations=[str(a) for a in annotations], sizes=tuple(sizes), layout=layout,
+        folder=writable_folder(folder), raw=Path(raw), kind=kind, files=files, sizes=tuple(sizes), layout=layout,
         depth=str(depth), metric=metric, batch=batch, shard=tuple(shard), device=device,
         workers=workers, remake=remake, progress=progress, unit=unit, most=tuple(most),
         originals=originals, pfm=pfm)
 
-def _files(job):
-    "Annotation files written 'split=file', as a dict; a plain file is 'train'."
-    pairs = [name.split('=', 1) if '=' in name else ('train', name) for name in job.annotations]
-    return {split: job.raw/name for split, name in pairs}
+def _class_names(job):
+    "The CSV of Open Images' class names: as named, else by its name, of which releases have several."
+    if named := job.files.get('classes'): return named[0]
+    usual = job.raw/'class-descriptions-boxable.csv'
+    found = sorted(job.raw.glob('*class-descriptions*.csv'), key=lambda path: 'boxable' not in path.name)
+    return usual if usual.is_file() or not found else found[0]
 
 def _annotations(job):
     "The annotations of the other kinds, read once."
     if hasattr(job, 'read'): return job.read
-    files = _files(job)
-    if job.kind == 'own': job.read = formats.read_own(files['train'])
-    elif job.kind == 'psg': job.read = public.read_psg(files['train'])
+    files = {split: paths for split, paths in job.files.items() if split != 'classes'}
+    if job.kind == 'own': job.read = formats.read_own(files)
+    elif job.kind == 'psg': job.read = public.read_psg(files)
     elif job.kind == 'gqa': job.read = public.read_gqa(files, most=job.most)
-    else:
-        names = files.pop('classes', job.raw/'class-descriptions-boxable.csv')
-        job.read = public.read_open_images(files, names)
+    else: job.read = public.read_open_images(files, _class_names(job))
     return job.read
 
 # %% ../nbs/commands/02_prepare_data.ipynb #sources
 def _sources(job):
     "The opened folders and archives of pictures."
     if not hasattr(job, 'sources'):
-        archives = [path for path in sorted(job.raw.glob('*.zip'))
-                    if not path.name.endswith('.json.zip') and path.name != 'VG-scene-graph.zip']
+        archives = [path for path in sorted(job.raw.iterdir())
+                    if path.suffix.lower() == '.zip' and not path.name.startswith('.')
+                    and not path.name.lower().endswith('.json.zip') and path.name != 'VG-scene-graph.zip']
         job.sources = open_sources([job.raw, *archives])
     return job.sources
+
+def _side(record, name):
+    "A side of a picture as a whole number of pixels, or as it is if it is none."
+    number = whole_number(record.get(name))
+    return record.get(name) if number is None else number
 
 def _entries(job):
     "(image_id, file name, width, height) of every picture that the lists know."
@@ -82,8 +93,8 @@ def _entries(job):
         yield from _annotations(job).entries()
         return
     for record in raw_lists.read_records(job.raw, 'image_data'):
-        image_id = record.get('image_id', record.get('id'))
-        yield image_id, f'{image_id}.jpg', record.get('width'), record.get('height')
+        image_id = record_id(record, 'image_id')
+        yield image_id, f'{image_id}.jpg', _side(record, 'width'), _side(record, 'height')
 
 # %% ../nbs/commands/02_prepare_data.ipynb #step-check
 def _check(job):
@@ -117,6 +128,9 @@ def _visual_genome(job, listing):
     summary = raw_lists.make_database(job.folder, job.raw, job.sizes, remake=job.remake,
                                       progress=job.progress)
     counts = summary['counts']
+    if not counts['objects kept']:
+        raise ValueError(f"{job.raw}: no object is left for the pictures of {job.folder}: "
+                         f"{raw_lists.reasons(job.folder)}. Are these the lists of these pictures?")
     found = _amounts(counts['images listed'], counts['objects kept'], counts['relations kept'])
     absent = [name for name, said in summary['lists'].items()
               if 'alias' in name and said.startswith('absent')]
@@ -124,6 +138,10 @@ def _visual_genome(job, listing):
     return f"{found}; absent, so names stand for themselves: {', '.join(absent)}"
 
 def _database(job):
+    path = job.folder/'VG-SGG.h5'
+    with locked(lock_of(path), what=path): return _write_database(job)
+
+def _write_database(job):
     listing = pictures.read_listing(job.folder)
     if job.kind == 'visual_genome': return _visual_genome(job, listing)
     read = _annotations(job)
@@ -166,7 +184,7 @@ def _depth(job):
         path = estimation.estimate_depth(database, where, size=size, batch=job.batch,
                                          device=job.device, metric=job.metric, **share)
     if path and job.pfm: estimation.export_pfm(path, job.pfm, job.progress)
-    return path and path.name
+    return path and measured.depth_said(path)
 
 # %% ../nbs/commands/02_prepare_data.ipynb #step-hha
 def _hha(job):
@@ -175,7 +193,12 @@ def _hha(job):
             for size in job.sizes]
     return None if None in made else ', '.join(path.name for path in made)
 
-def _statistics(job): return statistics.write_statistics(job.folder, max(job.sizes)).name
+def _statistics(job):
+    path = job.folder/'statistics.json'
+    depth = None if job.depth == 'none' else depth_path(job.folder, _tag(job))
+    with locked(lock_of(path), what=path):
+        more = dict(depth=measured.depth_report(depth)) if depth and depth.exists() else {}
+        return statistics.write_statistics(job.folder, max(job.sizes), **more).name
 
 def _merge(job):
     "Join whatever parts of depth and HHA the shards have left."
@@ -188,9 +211,18 @@ def _merge(job):
                if waiting(hha_path(database, tag))]
     return ', '.join(path.name for path in merged) or 'no parts are waiting'
 
+# %% ../nbs/commands/02_prepare_data.ipynb #step-statistics
+def _statistics_or_why(job):
+    "The statistics; where there is nothing to count, the error says what was left out before."
+    try: return _statistics(job)
+    except ValueError as error:
+        read = job.kind != 'visual_genome'
+        told = _annotations(job).report.told() if read else raw_lists.reasons(job.folder)
+        raise ValueError(f"{error}{told and f'. While it was read: {told}'}") from None
+
 # %% ../nbs/commands/02_prepare_data.ipynb #prepare
 _DO = dict(check=_check, database=_database, images=_images, depth=_depth, hha=_hha,
-           statistics=_statistics, merge=_merge)
+           statistics=_statistics_or_why, merge=_merge)
 
 def prepare(folder,  # where the database goes
             raw,  # folder of the downloaded files
@@ -214,8 +246,9 @@ def prepare(folder,  # where the database goes
     """Do `steps` in order; returns {step: dict(seconds, result)}, result None where other shards
     still have work to do.
 
-    Raises `ValueError` for an unknown step or kind, and whatever the steps raise:
+    Raises `ValueError` for an unknown step, kind or device, and whatever the steps raise:
     `FileNotFoundError` or `ValueError` naming the file and the remedy."""
+    choose_device(device)  # before hours of work
     job = _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device,
                workers, remake, progress, unit, most, originals, pfm)
     done = {}
@@ -235,10 +268,14 @@ def _shard(text):
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r}: worker and number of workers are written 2/8") from None
+    if not 0 <= i < n:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: workers are counted from 0, so of {n} the last is {n - 1}/{n}"
+            if n > 0 else f"{text!r}: at least one worker is needed, 0/1")
     return i, n
 
 def _parser():
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         'python -m stdg.prepare', description='From downloaded files to everything that training '
         'reads. Steps find what is there and go on after a kill.')
     add = parser.add_argument
@@ -250,22 +287,26 @@ def _parser():
     add('--annotations', nargs='*', default=(),
         help="annotation files in --raw, for the other kinds; 'train=file' where there is one for "
         "each split")
-    add('--size', type=int, nargs='+', default=[512], help='long side of the scaled pictures')
+    add('--size', type=argument(Whole(16, 8192)), nargs='+', default=[512],
+        help='long side of the scaled pictures')
     add('--layout', default='jpeg', choices=pictures.LAYOUTS)
     add('--depth', default=estimation.MODEL,
         help="model of transformers, its folder, a folder of .pfm, 'own' or 'none'")
     add('--metric', choices=('yes', 'no'),
         help='whether depth is metres, where neither model nor files tell')
-    add('--batch', type=int, default=16,
+    add('--batch', type=argument(Whole(1)), default=16,
         help='pictures that go through the depth network together')
-    add('--device', help='cuda, cuda:1, cpu; by default a GPU if there is one')
+    add('--device', type=argument(Device()),
+        help='cuda, cuda:1, cpu; by default a GPU if there is one')
     add('--shard', type=_shard, default=(0, 1), help='this worker and how many there are: 0/8')
-    add('--workers', type=int, help='threads for pictures; by default one for each core')
+    add('--workers', type=argument(Whole(0, 1024)),
+        help='threads for pictures; by default one for each core')
     add('--originals', action='store_true',
         help='estimate depth from the original pictures, not the scaled ones')
     add('--pfm', help='also write the depth maps as .pfm into this folder')
-    add('--unit', type=float, default=.001, help='own depth maps: metres a step of a PNG')
-    add('--most', type=int, nargs=2, default=(None, None), metavar=('CLASSES', 'PREDICATES'),
+    add('--unit', type=argument(Real(0, above=True)), default=.001,
+        help='own depth maps: metres a step of a PNG')
+    add('--most', type=argument(Whole(1)), nargs=2, default=(None, None), metavar=('CLASSES', 'PREDICATES'),
         help='gqa: keep so many, the most frequent')
     add('--remake', action='store_true',
         help='write the annotations again, if those there were made from something else')
@@ -273,16 +314,21 @@ def _parser():
 
 # %% ../nbs/commands/02_prepare_data.ipynb #main-itself
 def main(arguments=None):
-    "The command line. Errors are one line, and exit code 1."
+    """The command line. Errors are one line: exit status 2 for a mistake in the command, 1 for a
+    step that failed."""
     options = _parser().parse_args(arguments)
     settings = {**vars(options), 'metric': dict(yes=True, no=False).get(options.metric),
-                'sizes': options.size}
+                'sizes': options.size, 'workers': options.workers or None}
     steps = STEPS if 'all' in settings.pop('steps') else options.steps
     for name in ('size', 'folder', 'raw'): settings.pop(name)
+    with mistakes_in_one_line('python -m stdg.prepare'):
+        choose_device(options.device)
+        prepare(options.folder, options.raw, (), **settings)  # no step: only the settings are checked
     for step in steps:
-        try: (step, done), = prepare(options.folder, options.raw, (step,), **settings).items()
-        except (ValueError, OSError, ImportError) as error: sys.exit(f'{step}: {error}')
-        waiting = 'this share is done; when all are, run: python -m stdg.prepare merge'
+        with mistakes_in_one_line(step, status=1):
+            (step, done), = prepare(options.folder, options.raw, (step,), **settings).items()
+        waiting = ('this share is done; when all are, run: python -m stdg.prepare merge, then this '
+                   'command again for the steps that follow')
         print(f"{step}: {done['result'] or waiting} ({done['seconds']} s)", flush=True)
         if done['result'] is None: break
 

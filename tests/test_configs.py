@@ -229,7 +229,7 @@ def test_student_without_a_teacher(tmp_path):
     assert len(notes) == 1 and notes[0].startswith('TRIAL WITHOUT A TEACHER')
     assert '\n' not in notes[0]
     for trial in (False, True):
-        with pytest.raises(FileNotFoundError, match='gone.json is missing'):
+        with pytest.raises(FileNotFoundError, match='gone.safetensors is missing'):
             training.check_start(['student'], 'small', False, tmp_path/'gone.safetensors',
                                  trial=trial)
         assert training.check_start(['teacher', 'student'], 'small', False, trial=trial) == (False,
@@ -290,3 +290,72 @@ def test_trial_at_full_size(tmp_path):
     done = papermill(tmp_path, 'resnet50_student', '-p', 'steps', '2')
     assert done.returncode == 0, done.stderr[-4000:]
     check_trial(tmp_path, 'resnet50_student', 40, 512)
+
+
+# of every number its least and its greatest value; None: any
+WHOLE = dict(seed=(0, 2**62), steps=(0, None), size=(16, 8192), n_train=(1, None), n_val=(0, None),
+             n_test=(0, None), hold_out=(0, None), overfit=(0, None), epochs=(1, None),
+             batch_size=(1, None), devices=(1, None), workers=(0, 1024), validate_every=(0, None),
+             accumulate=(1, None), skip=(0, None), validate_images=(0, None), patience=(0, None),
+             keep=(0, None))
+REAL = dict(clutter=(0, 1), lr_backbone=(0, None), weight_decay=(0, None), warm_up=(0, None),
+            clip=(0, None), save_minutes=(0, None), lr=('above', None), ema=('above', 1))
+
+
+def test_limits_of_every_number():
+    defaults = asdict(settings.Settings())
+    numbers = {name for name, value in defaults.items() if type(value) in (int, float)}
+    assert numbers == WHOLE.keys() | REAL.keys()
+    for name, (least, most) in (WHOLE | REAL).items():
+        step = 1 if name in WHOLE else 1e-9
+        lowest = 1e-300 if least == 'above' else least
+        allowed, refused = [lowest], [0. if least == 'above' else least - step]
+        allowed += [10**9] if most is None else [most]
+        refused += [] if most is None else [most + step]
+        for value in allowed: assert settings.check_values({name: value})[name] == value, name
+        for value in refused:
+            with pytest.raises(ValueError, match=f'^{name} is '): settings.check_values({name: value})
+
+
+def test_limits_of_lists():
+    for name in ('scale', 'stretch'):
+        assert settings.check_values({name: [1e-300, 7]})[name] == [1e-300, 7.]
+        for wrong in ([1.], [1., 2., 3.], [2., 1.], [0., 1.], []):
+            with pytest.raises(ValueError, match=f'^{name} '): settings.check_values({name: wrong})
+    assert settings.check_values(dict(decay=[]))['decay'] == []
+    for wrong in (dict(decay=[2, 1]), dict(decay=[-1]), dict(stages=[]),
+                  dict(stages=['teacher', 'teacher']), dict(trackers=['wandb', 'wandb']),
+                  dict(trackers=['paper'])):
+        with pytest.raises(ValueError, match=f'^{next(iter(wrong))} '): settings.check_values(wrong)
+    for word in ('data', 'backbone', 'depth_source', 'best', 'name'):
+        with pytest.raises(ValueError, match=f'^{word} is'): settings.check_values({word: ''})
+    for word in ('teacher', 'weights', 'device'):
+        assert settings.check_values({word: ''})[word] == ''
+
+
+def test_the_rarer_defaults():
+    "Those that stand in no runbook."
+    rare = dict(device='', accumulate=1, compile=False, sync_bn=False, clip=0., skip=0,
+                released=False, validate_images=0, best='sgdet/R@50', patience=0, keep=2,
+                save_minutes=10., trackers=[])
+    assert list(rare) == list(list(settings.parameter_help().values())[-1])
+    declared = asdict(settings.Settings())
+    assert {name: declared[name] for name in rare} == rare
+
+
+@pytest.mark.parametrize('fits,does_not', [
+    (dict(n_train=8), dict(n_train=7)),
+    (dict(hold_out=1992), dict(hold_out=1993)),
+    (dict(n_train=2000, hold_out=1999, batch_size=1), dict(n_train=2000, hold_out=2000, batch_size=1)),
+    (dict(overfit=8), dict(overfit=7)),
+    (dict(accumulate=8), dict(accumulate=9)),
+    (dict(devices=8), dict(devices=9)),
+    (dict(validate_every=1, n_val=1), dict(validate_every=1, n_val=0)),
+    (dict(validate_every=1, n_val=0, hold_out=1), dict(validate_every=2, n_val=0)),
+    (dict(validate_every=0, n_val=0), dict(validate_every=1, n_val=0)),
+    (dict(validate_every=1, best='AP50'), dict(validate_every=1, best='AP')),
+    (dict(validate_every=1, best='predcls/A@20'), dict(validate_every=1, best='sgdet/A@20')),
+    (dict(validate_every=1, patience=1), dict(patience=1))])
+def test_what_goes_together_and_what_just_does_not(fits, does_not):
+    settings.check_together(settings.Settings(**fits))
+    with pytest.raises(ValueError): settings.check_together(settings.Settings(**does_not))

@@ -1,6 +1,7 @@
 """Picture, HHA and boxes stay together; the same batches from any number of processes; the released
 variants; broken input."""
 import io
+import math
 import os
 import re
 import shutil
@@ -538,3 +539,24 @@ def test_overlap_filter_counts_at_once(tmp_path):
     assert 0 < sum(counts) < sum(len(g.relations) for g in graphs)
     filtered = SceneGraphs(database, 'train', train=True, overlap=True)
     assert filtered.rows == np.flatnonzero(counts).tolist()
+
+
+@pytest.mark.parametrize('side', range(49, 65))
+def test_relations_reach_to_the_last_column_of_a_picture(tmp_path, side):
+    """Two things above one another at the right edge of a picture that is narrower than its canvas,
+    and beside one another at the lower edge of one that is lower: the line between them is as wide
+    in the targets as the valid area allows, to the cell."""
+    upright = [[side - 3, 4, side - 1, 14], [side - 3, 44, side - 1, 54]]
+    scenes = []
+    for flat in (False, True):
+        boxes = [[y1, x1, y2, x2] for x1, y1, x2, y2 in upright] if flat else upright
+        scenes.append((SceneGraph(boxes, [0, 1], [[0, 1, 0]], (side, 64) if flat else (64, side)),
+                       None))
+    database = toy_database(tmp_path, scenes, [0, 0])
+    targets = SceneGraphs(database, 'train', train=True, stride=4, augment=False)
+    corner = (64 - side) // 2
+    line = (corner + side - 2) / 4  # its cell; its neighbours on both sides are written too
+    last = min(round(line - 1) + 2, math.ceil((corner + side - 1) / 4), 15)
+    columns, rows = (targets[i]['targets']['relation'][0, 0].amax(axis) for i, axis in ((0, 0), (1, 1)))
+    for written in (columns, rows):
+        assert written.nonzero()[:, 0].tolist() == list(range(round(line - 1), last + 1))

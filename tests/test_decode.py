@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from stdg.decode import decode, decode_batch, detect, hungarian_match, ideal_output
+from stdg.decode import (
+    candidates,
+    decode,
+    decode_batch,
+    decode_tasks,
+    detect,
+    hungarian_match,
+    ideal_output,
+    peak_at,
+)
 from stdg.fields import encode
 from stdg.graph import TASKS, SceneGraph
 
@@ -158,6 +167,73 @@ def test_match_is_one_to_one_and_best_in_total():
     others = torch.tensor([[4., 0, 104, 100], [200, 200, 300, 300], [0, 0, 70, 100]])
     ours, theirs = hungarian_match(boxes, others)
     assert list(zip(ours.tolist(), theirs.tolist())) == [(0, 2), (1, 0)]
+
+
+def test_a_match_overlaps_by_more_than_half():
+    """Widths count the last pixel: of boxes 100 pixels wide, those that share 66 have an overlap
+    of 66/134, just below a half; in the last case it is a half, which is not more."""
+    box = torch.tensor([[0., 0, 99, 49]])
+    for shift, matched in ((33, True), (34, False), (35, False), (38, False), (60, False)):
+        ours, _ = hungarian_match(box, box + torch.tensor([shift, 0, shift, 0]))
+        assert len(ours) == matched, shift
+        downwards = torch.tensor([0, shift, 0, shift])
+        ours, _ = hungarian_match(box[:, [1, 0, 3, 2]], box[:, [1, 0, 3, 2]] + downwards)
+        assert len(ours) == matched, f'{shift} downwards'
+    half = torch.tensor([[0., 0, 49, 49]])
+    assert len(hungarian_match(box, half)[0]) == 0
+    assert len(hungarian_match(box, half + torch.tensor([0, 0, 1, 0]))[0]) == 1
+
+
+def test_boxes_that_do_not_touch_cost_as_much_as_one_more():
+    """Three boxes in a row of 100 pixels, with others beside them: two good matches and a pair that
+    does not touch are better than three that hardly touch."""
+    at = lambda *lefts: torch.tensor([[left, 0., left + 99, 99] for left in lefts])
+    ours, theirs = hungarian_match(at(0, 96, 192), at(5, 101, -95))
+    assert list(zip(ours.tolist(), theirs.tolist())) == [(0, 0), (1, 1)]
+
+
+def test_the_peak_beside_a_box_is_sought_within_the_field():
+    "Of the cells within one of the centre, also in the corners of the field and beyond its edge."
+    heatmap = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    for row in range(-1, 6):
+        for column in range(-1, 8):
+            y, x = min(max(row, 0), 4), min(max(column, 0), 6)
+            around = heatmap[:, max(y - 1, 0):y + 2, max(x - 1, 0):x + 2].amax((1, 2))
+            label, score = peak_at(heatmap, torch.tensor([[column + .5, row + .5]]))
+            assert (label.tolist(), score.tolist()) == ([around.argmax()], [around.max()])
+
+
+def test_sgcls_takes_the_class_of_a_detection_on_more_than_half():
+    """Detections of class 3 on boxes of class 5, shifted by so much that they share a little more
+    or less than a half; the released code keeps the true class below it."""
+    detection, relation = torch.zeros(10, 12, 24), torch.zeros(4, 7, 12, 24)
+    boxes = torch.tensor([[8., 24, 47, 63], [104, 24, 143, 63]])
+    for box, shift in zip(boxes, (12, 14)):  # 28/52 and 26/54 of 40 pixels
+        x, y = (box[:2] + box[2:]) / 2 / 8 + torch.tensor([shift / 8, 0])
+        detection[3, int(y), int(x)] = .6
+        detection[-4:, int(y), int(x)] = torch.tensor([x % 1, y % 1, 39 / 8, 39 / 8])
+    truth = SceneGraph(boxes, [5, 5], [], (96, 192))
+    found = decode(detection, relation, 'sgcls', truth, 8, released=True)
+    assert found.labels.tolist() == [3, 5]
+    assert found.scores.tolist() == pytest.approx([.6, 1])
+
+
+def test_every_way_of_decoding_takes_a_stride_of_16_by_default():
+    graph = SceneGraph([[16, 16, 120, 100], [140, 40, 300, 240]], [0, 1], [(0, 1, 2)], (384, 384))
+    detection, relation = ideal_output(encode(graph, 6, 4, graph.size, 16))
+    batch = detection[None], relation[None]
+    for task in TASKS:
+        expected = decode(detection, relation, task, graph, 16, False)
+        for found in (decode(detection, relation, task, graph),
+                      decode_batch(*batch, task, [graph])[0],
+                      decode_tasks(*batch, (task,), [graph])[task][0]):
+            for name in ('boxes', 'labels', 'scores', 'pairs', 'predicates'):
+                assert torch.equal(getattr(found, name), getattr(expected, name))
+        assert expected.size == (384, 384)
+    assert list(decode_tasks(*batch)) == ['sgdet']
+    assert torch.equal(detect(batch[0])[0], detect(batch[0], 16)[0])
+    fields = relation[None]
+    assert torch.equal(candidates(fields)[3], candidates(fields, 16, .1)[3])
 
 
 def test_batch_is_the_images_one_by_one():

@@ -18,7 +18,7 @@ from stdg.datasets.statistics import zero_shot_triplets
 from stdg.datasets.visual_genome import Database
 from stdg.depth.precompute import prepare_hha
 from stdg.evaluation import core as evaluation
-from stdg.evaluation import diagnostics
+from stdg.evaluation import diagnostics, thresholds
 from stdg.graph import TASKS, Prediction, SceneGraph, Vocabulary
 from stdg.model import STDG
 from stdg.released import any_network
@@ -243,6 +243,16 @@ def test_reliability_against_loops():
         assert math.isclose(found['score'][b], mean) and math.isclose(found['right'][b], share)
         ece += len(inside) / len(scores) * abs(mean - share)
     assert math.isclose(found['ece'], ece)
+
+
+def test_of_equal_f1_the_highest_threshold_is_chosen():
+    """Of two things one is found by the first claim, the other by the fourth: F1 is 2/3 after
+    either, and nowhere higher. With a demanded precision the lowest threshold is chosen."""
+    curve = thresholds.operating_curve([.9, .8, .7, .6], [True, False, False, True], 2)
+    assert curve['f1'][0] == curve['f1'][3] == curve['f1'].max()
+    assert thresholds.best_threshold(curve) == pytest.approx(
+        dict(threshold=.85, precision=1, recall=.5, f1=2 / 3))
+    assert thresholds.best_threshold(curve, precision=.5)['threshold'] == pytest.approx(.3)
 
 
 def test_records_hold_the_claims(model, dataset):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from stdg.fields import encode, field_size
+from stdg.fields import blank_padding, encode, field_size
 from stdg.graph import SceneGraph
 
 GOLDEN = np.load(Path(__file__).parent / 'golden/fields.npz')
@@ -159,6 +159,20 @@ def test_valid_area():
     assert torch.equal(fields[:, :, rows, columns], whole[:, :, rows, columns])
     fields[:, :, rows, columns] = 0
     assert fields.count_nonzero() == 0
+
+
+@pytest.mark.parametrize('area', [(2, 1, 5, 4), (2.2, 1.9, 4.3, 4.7), (0, 0, 9, 7), (-1.5, -2, 6, 5),
+                                  (3, 2, 0, 0), (8.5, 6.5, 3, 3), (1, 1, 5.999, 4.001)])
+def test_blanking_to_the_cell(area):
+    "Of a whole field the cells from int(x) to ceil(x + width) stay, both included."
+    x, y, width, height = area
+    field = np.ones((2, 3, 7, 9), np.float32)
+    blank_padding(field, area)
+    for row in range(7):
+        for column in range(9):
+            inside = (int(x) <= column <= math.ceil(x + width)
+                      and int(y) <= row <= math.ceil(y + height))
+            assert (field[:, :, row, column] == inside).all(), (row, column)
 
 
 @pytest.mark.parametrize('change,message', [

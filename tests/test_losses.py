@@ -95,6 +95,15 @@ def test_half_precision_agrees(small):
         assert all(torch.isclose(full[name], half[name], rtol=1e-4) for name in full)
 
 
+def test_float16_is_kept_from_the_ends(small):
+    "Where a half-precision heat-map is 0 or 1, the loss is that of the nearest number that is not."
+    targets = {name: t.float() if t.is_floating_point() else t for name, t in small.items()}
+    for value, nearest in ((0., 2**-14), (1., 1 - 2**-12)):
+        half = detection_loss(torch.full((2, 7, 4, 5), value, dtype=torch.float16), targets)
+        expected = focal_loss(torch.full((2, 3, 4, 5), nearest), targets['heatmap']) / 2
+        assert float(half['heatmap']) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_released_rule_skips_the_object_row(small):
     output = torch.zeros(2, 2, 7, 4, 5).double()
     ours = relation_loss(output, small)['object']
@@ -138,5 +147,6 @@ def test_bad_input(small):
     with pytest.raises(ValueError, match='relation fields'):
         relation_loss(torch.rand(2, 2, 9, 4, 5), small)
     with pytest.raises(ValueError, match='0 student heads'): teaching_loss([], [])
-    with pytest.raises(ValueError, match='offsets'):
+    said = r'offsets: the network gives \(1, 36, 4, 4\), the targets have \(1, 36, 4, 5\)'
+    with pytest.raises(ValueError, match=said):
         teaching_loss([torch.zeros(1, 36, 4, 4)], [torch.zeros(1, 36, 4, 5)])

@@ -224,6 +224,9 @@ def test_clear_errors():
     with pytest.raises(ValueError, match='holds predicate 7, but there are 2'):
         Evaluator('sgdet', 2).update(Prediction([], [], [], [], []),
                                      SceneGraph([[0, 0, 1, 1]], [0], [[0, 0, 7]]))
+    with pytest.raises(ValueError, match='holds predicate 2, but there are 2, numbered from 0'):
+        Evaluator('sgdet', 2).update(Prediction([], [], [], [], []),
+                                     SceneGraph([[0, 0, 1, 1]], [0], [[0, 0, 2]]))
     with pytest.raises(ValueError, match='choose one of predcls, sgcls, sgdet'):
         evaluate(predictions, truths, 'detection')
     with pytest.raises(ValueError, match='choose one of reference, strict'):

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from stdg.checkpoint import from_released, load
 from stdg.losses import teaching_loss
@@ -84,15 +86,51 @@ def test_pretrained_weights_come_from_the_package():
     assert torch.equal(weights, first_weights())
 
 
-def test_pretrained_from_a_local_file(tmp_path):
-    "timm's own loading, from a file made here: nothing is fetched."
-    import timm
-    from safetensors.torch import save_file
-    donor = timm.create_model('resnet18', pretrained=False)
-    save_file(donor.state_dict(), tmp_path/'resnet18.safetensors')
-    body = timm.create_model('resnet18', features_only=True, pretrained=True,
-                             pretrained_cfg_overlay=dict(file=str(tmp_path/'resnet18.safetensors')))
-    assert torch.equal(body.conv1.weight, donor.conv1.weight)
+SIZES = dict(n_objects=3, n_predicates=2)
+
+
+@pytest.fixture(scope='module')
+def donor():
+    "A network of timm whose weights a file may hold."
+    torch.manual_seed(0)
+    return timm.create_model('resnet10t.c3_in1k', pretrained=False)
+
+
+@pytest.mark.parametrize('ending', ['safetensors', 'pth', 'model', 'state_dict'])
+def test_pretrained_from_a_local_file(donor, tmp_path, ending):
+    """Every weight of the backbone comes from the file, as safetensors or as torch saves them, also
+    in the dictionaries that training scripts write."""
+    weights, path = donor.state_dict(), tmp_path/f'weights.{ending}'
+    if ending == 'safetensors': save_file(weights, path)
+    else: torch.save(weights if ending == 'pth' else {ending: weights, 'epoch': 7}, path)
+    model = STDG('resnet10t.c3_in1k', pretrained=str(path), **SIZES)
+    arrived = model.network.backbone.body.state_dict()
+    assert len(arrived) > 50 and {'conv1.0.weight', 'layer3.0.conv1.weight'} <= set(arrived)
+    assert all(torch.equal(value, weights[name]) for name, value in arrived.items())
+    other = STDG('resnet10t.c3_in1k', pretrained=False, **SIZES).network.backbone.body.state_dict()
+    assert not torch.equal(other['conv1.0.weight'], weights['conv1.0.weight'])
+
+
+def test_a_wrong_file_of_weights_is_refused(donor, tmp_path):
+    "It says which file, and what is wrong; no network begins from half of its weights."
+    weights = donor.state_dict()
+    save_file(weights, tmp_path/'whole.safetensors')
+    whole = (tmp_path/'whole.safetensors').read_bytes()
+    (tmp_path/'half.safetensors').write_bytes(whole[:len(whole) // 2])
+    save_file({name: value for name, value in weights.items() if 'layer3' not in name},
+              tmp_path/'part.safetensors')
+    save_file({**weights, 'conv1.0.weight': torch.zeros(5, 3, 3, 3)}, tmp_path/'shape.safetensors')
+    torch.save(dict(weights, code=print), tmp_path/'code.pth')
+    for name, backbone, said in (
+            ('none.safetensors', 'resnet10t.c3_in1k', 'is missing. It should hold ImageNet weights'),
+            ('half.safetensors', 'resnet10t.c3_in1k', 'is not a whole file of weights'),
+            ('code.pth', 'resnet10t.c3_in1k', 'holds more than weights'),
+            ('part.safetensors', 'resnet10t.c3_in1k', 'does not hold weights of resnet10t'),
+            ('shape.safetensors', 'resnet10t.c3_in1k', 'does not hold weights of resnet10t'),
+            ('whole.safetensors', 'resnet18.tv_in1k', 'does not hold weights of resnet18')):
+        error = FileNotFoundError if name == 'none.safetensors' else ValueError
+        with pytest.raises(error, match=f'{name}.*{said}'):
+            STDG(backbone, pretrained=tmp_path/name, **SIZES)
 
 
 def test_teacher_never_changes():

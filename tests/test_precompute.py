@@ -147,6 +147,23 @@ def test_noise_changes_the_pictures_and_threads_stay_as_they_were(database):
     torch.set_num_threads(before)
 
 
+def test_the_simulated_estimator_errs_differently_on_each_picture(tmp_path):
+    """Three times the same depth: the noise follows from the number of the picture, so that no two
+    are alike and each is the same in any database."""
+    def of_ids(folder, *image_ids):
+        scenes = [(SceneGraph([], [], [], (48, 64)),
+                   dict(image=np.zeros((48, 64, 3), np.uint8), image_id=image_id,
+                        depth=floor(48, 64, 0), camera=depth.camera_matrix(60, 32, 24)))
+                  for image_id in image_ids]
+        return prepared(toy_database(tmp_path/folder, scenes, size=64), 'relative')
+    first, second, third = of_ids('three', 7, 8, 9)
+    for one, other in ((first, second), (first, third), (second, third)):
+        assert np.abs(one.astype(int) - other).mean() > 1
+    assert equal(of_ids('other', 9, 7), [third, first])
+    stored = floor(48, 64, 0).astype(np.float16)
+    assert np.array_equal(first, hha_of(stored, None, 'relative', image_id=7))
+
+
 @pytest.mark.parametrize('case', ['relative0', 'relative1'])
 @pytest.mark.parametrize('kind', ['pfm', 'file'])
 def test_released_pictures_are_golden(case, kind, tmp_path):

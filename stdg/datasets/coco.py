@@ -9,8 +9,19 @@ __all__ = ['read_own', 'in_pixels', 'scaled_boxes', 'write_database', 'to_coco']
 import numpy as np
 import torch
 
-from .annotations import SHARES, Collector, ReadReport, draw_splits, image_key, numbers, size_of
+from stdg.datasets.annotations import (
+    SHARES,
+    Collector,
+    ReadReport,
+    draw_splits,
+    image_key,
+    is_crowd,
+    joined,
+    numbers,
+    size_of,
+)
 from .images import scaled_size
+from .splits import split_files
 from .vg_files import SPLITS, annotation_file, to_centres
 from .visual_genome import Database
 from ..graph import Prediction, SceneGraph, Vocabulary, check_vocabulary, triplets
@@ -21,19 +32,44 @@ _HINT = ('It should be a JSON file of COCO kind with images, annotations, catego
          'see nbs/datasets/07_coco.ipynb.')
 _SECTIONS = ('images', 'categories', 'predicates', 'annotations', 'relations')
 
-def _key(value):
-    if type(value) not in (int, str): raise ValueError('an id is neither a whole number nor text')
-    return value
+_CAMERA = 'the camera (fx, fy, cx, cy or a 3 x 3 matrix)'
+_MATRICES = {9: (3, 3), 12: (3, 4), 16: (4, 4)}
+_WHOLE = ('K', 'intrinsic_matrix', 'intrinsics', 'camera_matrix')  # names of a camera within a record
+
+def _matrix(values):
+    """[fx, fy, cx, cy] of a camera's matrix `values` (9, 12 or 16,), row by row or column by column.
+
+    Raises `ValueError` unless it is that of a camera without skew."""
+    k = np.array(values, np.float64).reshape(_MATRICES[len(values)])[:3, :3]
+    if k[0, 2] == k[1, 2] == 0: k = k.T
+    if k[2, 2] and np.isfinite(k).all(): k = k / k[2, 2]
+    if k[1, 0] or k[2, 0] or k[2, 1] or k[2, 2] != 1 or abs(k[0, 1]) > .01 * abs(k[0, 0]):
+        raise ValueError('the matrix of the camera is not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]')
+    return k[[0, 1, 0, 1], [0, 1, 2, 2]].tolist()
+
+def _camera(value):
+    "[fx, fy, cx, cy] of a camera. Raises `ValueError` for anything that is not one."
+    if isinstance(value, dict):
+        inner = [value[name] for name in _WHOLE if name in value]
+        if inner: return _camera(inner[0])
+        names = ('fx', 'fy', 'cx', 'cy') if 'cx' in value else ('fx', 'fy', 'ppx', 'ppy')
+        value = [value.get(name) for name in names]
+    if isinstance(value, list) and all(isinstance(row, list) for row in value):
+        nested = {(len(value), len(row)) for row in value} <= {(1, 4), *_MATRICES.values()}
+        value = [number for row in value for number in row] if nested else None
+    many = isinstance(value, list) and len(value) in _MATRICES
+    found = _matrix(numbers(value, _CAMERA, len(value))) if many else numbers(value, _CAMERA)
+    if not np.isfinite(found).all() or min(found[:2]) <= 0:
+        raise ValueError('the camera needs finite numbers and positive focal lengths')
+    return found
 
 def _extras(record):
     "Depth file and camera of an image record, by name, where there are any."
     found = {name: record[name] for name in ('depth', 'camera') if record.get(name) is not None}
     if not isinstance(found.get('depth', ''), str):
         raise ValueError('the name of the depth map is not text')
-    if 'camera' in found:
-        found['camera'] = numbers(found['camera'], 'the camera (fx, fy, cx, cy)')
-        if not np.isfinite(found['camera']).all() or min(found['camera'][:2]) <= 0:
-            raise ValueError('the camera needs finite numbers and positive focal lengths')
+    if 'depth' in found: found['depth'] = found['depth'].replace('\\', '/')  # written on Windows
+    if 'camera' in found: found['camera'] = _camera(found['camera'])
     return found
 
 # %% ../../nbs/datasets/07_coco.ipynb #own
@@ -55,23 +91,36 @@ class _Own(Collector):
     def take_predicates(self, r): self._name(r, 'predicates', self.predicates)
 
     def _name(self, r, kind, names):
-        if _key(r['id']) in self.known[kind]: raise ValueError('an id twice')
-        self.known[kind][r['id']] = names(r['name'])
+        if (key := image_key(r['id'])) in self.known[kind]: raise ValueError('an id twice')
+        self.known[kind][key] = names(r['name'])
 
     def _find(self, key, kind):
-        if _key(key) not in self.known[kind]:
+        if (key := image_key(key)) not in self.known[kind]:
             raise ValueError(f'an id that is not among the {kind}')
         return self.known[kind][key]
 
     def take_annotations(self, r):
         x, y, w, h = numbers(r['bbox'], 'the box')
-        self.object(image_key(r['image_id']), _key(r['id']), self._find(r['category_id'], 'categories'),
-                    (x, y, x + w, y + h))
+        self.object(image_key(r['image_id']), image_key(r['id']), self._find(r['category_id'], 'categories'),
+                    (x, y, x + w, y + h), is_crowd(r))
 
     def take_relations(self, r):
-        image = r.get('image_id')
-        self.relation(_key(r['subject_id']), _key(r['object_id']), self._find(r['predicate_id'], 'predicates'),
-                      None if image is None else image_key(image))
+        image, ends = r.get('image_id'), (image_key(r['subject_id']), image_key(r['object_id']))
+        self.relation(*ends, self._find(r['predicate_id'], 'predicates'), None if image is None else image_key(image))
+
+    def finish(self, *args, **options):
+        "The `Annotations`; notes boxes that seem to be corners, and not x, y, width, height."
+        boxes = np.array(self._boxes).reshape(-1, 4)
+        sizes = np.array([size[::-1] for _, _, size, _ in self._pictures], np.float64).reshape(-1, 2)
+        sizes = 1.01 * sizes[np.array(self._owner, np.int64)]
+        with np.errstate(all='ignore'):  # some may not be finite
+            out = (boxes[:, 2:] > sizes).any(1)
+            end = boxes[:, 2:] - boxes[:, :2]  # x2, y2, if these are corners
+            corners = ((end > boxes[:, :2]) & (end <= sizes)).all(1)
+        if corners.sum() >= .95 * len(boxes) and out.sum() > len(boxes) / 3:
+            self.report.note('objects whose box looks like x1, y1, x2, y2: x, y, width, height is needed',
+                             f'object {list(self.objects)[out.argmax()]}', int(out.sum()))
+        return super().finish(*args, **options)
 
 # %% ../../nbs/datasets/07_coco.ipynb #read-own
 def _splits(found, report, shares, seed):
@@ -84,21 +133,33 @@ def _splits(found, report, shares, seed):
             report.note("images without a split, while others have one: taken to 'train'", f'image {image_id}')
     return {image_id: split or 'train' for image_id, split in found.items()}
 
-def read_own(path, strict=False, shares=SHARES, seed=0):
-    """`Annotations` of a JSON file of COCO kind with predicates and relations.
-
-    If no image has a split, `shares` are drawn by `seed`. Raises `FileNotFoundError` or `ValueError`
-    naming the file that is missing, cut off or of another kind; with `strict` also for the first wrong
-    record."""
+def _read_file(path, split, strict):
+    "The `Annotations` of one file; `split`, or None, is that of images that do not name theirs."
     record, own = read_json(path, _HINT), _Own(path, strict)
     for name in _SECTIONS:
         records = record.pop(name, None) if isinstance(record, dict) else None
         if not isinstance(records, list): raise ValueError(f"{path} has no list '{name}'. {_HINT}")
         own.each(name, records, getattr(own, f'take_{name}'))
     annotations = own.finish()
-    annotations.splits = _splits(annotations.splits, own.report, shares, seed)
     for name, target in (('depth', annotations.depth), ('camera', annotations.cameras)):
         target.update({i: extras[name] for i, extras in own.extras.items() if name in extras})
+    for image_id, named in annotations.splits.items():
+        if split and named not in (None, split):
+            own.report.note(f'images in a file for {split} that name another split, which is taken',
+                            f'image {image_id}: {named}')
+        annotations.splits[image_id] = named or split
+    return annotations
+
+def read_own(files,  # path of a file, paths, or a dictionary of split to path or paths
+             strict=False, shares=SHARES, seed=0):
+    """`Annotations` of JSON files of COCO kind with predicates and relations, all of `files` as one.
+
+    If no image has a split, `shares` are drawn by `seed`. Raises `FileNotFoundError` or `ValueError`
+    naming the file that is missing, cut off or of another kind, or of which nothing is left; with
+    `strict` also for the first wrong record."""
+    parts = [_read_file(path, split, strict) for split, path in split_files(files)]
+    annotations = joined(parts, strict) if len(parts) > 1 else parts[0]
+    annotations.splits = _splits(annotations.splits, annotations.report, shares, seed)
     return annotations
 
 # %% ../../nbs/datasets/07_coco.ipynb #in-pixels
@@ -158,8 +219,9 @@ def write_database(folder,
         for image_id in known:
             report.note('annotated images whose pictures are not there', f'image {image_id}')
         if not counts['objects']:
-            raise ValueError(f"{folder}: none of the {counts['images']} pictures has an annotated "
-                             f"object. Are these the annotations of these pictures?\n{report}")
+            if read := getattr(graphs, 'report', None): report.take(read)
+            raise report.error(f"none of the {counts['images']} pictures has an annotated object",
+                               'Are these the annotations of these pictures?')
     return dict(counts, problems=report.to_json())
 
 # %% ../../nbs/datasets/07_coco.ipynb #to-coco

@@ -8,6 +8,7 @@ __all__ = ['scaled_size', 'make_images']
 # %% ../../nbs/datasets/03_images.ipynb #imports
 import io
 import shutil
+from collections import deque
 from itertools import chain, islice
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from .listing import check_layout, read_listing
 from .vg_files import canvas, create_images
 from ..io.files import atomic_path, open_h5
-from ..io.packed import Parts, ahead
+from ..io.packed import OddPieces, Parts, ahead, refuse_odd
 
 # %% ../../nbs/datasets/03_images.ipynb #scaled-size
 def scaled_size(heights, widths, size):
@@ -43,7 +44,7 @@ def _write_canvases(path, image_ids, canvases, size):
 
 # %% ../../nbs/datasets/03_images.ipynb #merge-canvases
 def _merge_canvases(parts, size, columns):
-    "Join the canvases of all parts to `parts.path`, chunk by chunk as they are stored, and remove the parts."
+    "Join the canvases of all parts to `parts.path`, chunk by chunk as they are stored."
     needs, hint = dict(images=4, image_ids=1), 'Remove it and run the step again.'
     with atomic_path(parts.path) as partial, h5py.File(partial, 'w') as file:
         create_images(file, len(parts.keys), size, False)
@@ -55,36 +56,47 @@ def _merge_canvases(parts, size, columns):
                 for i, row in enumerate(parts.rows(k)):
                     mask, chunk = part['images'].id.read_direct_chunk((i, 0, 0, 0))
                     file['images'].id.write_direct_chunk((row, 0, 0, 0), chunk, mask)
-    shutil.rmtree(parts.folder)
 
 # %% ../../nbs/datasets/03_images.ipynb #make-parts
 def _make_parts(parts, listing, sources, size, quality, shard, workers, progress):
-    "Make the parts of this shard that are not there yet."
+    """Make the parts of this shard that are not there yet.
+
+    Raises `ValueError` naming the pictures that cannot be used, when all parts without them are made."""
     heights, widths = scaled_size(listing.heights, listing.widths, size)
-    todo = parts.todo(shard)
+    odd = {}
     def piece(row):
-        "Picture `row`, scaled, as JPEG bytes or as a canvas."
-        picture = listing.picture(sources, row).resize((int(widths[row]), int(heights[row])),
-                                                       Image.Resampling.BILINEAR)
+        "Picture `row`, scaled, as JPEG bytes or as a canvas; None for an odd one."
+        try: picture = listing.picture(sources, row)
+        except (ValueError, OSError) as error:
+            odd[row] = error
+            return None
+        picture = picture.resize((int(widths[row]), int(heights[row])), Image.Resampling.BILINEAR)
         return _jpeg(picture, quality) if quality else canvas(np.asarray(picture), size)
-    pieces = ahead(piece, chain.from_iterable(parts.rows(k) for k in todo), workers)
-    count = sum(len(parts.rows(k)) for k in todo)
-    with tqdm(total=count, desc=parts.path.name, unit='picture', disable=not progress) as bar:
-        for k in todo:
-            some = islice(pieces, len(parts.rows(k)))
-            if quality: parts.write(k, some)
-            else: _write_canvases(parts.part(k), parts.keys[parts.rows(k)], some, size)
-            bar.update(len(parts.rows(k)))
+    def sound(pieces):
+        for one in pieces:
+            if one is None: raise OddPieces('its part is left out')
+            yield one
+    with parts.share(shard) as todo:
+        pieces = ahead(piece, chain.from_iterable(parts.rows(k) for k in todo), workers)
+        count = sum(len(parts.rows(k)) for k in todo)
+        with tqdm(total=count, desc=parts.path.name, unit='picture', disable=not progress) as bar:
+            for k in todo:
+                rows = parts.rows(k)
+                keys, some = parts.keys[rows], islice(pieces, len(rows))
+                try:
+                    if quality: parts.write(k, sound(some))
+                    else: parts.put(k, lambda path: _write_canvases(path, keys, sound(some), size))
+                except OddPieces: deque(some, 0)
+                bar.update(len(rows))
+                if k == todo[0] and odd.keys() >= set(rows): break  # none is as it should be
+        refuse_odd([odd[row] for row in sorted(odd)], count)
 
 def _merge(parts, size, columns, quality):
-    """Join the parts.
-
-    When two shards end at the same moment both do; the second one finds the file made."""
-    try:
-        if quality: parts.merge(**columns, quality=np.array([quality], np.int32))
-        else: _merge_canvases(parts, size, columns)
-    except (OSError, ValueError):
-        if not parts.path.exists(): raise
+    "Join the parts, unless another process has done so."
+    if quality: parts.merge(**columns, quality=np.array([quality], np.int32))
+    else:
+        with parts.joining() as ours:
+            if ours: _merge_canvases(parts, size, columns)
 
 # %% ../../nbs/datasets/03_images.ipynb #finished
 def _columns(listing, size):

@@ -9,7 +9,10 @@ __all__ = ['PROBLEMS', 'LAYOUTS', 'VG_CORRUPTED', 'VG_EXPECTED', 'Listing', 'wri
 # %% ../../nbs/datasets/02_listing.ipynb #imports
 import hashlib
 import operator
+import os
 import shutil
+import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -18,8 +21,10 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from ..io.archives import MAX_PIXELS, name_problem, picture_size, read_picture
+from .finding import MemberIndex
+from ..io.archives import MAX_PIXELS, ZipSource, name_problem, picture_size, read_picture
 from ..io.files import atomic_path, open_h5, read_json, writable_folder, write_json
+from ..io.locks import lock_of, locked
 from ..io.packed import Packed, Parts, ahead
 
 # %% ../../nbs/datasets/02_listing.ipynb #listing
@@ -75,32 +80,10 @@ def read_listing(folder):
         raise ValueError(f"{path}: its columns do not fit together. {hint}")
     return listing
 
-# %% ../../nbs/datasets/02_listing.ipynb #index
-def _index(sources):
-    "Base name to its members, as a flat tuple (source, name, source, name, ...)."
-    index = {}
-    for s, source in enumerate(sources):
-        for name in source.names():
-            base = name.rsplit('/', 1)[-1]
-            index[base] = index.get(base, ()) + (s, name)
-    return index
-
-def _agreement(a, b):
-    "How many parts two paths have in common, from the end."
-    parts = [x == y for x, y in zip(reversed(a.split('/')), reversed(b.split('/')))]
-    return len(parts) if all(parts) else parts.index(False)
-
-def _find(index, file):
-    "(source, name) of the member that `file` means or None, and how many others are as good."
-    found = index.get(file.rsplit('/', 1)[-1], ())
-    members = list(zip(found[::2], found[1::2]))
-    if len(members) < 2: return (members or [None])[0], 0
-    scores = [_agreement(name, file) for _, name in members]
-    return members[scores.index(max(scores))], scores.count(max(scores)) - 1
-
 # %% ../../nbs/datasets/02_listing.ipynb #entry-problem
 _ENTRY = np.dtype([('id', np.int64), ('idx', np.int32), ('w', np.int32), ('h', np.int32), ('source', np.int32)])
-PROBLEMS = ('bad_entry', 'duplicate_id', 'missing', 'unreadable', 'wrong_size', 'duplicate_file', 'refused_member')
+PROBLEMS = ('bad_entry', 'duplicate_id', 'missing', 'unreadable', 'wrong_size', 'duplicate_file', 'refused_member',
+            'ambiguous', 'other_spelling')
 
 def _clean_entry(entry):
     "The entry as (int, str, int or 0, int or 0). Raises `ValueError` saying what is wrong."
@@ -121,46 +104,101 @@ def _clean_entry(entry):
     return image_id, file, w, h
 
 # %% ../../nbs/datasets/02_listing.ipynb #plan
+def _content(source, name):
+    "Checksum and size of a member's bytes; itself if it cannot be read."
+    if isinstance(source, ZipSource): return source.stamp(name)  # the archive knows them
+    try: data = source.read(name)
+    except ValueError: return source, name
+    return zlib.crc32(data), len(data)
+
+def _size(source, name):
+    "(width, height) of a picture, or None."
+    try: return picture_size(source.read(name))[::-1]
+    except ValueError: return None
+
+def _the_one(sources, members, size):
+    "The one of `members` (source, name) that must be meant, by content or by `size` (width, height), or None."
+    if len({_content(sources[s], name) for s, name in members}) == 1: return members[0]
+    fitting = [(s, name) for s, name in members if min(size) > 0 and _size(sources[s], name) == size]
+    return fitting[0] if len(fitting) == 1 else None
+
 class _Plan:
     """What is to be checked, and what is already known to be wrong.
 
     `rows` is an array of `_ENTRY`, one for each entry with a picture, `names` has the members of the
     sources; `problems` are texts by the kinds of `PROBLEMS`."""
     def __init__(self, entries, sources, skip):
-        self.names, self.skipped, self.count = [], [], 0
+        self.names, self.skipped, self.count, self._files, self._scores = [], [], 0, [], []
         self.problems = {kind: [] for kind in PROBLEMS}
         self._hash = hashlib.blake2b(digest_size=16)
         self.rows = np.fromiter(self._sound(entries, sources, set(skip)), _ENTRY)
+        self._one_each()
+        opened = {os.path.realpath(source.path) for source in sources}
         for source in sources:
-            refused = [f"{source.path}: {name!r}: {why}" for name, why in source.refused.items()]
-            self.problems['refused_member'] += refused
-        wrong = [self.problems[kind] for kind in PROBLEMS if kind not in ('duplicate_file', 'refused_member')]
+            for name, why in source.refused.items():  # a linked archive may be a source of its own
+                other = not isinstance(source, ZipSource) and os.path.realpath(source.path/name) in opened
+                if not other: self.problems['refused_member'].append(f"{source.path}: {name!r}: {why}")
+        late = 'duplicate_file', 'refused_member', 'ambiguous', 'other_spelling'
+        wrong = [self.problems[kind] for kind in PROBLEMS if kind not in late]
         self._hash.update(repr((sorted(self.skipped), wrong)).encode())
+        if ambiguous := self.problems['ambiguous']: self._hash.update(repr(ambiguous).encode())
         self.fingerprint = self._hash.hexdigest()
 
     def _sound(self, entries, sources, skip):
         "Yields a row of `_ENTRY` for each entry that has a picture; notes the others."
-        index, seen = _index(sources), set()
+        index, seen = MemberIndex(sources), set()
         for i, entry in enumerate(entries):
             self.count += 1
             try: image_id, file, w, h = _clean_entry(entry)
             except ValueError as error:
                 self.problems['bad_entry'].append(f"entry {i}, {str(entry)[:200]}: {error}")
                 continue
-            found, others = _find(index, file)
             if image_id in skip: self.skipped.append(image_id)
             elif image_id in seen:
                 self.problems['duplicate_id'].append(f"image {image_id} (entry {i}, {file}) occurs before")
-            elif found is None: self.problems['missing'].append(f"image {image_id}: {file}")
-            else:
-                source, name = sources[found[0]], found[1]
-                if others:
-                    self.problems['duplicate_file'].append(f"image {image_id}: {file} is there {others + 1} times; "
-                                                           f"taken: {name} of {source.path}")
-                self.names.append(name)
-                self._hash.update(repr((image_id, i, w, h, found, source.stamp(name))).encode())
+            elif found := self._found(index, sources, image_id, file, (w, h)):
+                self.names.append(found[1])
+                self._hash.update(repr((image_id, i, w, h, found, sources[found[0]].stamp(found[1]))).encode())
                 yield image_id, i, w, h, found[0]
             seen.add(image_id)
+
+    def _found(self, index, sources, image_id, file, size):
+        "The member (source, name) that is picture `image_id` of the name `file`, or None; notes what is odd."
+        members, score = index.find(file)
+        if not members:
+            near = index.near(file)
+            self.problems['missing'].append(f"image {image_id}: {file}" + (f" (there is {near})" if near else ''))
+            return None
+        found = members[0] if len(members) == 1 else _the_one(sources, members, size)
+        if not found:
+            told = ' or '.join(name for _, name in members[:3])
+            self.problems['ambiguous'].append(f"image {image_id}: {file} may be {told}, which differ: write its folder")
+            return None
+        s, name = found
+        if len(members) > 1:
+            self.problems['duplicate_file'].append(f"image {image_id}: {file} is there {len(members)} times; "
+                                                   f"taken: {name} of {sources[s].path}")
+        if name.rsplit('/', 1)[-1] != file.rsplit('/', 1)[-1]:
+            self.problems['other_spelling'].append(f"image {image_id}: {file} is taken to be {name}")
+        self._files.append(file)
+        self._scores.append(score)
+        return found
+
+    def _one_each(self):
+        "Leave out entries whose picture fits the name of another entry better, or as well."
+        claims, keep = defaultdict(list), np.ones(len(self.rows), bool)
+        for row, member in enumerate(zip(self.rows['source'].tolist(), self.names)): claims[member].append(row)
+        for (_, name), rows in claims.items():
+            if len({self._files[row].removeprefix('./') for row in rows}) < 2: continue
+            best = max(self._scores[row] for row in rows)
+            owners = {self._files[row] for row in rows if self._scores[row] == best}
+            for row in rows:
+                if len(owners) == 1 and self._files[row] in owners: continue
+                keep[row] = False
+                others = sorted({self._files[other] for other in rows} - {self._files[row]})
+                self.problems['ambiguous'].append(f"image {self.rows['id'][row]}: {self._files[row]} is not there, and "
+                                                  f"{name} may be {others[0]}: put both there, or remove one")
+        self.rows, self.names = self.rows[keep], [name for name, kept in zip(self.names, keep) if kept]
 
 # %% ../../nbs/datasets/02_listing.ipynb #disk-needed
 LAYOUTS = ('jpeg', 'canvas')
@@ -249,13 +287,16 @@ def _today(report, folder, expected, sizes, layout):
 
 # %% ../../nbs/datasets/02_listing.ipynb #check-report
 def _check_any(plan, n, sources):
-    "Raise `ValueError` with the first problem if `n`, the number of sound pictures, is 0."
+    "Raise `ValueError` with the first problem of each kind if `n`, the number of sound pictures, is 0."
     if n: return
     counts = {kind: len(found) for kind, found in plan.problems.items() if found}
-    first = next((found[0] for found in plan.problems.values() if found), 'there are no entries')
+    first = '; '.join(found[0] for found in plan.problems.values() if found) or 'there are no entries'
+    advice = 'Are these the right sources?'
+    links = [text for text in plan.problems['refused_member'] if 'link' in text or 'outside' in text]
+    if links and plan.problems['missing']:
+        advice = 'Links are not followed: put the files themselves where the link is'
     raise ValueError(f"of {plan.count} pictures none is there and whole in "
-                     f"{[str(source.path) for source in sources]} ({counts}): {first}. Are these "
-                     "the right sources?")
+                     f"{[str(source.path) for source in sources]} ({counts}): {first}. {advice}")
 
 def _results(plan, sources, texts, heights, widths):
     "`Listing` and report of a check. Raises `ValueError` when no picture is sound."
@@ -287,20 +328,22 @@ def check_pictures(folder,  # made if absent; the database will be here
     the report.
 
     It has `entries`, `pictures`, `skipped`, `counts` and `problems` (each record named, by the
-    kinds in `PROBLEMS`), `disk` and `warnings`. Raises `ValueError` when no picture at all is
+    kinds in `PROBLEMS`), `disk` and `warnings`. One process at a time checks; others wait, and find
+    it done. Raises `ValueError` when no picture at all is
     sound. Source: method spec 1.2."""
     check_layout(layout)
     folder, plan = writable_folder(folder), _Plan(entries, sources, skip)
     inputs, path = dict(fingerprint=plan.fingerprint, max_pixels=max_pixels), folder/'check.json'
-    if path.exists() and (folder/'pictures.h5').exists():
-        report = read_json(path, 'Remove it and check again.')
-        if report.get('inputs') == inputs: return _today(report, folder, expected, sizes, layout)
-    _check_any(plan, len(plan.rows), sources)
-    found = _probe_all(folder, plan, sources, max_pixels, workers, progress)
-    listing, report = _results(plan, sources, *found)
-    report = _today(dict(report, inputs=inputs), folder, expected, sizes, layout)
-    path.unlink(missing_ok=True)
-    write_listing(folder, listing)
-    write_json(path, report)
-    shutil.rmtree(folder/'checking')
+    with locked(lock_of(path), what=f'the check of the pictures in {folder}'):
+        if path.exists() and (folder/'pictures.h5').exists():
+            report = read_json(path, 'Remove it and check again.')
+            if report.get('inputs') == inputs: return _today(report, folder, expected, sizes, layout)
+        _check_any(plan, len(plan.rows), sources)
+        found = _probe_all(folder, plan, sources, max_pixels, workers, progress)
+        listing, report = _results(plan, sources, *found)
+        report = _today(dict(report, inputs=inputs), folder, expected, sizes, layout)
+        path.unlink(missing_ok=True)
+        write_listing(folder, listing)
+        write_json(path, report)
+        shutil.rmtree(folder/'checking')
     return report

@@ -11,8 +11,9 @@ from functools import partial
 
 import ijson
 
-from .annotations import Collector, image_key, numbers, size_of
-from ..io.files import stream_json
+from .annotations import Collector, image_key, is_crowd, joined, numbers, size_of
+from .splits import split_files
+from ..io.files import encoding_of, stream_json
 
 # %% ../../nbs/datasets/08_public.ipynb #stream
 _HINT = 'Is it the file of that data set, whole? Fetch it again.'
@@ -29,7 +30,9 @@ def _stream(path, read, *prefix):
 
 def _at(values, i, what):
     "Entry `i` of a list; `ValueError` unless it is a number from 0 to the last."
-    if type(i) is not int or not 0 <= i < len(values): raise ValueError(f'no such {what}')
+    if type(i) is float and i.is_integer(): i = int(i)
+    if type(i) is not int or not 0 <= i < len(values) or values[i] is None:
+        raise ValueError(f'no such {what}')
     return values[i]
 
 # %% ../../nbs/datasets/08_public.ipynb #read-psg
@@ -37,51 +40,75 @@ _PSG = ('thing_classes', 'stuff_classes', 'predicate_classes', 'test_image_ids')
 
 def _psg_lists(path):
     "The four short lists of the file, in one pass over it."
-    found = {name: [] for name in _PSG}
+    found, there = {name: [] for name in _PSG}, set()
     for prefix, event, value in _stream(path, ijson.parse):
+        if event == 'start_array': there.add(prefix)
         if event in ('string', 'number') and prefix[:-5] in found and prefix.endswith('.item'):
             found[prefix[:-5]].append(value)
     for name in _PSG[:3]:
         if not found[name]: raise ValueError(f"{path} has no list '{name}'. {_HINT}")
-    return found
+    return found, 'test_image_ids' in there
+
+def _numbered(collector, name, names, index):
+    """The numbers of the `names` in list `name`, by `index`, a `NameIndex`; None for what is no name."""
+    numbers = [None] * len(names)
+    def take(item):
+        i, text = item
+        numbers[i] = index(text)
+    collector.each(name, enumerate(names), take)
+    return numbers
 
 # %% ../../nbs/datasets/08_public.ipynb #read-psg-itself
-def read_psg(path, strict=False):
-    """`Annotations` of a PSG file.
-
-    Raises `FileNotFoundError` or `ValueError` naming the file that is missing, cut off or of
-    another kind."""
-    lists, c = _psg_lists(path), Collector(path, strict)
-    classes = [c.classes(name) for name in lists['thing_classes'] + lists['stuff_classes']]
-    predicates = [c.predicates(name) for name in lists['predicate_classes']]
-    test = {str(image_id) for image_id in lists['test_image_ids']}
+def _read_psg_file(path, split, strict):
+    "The `Annotations` of one file; pictures that are not in its `test_image_ids` are of `split`."
+    (lists, tells), c = _psg_lists(path), Collector(path, strict)
+    things, stuff, named, ids = (lists[name] for name in _PSG)
+    classes = [*_numbered(c, _PSG[0], things, c.classes), *_numbered(c, _PSG[1], stuff, c.classes)]
+    predicates, test = _numbered(c, _PSG[2], named, c.predicates), set()
+    c.each(_PSG[3], ids, lambda image_id: test.add(image_key(image_id)))
     def picture(r):
-        split = 'test' if str(r['image_id']) in test else 'train'
-        image = c.image(r['image_id'], r['file_name'], size_of(r), split)
+        mine = 'test' if image_key(r['image_id']) in test else split or 'train'
+        image = c.image(r['image_id'], r['file_name'], size_of(r), mine)
+        if not tells and not split:
+            c.report.note("pictures taken to 'train', since the file has no test_image_ids", f'image {image}')
+        segments = r.get('segments_info') or ()
+        whole = len(segments) == len(r['annotations'])
         def annotation(item):
             i, a = item
             x, y, u, v = numbers(a['bbox'], 'the box')
             mode = a.get('bbox_mode', 0)
             if mode not in (0, 1): raise ValueError('a bbox_mode other than 0 and 1')
+            crowd = is_crowd(a) or whole and isinstance(segments[i], dict) and is_crowd(segments[i])
             c.object(image, (image, i), _at(classes, a['category_id'], 'category'),
-                     (x, y, x + u, y + v) if mode == 1 else (x, y, u, v))
+                     (x, y, x + u, y + v) if mode == 1 else (x, y, u, v), crowd)
         def relation(row):
-            s, o, p = row
+            s, o, p = (int(v) if type(v) is float and v.is_integer() else v for v in row)
             c.relation((image, s), (image, o), _at(predicates, p, 'predicate'))
         c.each('annotations', enumerate(r['annotations']), annotation, of=f'image {image}, ')
         c.each('relations', r['relations'], relation, of=f'image {image}, ')
     c.each('data', _stream(path, ijson.items, 'data.item'), picture)
     return c.finish()
 
+def read_psg(files,  # path of a file, paths, or a dictionary of split to path or paths
+             strict=False):
+    """`Annotations` of PSG files, all of `files` as one. The pictures of `test_image_ids` are for
+    test, others for the split that is named with their file, else for training.
+
+    Raises `FileNotFoundError` or `ValueError` naming the file that is missing, cut off or of
+    another kind, or of which nothing is left."""
+    parts = [_read_psg_file(path, split, strict) for split, path in split_files(files)]
+    return joined(parts, strict) if len(parts) > 1 else parts[0]
+
 # %% ../../nbs/datasets/08_public.ipynb #read-gqa
-def read_gqa(files:dict,  # split ('train', 'val' or 'test') to the path of its file
+def read_gqa(files:dict,  # split ('train', 'val' or 'test') to the path of its file, or paths
              strict=False,
              most=(None, None)):  # keep so many classes and predicates, the most common
     """`Annotations` of GQA's scene graphs.
 
     Raises `FileNotFoundError` or `ValueError` naming the file that is missing, cut off or of
-    another kind."""
-    c = Collector(', '.join(map(str, files.values())), strict)
+    another kind, or of which nothing is left."""
+    files = split_files(files)
+    c = Collector(', '.join(str(path) for _, path in files), strict)
     def scene(split, item):
         key, r = item
         image = c.image(key, f'{key}.jpg', size_of(r), split)
@@ -91,12 +118,17 @@ def read_gqa(files:dict,  # split ('train', 'val' or 'test') to the path of its 
             c.object(image, (image, i), c.classes(o['name']), (x, y, x + w, y + h))
         def relation(item):
             i, edge = item
-            c.relation((image, i), (image, edge['object']), c.predicates(edge['name']))
-        edges = ((i, edge) for i, o in r['objects'].items() for edge in o.get('relations', ()))
+            c.relation((image, i), (image, image_key(edge['object'])), c.predicates(edge['name']))
+        def edges(item):
+            i, o = item
+            found = o.get('relations') or ()
+            if not isinstance(found, (list, tuple)): raise ValueError('relations are no list')
+            c.each('relations', ((i, edge) for edge in found), relation, of=f'image {key}, ')
         c.each('objects', r['objects'].items(), thing, of=f'image {key}, ')
-        c.each('relations', edges, relation, of=f'image {key}, ')
-    for split, path in files.items():
-        c.each(split, _stream(path, ijson.kvitems, ''), partial(scene, split))
+        things = (item for item in r['objects'].items() if isinstance(item[1], dict))
+        c.each('objects', things, edges, of=f'image {key}, ')
+    for split, path in files:
+        c.each(split or 'train', _stream(path, ijson.kvitems, ''), partial(scene, split or 'train'))
     return c.finish(sort=True, most=most)
 
 # %% ../../nbs/datasets/08_public.ipynb #read-open-images
@@ -104,29 +136,43 @@ _COLUMNS = ('ImageID', 'LabelName1', 'LabelName2', 'XMin1', 'XMax1', 'YMin1', 'Y
             'XMax2', 'YMin2', 'YMax2', 'RelationshipLabel')
 
 def _rows(path, columns=None):
-    """Rows of a CSV file: dictionaries if it must have `columns`, else lists.
+    """Rows of a CSV file, in UTF-8 or UTF-16, between commas, semicolons or tabs: dictionaries if it
+    must have `columns`, else lists.
 
     Raises `FileNotFoundError` or `ValueError` naming the file."""
     try:
-        with open(path, newline='', encoding='utf-8') as file:
-            rows = csv.DictReader(file) if columns else csv.reader(file)
-            missing = set(columns) - set(rows.fieldnames or ()) if columns else ()
-            if missing: raise ValueError(f"{path} has no column {sorted(missing)[0]}. {_HINT}")
+        with open(path, 'rb') as file: head = file.read(4)
+        try: encoding = encoding_of(head)
+        except ValueError as error: raise ValueError(f"{path} is not a CSV file ({error}). {_HINT}") from None
+        with open(path, newline='', encoding=encoding) as file:
+            first = file.readline()
+            mark = next((mark for mark in ',;\t' if mark in first), ',')
+            file.seek(0)
+            rows = csv.reader(file, delimiter=mark)
+            if columns:
+                names = [name.strip() for name in next(rows, ())]
+                missing = set(columns) - set(names)
+                if missing:
+                    raise ValueError(f"{path} has no column {sorted(missing)[0]} (it has {names[:12]}). {_HINT}")
+                rows = (dict(zip(names, row)) for row in rows if row)
             yield from rows
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {_HINT}") from None
-    except (csv.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a CSV file ({error}: save it as UTF-8). {_HINT}") from None
+    except csv.Error as error:
         raise ValueError(f"{path} is not a CSV file ({error}). {_HINT}") from None
 
 # %% ../../nbs/datasets/08_public.ipynb #read-open-images-itself
-def read_open_images(files:dict,  # split ('train', 'val' or 'test') to the path of its CSV of relations
+def read_open_images(files:dict,  # split ('train', 'val' or 'test') to the path of its CSV of relations, or paths
                      classes,  # path of the CSV of class descriptions: code, name
                      strict=False):
     """`Annotations` of Open Images' relations, boxes as shares of the picture.
 
     Raises `FileNotFoundError` or `ValueError` naming the file that is missing or of another
-    kind."""
-    c = Collector(', '.join(map(str, files.values())), strict)
-    called = {row[0]: row[1] for row in _rows(classes) if len(row) > 1}
+    kind, or of which nothing is left."""
+    files = split_files(files)
+    c = Collector(', '.join(str(path) for _, path in files), strict)
+    called, splits = {row[0]: row[1] for row in _rows(classes) if len(row) > 1}, {}
     def end(r, k):
         "Code and box of end `k`, '1' or '2', of row `r`."
         box = numbers([r[f'{side}{k}'] for side in ('XMin', 'YMin', 'XMax', 'YMax')], 'the box')
@@ -138,10 +184,13 @@ def read_open_images(files:dict,  # split ('train', 'val' or 'test') to the path
         if any(code not in called for code, *_ in ends): raise ValueError('a label without a name')
         predicate, image = c.predicates(r['RelationshipLabel']), image_key(r['ImageID'])
         if image not in c.images: c.image(image, f'{image}.jpg', None, split)
+        if splits.setdefault(image, split) != split:
+            c.report.note('rows of a picture that a file of another split has: taken to that one',
+                          f'{image}: {splits[image]}, not {split}')
         for code, *box in ends:
             if (image, code, *box) not in c.objects:
                 c.object(image, (image, code, *box), c.classes(called[code]), box)
         subject, object = ((image, *end) for end in ends)
         c.relation(subject, object, predicate)
-    for split, path in files.items(): c.each(path, _rows(path, _COLUMNS), partial(relation, split))
+    for split, path in files: c.each(path, _rows(path, _COLUMNS), partial(relation, split or 'train'))
     return c.finish(sort=True)

@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 
 from .visual_genome import SPLITS, Database
 from ..graph import Vocabulary
-from ..io.files import atomic_path, write_json
+from ..io.files import atomic_path, readable_file, write_json
 from ..io.text import one_line
 
 # %% ../../nbs/datasets/09_statistics.ipynb #annotations
@@ -117,7 +117,7 @@ def _load_tensor(path, hint):
     """What a torch file holds, without running code from it.
 
     Raises `FileNotFoundError` or `ValueError` naming the file."""
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing. {hint}")
+    readable_file(path, hint)
     try:
         size = path.stat().st_size
         if zipfile.is_zipfile(path):
@@ -352,12 +352,13 @@ def report(database:Database):
     return record
 
 # %% ../../nbs/datasets/09_statistics.ipynb #write-statistics
-def write_statistics(folder, size:int=None):
+def write_statistics(folder, size:int=None,
+                     **more):  # further entries of the JSON
     """Write `statistics.json` and `statistics/*.png` of the database in `folder`, atomically.
 
     Returns the path of the JSON. Raises what `Database` and `report` raise."""
     database = Database(folder, size)
-    record, train = report(database), annotations(database, 'train')
+    record, train = report(database) | more, annotations(database, 'train')
     splits = {split: annotations(database, split) for split in record['splits']}
     figures = dict(predicates=plot_predicates(train), objects=plot_objects(train),
                    triplets=plot_triplets(train, next(iter(record['predicates']))),

@@ -8,6 +8,7 @@ __all__ = ['MODEL', 'is_metric', 'Estimator', 'estimate_depth', 'merge_depth', '
 # %% ../../nbs/depth/04_estimators.ipynb #imports
 import inspect
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,9 @@ from tqdm import tqdm
 
 from ..datasets.listing import read_listing
 from .depth_file import DepthFile, PfmFolder, depth_path, finish_parts, model_tag
-from .maps import write_pfm
+from .maps import FAR_MEDIAN, NEAR, write_pfm
 from ..io.devices import choose_device
-from ..io.files import read_json
-from ..io.packed import Parts, run_parts, started_parts
+from ..io.packed import OddPieces, Parts, run_parts, started_parts
 
 # %% ../../nbs/depth/04_estimators.ipynb #transformers
 MODEL = 'Intel/dpt-beit-large-512'  # what the method used
@@ -154,9 +154,10 @@ def _storable(maps, image_ids, metric, who):
     wrong = [image_id for image_id, one in zip(image_ids, maps)
              if not np.isfinite(one).all() or (metric and one.min() < 0)]
     if wrong:
+        kind = ValueError if len(wrong) == len(maps) > 1 else partial(OddPieces, count=len(wrong))
         images = f"image{'s'[:len(wrong) > 1]} {', '.join(map(str, wrong[:5]))}"
-        raise ValueError(f"{who}: the depth of {images} has "
-                         f"{'negative, ' * metric}NaN or infinite values")
+        raise kind(f"{who}: the depth of {images} has "
+                   f"{'negative, ' * metric}NaN or infinite values")
     constant = np.array([not metric and one.min() == one.max() for one in maps], np.uint8)
     if constant.all() and len(maps) > 1:
         raise ValueError(f"{who}: the maps of images {image_ids[0]} to {image_ids[-1]} "
@@ -225,7 +226,7 @@ def estimate_depth(database,  # `Database` or `Originals`
 # %% ../../nbs/depth/04_estimators.ipynb #merge-depth
 def _finish(parts):
     "Join `parts` to the depth file, with the column `metric` that their settings say."
-    metric = read_json(parts.folder/'parts.json')['metric']
+    metric = parts.settings.get('metric', 0)  # none if another process has joined them
     return finish_parts(parts, metric=np.array([metric], np.int32))
 
 def merge_depth(database, model=MODEL):
@@ -251,6 +252,14 @@ class Originals:
         return np.array(self.listing.picture(self.sources, row))
 
 # %% ../../nbs/depth/04_estimators.ipynb #import-pfm
+def _check_metres(maps, folder):
+    "Raise `ValueError` if most of `maps` cannot be metres; single ones may be of the sky."
+    medians = np.array([np.nanmedian(one) for one in maps])
+    if NEAR <= np.median(medians) <= FAR_MEDIAN or not np.isfinite(medians).all(): return
+    raise ValueError(f"{folder}: the median of its maps is {np.median(medians):.3g} m, as in no room "
+                     "or street. Are they millimetres, or relative depth (--metric no)? Metres are "
+                     "needed")
+
 def import_pfm(database, folder, tag=None, metric=False, shard=(0, 1), progress=True):
     """Join the maps of a folder of PFM files to `depth_<tag>.h5` beside the database, in their own
     shapes; `tag` is by default the estimator in the file names, or the folder's name.
@@ -261,11 +270,15 @@ def import_pfm(database, folder, tag=None, metric=False, shard=(0, 1), progress=
     path = depth_path(database.folder, tag or files.tag or folder)
     if path.exists(): return DepthFile(path, database.image_ids).path
     image_ids = database.image_ids.tolist()
-    for image_id in image_ids: files.path(image_id)
+    if lack := [image_id for image_id in image_ids if image_id not in files.names]:
+        try: files.path(lack[0])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} ({len(lack)} of {len(image_ids)} have none)") from None
     parts = Parts(path, 'depth', database.image_ids, 64, **_PACK, pfm=model_tag(folder),
                   metric=int(metric))
     def load(row): return files[image_ids[row]]
     def make(rows, maps):
+        if metric: _check_metres(maps, folder)
         return _storable(maps, [image_ids[row] for row in rows], metric, str(folder))
     run_parts(parts, load, make, shard, progress, 'reading PFM')
     return _finish(parts) if tuple(shard) == (0, 1) else None

@@ -16,17 +16,20 @@ import torch
 from .. import decode
 from ..data import network_input
 from .core import check_fit
-from ..io.devices import choose_device
+from ..io.devices import choose_device, device_for
 from ..io.text import markdown_table
 
 # %% ../../nbs/evaluation/05_latency.ipynb #machine
-def machine():
-    "A description of this machine: processor, threads, GPU, versions."
+def machine(device=None):
+    """A description of this machine: processor, threads, versions, and its GPU if `device` is one.
+
+    Raises `ValueError` as `stdg.io.devices.choose_device`."""
+    place = choose_device(device)
     info = Path('/proc/cpuinfo')
     names = [line.split(':')[1].strip() for line in info.read_text().splitlines()
              if line.startswith('model name')] if info.exists() else []
     cpu = (names or [platform.processor() or platform.machine()])[0]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'
+    gpu = torch.cuda.get_device_name(place) if place.type == 'cuda' else 'no GPU'
     return (f"{cpu}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}, "
             f"Python {platform.python_version()}")
 
@@ -53,14 +56,14 @@ def measure_latency(model, dataset,  # as for `stdg.evaluation.predictions`
                     batches=(1, 16),  # pictures at a time
                     repeats:int=20,  # batches that count
                     warm_up:int=3,  # batches before them that do not
-                    device=None):  # by default a GPU if there is one
+                    device=None):  # by default where the model lies, or a GPU if there is one
     """Time of SGDet in milliseconds a picture: a list of {'batch', 'part', 'median', 'p90'}, parts
     being load, forward, decode and whole.
 
     Raises `ValueError` for a model that does not fit the data, or nothing to count."""
     check_fit(model, dataset)
     if repeats < 1: raise ValueError(f"repeats is {repeats}: at least one batch must count")
-    device, rows = choose_device(device), []
+    device, rows = device_for(model, device), []
     model.to(device, memory_format=torch.channels_last).eval()
     for size in dict.fromkeys(batches):
         laps = []

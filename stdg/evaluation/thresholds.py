@@ -6,14 +6,11 @@
 __all__ = ['operating_curve', 'best_threshold', 'curves_of', 'plot_curves', 'chosen', 'choose_thresholds', 'save_thresholds']
 
 # %% ../../nbs/evaluation/04_thresholds.ipynb #imports
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import numpy as np
 
 from .. import checkpoint
 from .core import records
-from ..io.files import write_json
 
 # %% ../../nbs/evaluation/04_thresholds.ipynb #operating-curve
 def operating_curve(scores, right, truths:int):
@@ -115,5 +112,4 @@ def save_thresholds(path, thresholds:dict):
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"{path}: the threshold of {kind} is {value!r}; a number from 0 to 1 "
                              "is needed")
-    record = checkpoint.facts(path) | dict(thresholds=thresholds)
-    write_json(Path(path).with_suffix('.json'), record)
+    checkpoint.add_facts(path, thresholds=thresholds)

@@ -120,8 +120,8 @@ class Reading:
     predictions: dict  # {task: `Prediction`}, in pixels of the picture
 
 # %% ../../nbs/explore/01_scene.ipynb #ask
-def _onto_canvas(picture, canvas):
-    return letterbox(torch.from_numpy(np.array(picture)).permute(2, 0, 1), canvas)
+def _onto_canvas(picture, canvas, order='RGB'):
+    return letterbox(torch.from_numpy(np.array(picture)).permute(2, 0, 1), canvas, order)
 
 def _teacher(model, teacher):
     """The teacher's network, or None, and what it reads: that within `model`, else that of
@@ -159,7 +159,7 @@ def read_scene(scene, model, vocabulary, canvas,
     the model reads HHA and the scene has none."""
     if model.mode == 'depth' and scene.hha is None:
         raise ValueError(f"this network reads HHA, and {scene.name} has no depth: choose a student")
-    rgb, scale, corner = _onto_canvas(scene.picture, canvas)
+    rgb, scale, corner = _onto_canvas(scene.picture, canvas, model.colour_order)
     pictures = dict(rgb=rgb)
     if scene.hha is not None: pictures['hha'] = _onto_canvas(scene.hha, canvas)[0]
     detection, relation, offsets = _ask(model, teacher, pictures)

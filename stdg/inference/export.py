@@ -213,7 +213,8 @@ class OnnxModel:
         """The `PicturePrediction` for a picture (path, PIL image or array), in its own pixels, as
         `stdg.predict`."""
         picture = read_image(image)
-        canvas, *place = letterbox(picture, self.size)
+        order = self.facts['config'].get('colour_order', 'RGB')
+        canvas, *place = letterbox(picture, self.size, order)
         found = finish(*[array[0] for array in self(canvas[None])], n_predicates=self.n_predicates)
         name = str(image) if isinstance(image, (str, Path)) else ''
         return on_picture(found, *place, picture, self.facts, self.facts['config'], name)

@@ -31,7 +31,7 @@ from ..graph import Prediction
 from .display import PicturePrediction
 from .predictor import load_predictor, network_files
 from ..io.archives import MAX_PIXELS
-from ..io.files import atomic_path
+from ..io.files import atomic_path, readable_file
 from ..io.outputs import check_apart, check_output
 from ..io.text import one_line
 
@@ -137,8 +137,7 @@ def _open_video(source):
     if Path(source).is_dir():
         raise ValueError(f"{source} is a folder, and a video is one file. Give that, or take stdg "
                          "predict for a folder of pictures")
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{source} is missing. Is the path right?")
+    readable_file(source)
     with open(source, 'rb') as file: first = file.read(16)
     if not any(first[i:].startswith(mark) for i, mark in _BEGINNINGS):
         raise ValueError(f"{source} is no video: MP4, QuickTime, Matroska, WebM and AVI are read")

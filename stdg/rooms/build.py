@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from ..datasets.visual_genome import write_annotations, write_images
 from ..graph import SceneGraph, Vocabulary
-from ..io.files import atomic_path, read_json, writable_folder, write_json
+from ..io.files import atomic_path, read_json, remove_dead, remove_folder, write_json
+from ..io.locks import lock_of, locked
 from .catalogue import CATEGORIES, make
 from .layout import arrange, extent
 from .relations import PREDICATES, Bodies, annotate, footprints, heights, relations
@@ -319,7 +320,7 @@ def _claim(folder, settings):
     """Write the settings into `folder`, or check those that are there.
 
     Returns whether the database is complete."""
-    path = writable_folder(folder) / 'rooms.json'
+    path = folder / 'rooms.json'
     if not path.exists():
         write_json(path, {**settings, 'complete': False})
         return False
@@ -330,9 +331,8 @@ def _claim(folder, settings):
                            if known.get(key) != settings[key])
         raise ValueError(f'{folder} holds rooms with other settings: {differ}. Choose another '
                          'folder, or delete this one')
-    files = (folder / 'VG-SGG.h5', folder / 'VG-SGG-dicts.json',
-             folder / f"imdb_{settings['size']}.h5")
-    return done and all(file.exists() for file in files)
+    names = 'VG-SGG.h5', 'VG-SGG-dicts.json', f"imdb_{settings['size']}.h5"
+    return done and all((folder / name).exists() for name in names)
 
 def _records(folder, settings, n_shards, graphs, dense):
     "Records for `write_images`, shard by shard; fills `graphs` and `dense` on the way."
@@ -356,12 +356,21 @@ def _assemble(folder, settings, n_shards):
     write_annotations(folder, graphs, np.repeat([0, 1, 2], settings['images']), VOCABULARY,
                       settings['size'], dense)
     write_json(folder / 'rooms.json', {**settings, 'complete': True})
-    for k in range(n_shards): _shard_path(folder, k).unlink()
-    (folder / 'shards').rmdir()
+    remove_folder(folder / 'shards')
 
 # %% ../../nbs/rooms/10_build.ipynb #make-rooms
 def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+def _make(folder, settings, total, workers):
+    "Render what is missing of `total` rooms, and assemble all."
+    for place in (folder, folder / 'shards'): remove_dead(place)
+    shards = range(-(-total // SHARD))
+    missing = [k for k in shards if _read_shard(folder, settings, k) is None]
+    there = total - sum(len(_shard_rooms(settings, k)) for k in missing)
+    with tqdm(total=total, initial=there, desc='rooms', unit='room', mininterval=1) as bar:
+        _render_all(folder, settings, missing, workers, bar.update)
+    _assemble(folder, settings, len(shards))
 
 def make_rooms(
     folder,  # where the database goes
@@ -376,9 +385,9 @@ def make_rooms(
     """Render the benchmark into `folder`: `VG-SGG.h5`, `VG-SGG-dicts.json`, `imdb_<size>.h5`, for
     `stdg.datasets.visual_genome.Database`.
 
-    Goes on where an interrupted call stopped; returns at once if all is there. Returns the folder.
-    Raises `ValueError` if the folder holds rooms with other settings, `OSError` if it cannot be
-    written. Source: method spec 1.2, 1.3 for the format."""
+    Goes on where an interrupted call stopped; waits for another process that makes them; returns
+    the folder, at once if all is there. Raises `ValueError` for a folder of other rooms, `OSError`
+    if it cannot be written. Source: method spec 1.2, 1.3 for the format."""
     folder, total = Path(folder), int(n_train) + int(n_val) + int(n_test)
     if total < 1:
         raise ValueError('make_rooms: at least one room is needed, n_train + n_val + n_test is 0')
@@ -386,12 +395,7 @@ def make_rooms(
                     clutter=float(clutter), seed=int(seed),
                     mean_relations=float(mean_relations), samples=int(samples), shard=SHARD,
                     version=VERSION)
-    if _claim(folder, settings): return folder
-    writable_folder(folder / 'shards')
-    shards = range(-(-total // SHARD))
-    missing = [k for k in shards if _read_shard(folder, settings, k) is None]
-    there = total - sum(len(_shard_rooms(settings, k)) for k in missing)
-    with tqdm(total=total, initial=there, desc='rooms', unit='room', mininterval=1) as bar:
-        _render_all(folder, settings, missing, workers or _cores(), bar.update)
-    _assemble(folder, settings, len(shards))
+    if (folder / 'rooms.json').exists() and _claim(folder, settings): return folder
+    with locked(lock_of(folder / 'rooms.json'), what=f'the rooms in {folder}'):
+        if not _claim(folder, settings): _make(folder, settings, total, workers or _cores())
     return folder

@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'build_network', 'seed_step', 'optimiser', 'schedule', 'Average', 'network_inputs', 'terms_of',
-           'loss_terms', 'TrainStep', 'keep_batch', 'replay']
+           'loss_terms', 'check_step', 'TrainStep', 'keep_batch', 'replay', 'replay_path']
 
 # %% ../../nbs/training/05_step.ipynb #imports
 import math
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import losses
 from ..data import network_input
-from ..io.files import atomic_path, read_json, write_json
+from ..io.devices import choose_device
+from ..io.files import write_json
+from ..io.tensors import TensorFile, save_tensors
 from ..model import STDG
 from .distributed import all_reduce, rank_and_world
 from .log import Stopwatch
@@ -31,9 +33,10 @@ def build_network(seed, *args, **kwargs):
     torch.manual_seed(seed)
     return STDG(*args, **kwargs)
 
-def seed_step(seed, step):
-    "Make what the network draws in this step depend on `seed`, `step` and this process's rank."
-    sequence = np.random.SeedSequence((seed, step, rank_and_world()[0]))
+def seed_step(seed, step, rank=None):
+    """Make what the network draws in this step depend on `seed`, `step` and `rank`, by default that
+    of this process."""
+    sequence = np.random.SeedSequence((seed, step, rank_and_world()[0] if rank is None else rank))
     torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 # %% ../../nbs/training/05_step.ipynb #parameter-groups
@@ -112,13 +115,41 @@ def loss_terms(model, batch):
 
 # %% ../../nbs/training/05_step.ipynb #amp
 PRECISIONS = dict(float32=None, bfloat16=torch.bfloat16, float16=torch.float16)
+_SYNC_ON_CPU = ('sync_bn=True: PyTorch synchronises batch norms on GPUs only. Set it to False, or '
+                'train on GPUs')
+
+def _check_precision(precision):
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is unknown; there are {list(PRECISIONS)}")
+
+def check_step(settings, processes=None, device=None):
+    """Raise `ValueError`, naming the parameters, if no step can be taken with these `Settings` in so
+    many `processes` (None: those that there are) on `device`."""
+    processes = processes or rank_and_world()[1]
+    _check_precision(settings.precision)
+    batch, parts = settings.batch_size, settings.accumulate
+    if batch < 1: raise ValueError(f"batch_size={batch}: a step needs a picture, so 1 or more")
+    if batch % processes:
+        raise ValueError(f"{processes} processes cannot share a batch of {batch} pictures: make "
+                         f"the batch size a multiple of {processes}, or take fewer devices")
+    most = batch // processes
+    if not 1 <= parts <= most:
+        shared = f" in {processes} processes" if processes > 1 else ''
+        raise ValueError(f"accumulate={parts}: with batch_size={batch}{shared} each has {most} of "
+                         f"the pictures, so 1 to {most} parts. Lower accumulate, or take a larger "
+                         "batch")
+    if settings.compile and settings.recompute:
+        raise ValueError('compile=True and recompute=True: torch.compile cannot see through blocks '
+                         'that are computed twice. Choose one: compile for speed, recompute (or '
+                         'accumulate) for memory')
+    if settings.sync_bn and processes > 1 and choose_device(device).type != 'cuda':
+        raise ValueError(_SYNC_ON_CPU)
 
 def _wrapped(network, device, sync_bn):
     "`network` for several processes; itself if this process is alone."
     if rank_and_world()[1] == 1: return network
     on_gpu = device.type == 'cuda'
-    if sync_bn and not on_gpu:
-        raise ValueError('sync_bn=True: PyTorch synchronises batch norms on GPUs only')
+    if sync_bn and not on_gpu: raise ValueError(_SYNC_ON_CPU)
     if sync_bn: convert_sync_batchnorm(network)
     return DistributedDataParallel(network, device_ids=[device.index] if on_gpu else None)
 
@@ -146,20 +177,20 @@ class TrainStep:
     optimiser's step, or `drop()` leaves it out. `watch` is the `Stopwatch` of the parts. `clip` is
     the largest norm of the gradient, 0 for any.
 
-    Raises `ValueError` for an unknown precision, or for `sync_bn` of several processes on CPUs."""
+    Raises `ValueError` for an unknown precision, `sync_bn` of several processes on CPUs, or a batch
+    of fewer pictures than parts."""
     def __init__(self, model, optimiser, accumulate=1, precision='float32', clip=0., sync_bn=False):
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision {precision!r} is unknown; there are {list(PRECISIONS)}")
+        _check_precision(precision)
         self.model, self.optimiser, self.parts, self.clip = model, optimiser, accumulate, clip
         device = next(model.parameters()).device
-        self.device_type, self.dtype = device.type, PRECISIONS[precision]
+        self.device, self.dtype = device, PRECISIONS[precision]
         self.watch = Stopwatch(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == 'float16')
         self.network = _wrapped(model.network, device, sync_bn)
         self.learnt = [p for group in optimiser.param_groups for p in group['params']]
 
     def autocast(self):
-        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def gradient(self, batch):
         """(terms, facts) of a batch of `SceneGraphs`, over all parts and processes.
@@ -168,6 +199,9 @@ class TrainStep:
         before clipping and, with a teacher, `taught_share`, the share of its offsets that is worth
         copying. The gradients stand in `.grad` of the parameters, clipped."""
         own, other, targets = network_inputs(self.model, batch)
+        if len(own) < self.parts:
+            raise ValueError(f"accumulate={self.parts}: this batch has {len(own)} pictures, fewer "
+                             "than parts. Lower accumulate, or take a larger batch")
         self.watch.lap('data')
         taught = self._teach(other)
         counts, share = _whole_counts(targets, taught)
@@ -202,32 +236,56 @@ class TrainStep:
         "Take the optimiser's step, and clear the gradient."
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        self.drop()
+        self.optimiser.zero_grad()
 
     def drop(self):
-        "Clear the gradient."
+        """Leave the optimiser's step out, and clear the gradient; in float16 the scale falls, as
+        after an overflow."""
+        if self.scaler.is_enabled():
+            before = self.scaler.get_scale()
+            self.scaler.update()  # falls only if the gradient itself has overflowed
+            self.scaler.update(before * self.scaler.get_backoff_factor())
         self.optimiser.zero_grad()
 
 # %% ../../nbs/training/05_step.ipynb #replay
 def keep_batch(path, model, batch, **record):
     """Write `batch` and the weights of `model` to `path`, a .safetensors, and the `record` of the
-    step to its JSON: at least `seed` and `step`, as `seed_step` takes them."""
+    step to its JSON: at least `seed` and `step`, as `seed_step` takes them; the rank of this process
+    is added."""
     tensors = {f'batch.{k}': v for k, v in batch.items() if k != 'targets'}
     tensors |= {f'batch.targets.{k}': v for k, v in batch['targets'].items()}
     tensors |= {f'model.{k}': v for k, v in model.state_dict().items()}
-    with atomic_path(path) as partial:
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial)
-    write_json(Path(path).with_suffix('.json'), dict(config=model.config, **record))
+    record = dict(config=model.config, rank=rank_and_world()[0]) | record
+    record = save_tensors(path, tensors, record)
+    write_json(Path(path).with_suffix('.json'), record)
 
 def replay(path):
     "The terms of the loss, {name: value}, of a batch that `keep_batch` has written to `path`."
     hint = 'Both files that the run has kept are needed.'
-    record, tensors = read_json(Path(path).with_suffix('.json'), hint), load_file(path)
+    file = TensorFile(path, hint)
+    record, tensors = file.record(hint), file.tensors()
     def part(start):
         return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
     model = STDG(**record['config'], pretrained=False)
     model.load_state_dict(part('model.'))
-    seed_step(record['seed'], record['step'])
+    seed_step(record['seed'], record['step'], record.get('rank', 0))
     batch = {k: v for k, v in part('batch.').items() if not k.startswith('targets.')}
     batch['targets'] = part('batch.targets.')
     return {name: float(value) for name, value in loss_terms(model.train(), batch).items()}
+
+# %% ../../nbs/training/05_step.ipynb #replay-path
+_FIRST = 3  # steps of which the batch is kept in any case
+
+def replay_path(folder, stage, step):
+    """Where `keep_batch` may write what this process had at a step of `stage`.
+
+    Such a file is larger than the network. To make room, those of other steps are removed, except
+    the first three."""
+    folder, rank = Path(folder), rank_and_world()[0]
+    path = folder/f'{stage}-{step:08d}-{rank}.replay.safetensors'
+    name = re.compile(rf'{re.escape(stage)}-\d{{8}}-{rank}\.replay')
+    others = sorted(file for file in folder.glob('*.replay.safetensors')
+                    if name.fullmatch(file.stem) and file != path)
+    for old in others[_FIRST:]:
+        for file in (old.with_suffix('.json'), old): file.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,291 @@
+"""Ten steps of training against a plain loop that is written out here: losses, learning rates,
+gradients, weights and averages of each step. And on which pictures a run is judged.
+
+The loop takes the network, the batches and the terms of the loss from the package; the schedule,
+the parameter groups, clipping, the optimiser's step and the moving average are its own, after
+section 7 of the method spec.
+
+As a script (`python test_steps.py FOLDER RANK PORT`) it is one of two processes that train."""
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from stdg import data, evaluation, losses, train, training
+from stdg.checkpoint import facts, load
+from stdg.depth.precompute import prepare_hha
+from stdg.evaluation.thresholds import choose_thresholds
+from stdg.graph import TASKS, SceneGraph
+from stdg.testing import loud, toy_database, toy_scene
+from stdg.training.resume import load_state, saved_states
+
+PICTURES, BATCH, EPOCHS = 10, 2, 2
+STEPS = PICTURES // BATCH  # in an epoch
+HEADS, BACKBONE, DECAY, EMA, CLIP, SEED = 1e-3, 2e-4, .03, .07, 100., 5
+WARM_UP, FALLS = .6, (1.2, 1.5)  # both end or begin within an epoch
+OPTIONS = dict(epochs=EPOCHS, batch_size=BATCH, lr=HEADS, lr_backbone=BACKBONE, weight_decay=DECAY,
+               warm_up=WARM_UP, decay=FALLS, ema=EMA, clip=CLIP, seed=SEED, save_minutes=0,
+               keep=99, device='cpu', progress=False)
+
+
+@pytest.fixture(scope='module')
+def dataset(tmp_path_factory):
+    database = toy_database(tmp_path_factory.mktemp('toy'), PICTURES, [0] * PICTURES)
+    prepare_hha(database, progress=False)
+    return data.SceneGraphs(database, 'train', ('rgb', 'hha'), train=True, stride=8)
+
+
+def network():
+    "A student with a teacher that points somewhere."
+    sizes = dict(n_objects=2, n_predicates=2, pretrained=False, fpn=16, channels=16)
+    teacher = training.build_network(1, 'small', 'depth', zero_offsets=False, **sizes)
+    student = training.build_network(2, 'small', 'combine', **sizes)
+    student.teacher.load_state_dict(teacher.network.state_dict())
+    return student
+
+
+def factor(step):
+    "Of both learning rates, when `step` steps have been taken."
+    epoch = step / STEPS
+    factor = .001 ** (1 - epoch / WARM_UP) if epoch < WARM_UP else 1.
+    for fall in FALLS:
+        if epoch > fall: factor *= .1 ** (epoch - fall) if epoch < fall + 1 else .1
+    return factor
+
+
+def floats(pictures, model):
+    "What the network reads: bytes less the mean of ImageNet over its deviation."
+    mean, deviation = (torch.tensor(v)[:, None, None] for v in (model.mean, model.std))
+    pictures = (pictures.float() / 255 - mean) / deviation
+    return pictures.contiguous(memory_format=torch.channels_last)
+
+
+def terms_of(model, batch):
+    "The terms of the loss, {name: scalar}."
+    rgb, hha = floats(batch['rgb'], model), floats(batch['hha'], model)
+    with torch.no_grad(): taught = model.teacher.offsets(hha)
+    detection, relation, offsets = model.network(rgb)
+    terms = {}
+    for name, term in losses.detection_loss(detection, batch['targets']).items():
+        terms[f'detection_{name}'] = term
+    for name, term in losses.relation_loss(relation, batch['targets']).items():
+        terms[f'relation_{name}'] = term
+    return terms | dict(teaching=losses.teaching_loss(offsets, taught))
+
+
+def total(tensors): return [float(tensor.detach().double().sum()) for tensor in tensors]
+
+
+def plain_loop(dataset, left_out=()):
+    "A record of each step, and {name: average}; the steps `left_out` do not take place."
+    model = network().to(memory_format=torch.channels_last).train()
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    heads = [p for name, p in named.items() if 'backbone' not in name]
+    body = [p for name, p in named.items() if 'backbone' in name]
+    adamw = torch.optim.AdamW([dict(params=heads), dict(params=body)], lr=0., betas=(.9, .999),
+                              eps=1e-6, weight_decay=DECAY)
+    batches = data.loader(dataset, BATCH, SEED)
+    mean, records = {name: p.detach().clone() for name, p in named.items()}, []
+    for step, batch in enumerate(batch for _ in range(EPOCHS) for batch in batches):
+        rates = HEADS * factor(step), BACKBONE * factor(step)
+        record = dict(step=step + 1, lr=rates[0])
+        if step not in left_out:
+            terms = terms_of(model, batch)
+            loss = sum(terms.values())
+            loss.backward()
+            norm = float(torch.cat([p.grad.flatten() for p in heads + body]).double().norm())
+            nn.utils.clip_grad_norm_(heads + body, CLIP)
+            for group, rate in zip(adamw.param_groups, rates): group['lr'] = rate
+            adamw.step()
+            adamw.zero_grad()
+            for name, p in named.items():
+                if step % STEPS == 0: mean[name] = p.detach().clone()
+                else: mean[name] = mean[name] + EMA * (p.detach() - mean[name])
+            record |= {name: float(term.detach()) for name, term in terms.items()}
+            record |= dict(loss=float(loss.detach()), grad_norm=norm, rates=rates)
+        record['sums'] = dict(heads=total(heads), backbone=total(body), average=total(mean.values()),
+                              buffers=total(model.network.buffers()))
+        records.append(record)
+    return records, mean
+
+
+@pytest.fixture(scope='module')
+def plain(dataset): return plain_loop(dataset)
+
+
+def fitted(dataset, folder, model=None, **options):
+    """The model that `fit` gives, and the pairs of learning rates with which the optimiser has
+    taken its steps."""
+    rates = []
+    def note(optimiser, *_):
+        assert len(optimiser.param_groups) == 2
+        rates.append(tuple(group['lr'] for group in optimiser.param_groups))
+    hook = register_optimizer_step_pre_hook(note)
+    try: model = training.fit(model or network(), dataset, folder, 'student', **OPTIONS | options)
+    finally: hook.remove()
+    return model, rates
+
+
+def logged(folder):
+    lines = [json.loads(line) for path in sorted(folder.glob('*log*.jsonl'))
+             for line in path.read_text().splitlines()]
+    return [line for line in lines if 'lr' in line]
+
+
+def assert_same_steps(folder, expected):
+    "Every step that `fit` has logged, and every state that it has saved, is the plain loop's."
+    close = lambda value: pytest.approx(value, rel=1e-6, abs=5e-6)
+    for line, step in zip(logged(folder), expected, strict=True):
+        assert line['lr'] == pytest.approx(step['lr'], rel=1e-9), step['step']
+        for name in step.keys() - {'rates', 'sums', 'lr'}:
+            assert line[name] == close(step[name]), (step['step'], name)
+    model = network()
+    learnt = [name for name, p in model.named_parameters() if p.requires_grad]
+    buffers = [f'network.{name}' for name, _ in model.network.named_buffers()]
+    states = saved_states(folder/'states', 'student')[1:]  # the first is that of the beginning
+    for path, step in zip(states, expected, strict=True):
+        kept, facts = load_state(path)
+        assert facts['step'] == step['step']
+        assert {f'average.{name}' for name in learnt} == {k for k in kept if k[:8] == 'average.'}
+        places = dict(heads=[name for name in learnt if 'backbone' not in name],
+                      backbone=[name for name in learnt if 'backbone' in name],
+                      average=[f'average.{name}' for name in learnt], buffers=buffers)
+        for what, names in places.items():
+            sums = total(kept[name] for name in names)
+            assert sums == close(step['sums'][what]), (step['step'], what)
+
+
+def test_ten_steps_are_those_of_a_plain_loop(dataset, plain, tmp_path):
+    records, mean = plain
+    model, rates = fitted(dataset, tmp_path)
+    norms = [step['grad_norm'] for step in records]
+    assert min(norms) < CLIP < max(norms), 'some gradients are clipped, some are not'
+    np.testing.assert_allclose(rates, [step['rates'] for step in records], rtol=1e-9)
+    assert_same_steps(tmp_path, records)
+    for kept in (model, load(tmp_path/'student.safetensors')):
+        weights = dict(kept.named_parameters())
+        for name in mean: torch.testing.assert_close(weights[name].detach(), mean[name])
+
+
+def test_a_run_that_is_resumed_within_an_epoch_takes_the_same_steps(dataset, plain, tmp_path):
+    records, mean = plain
+    first = fitted(dataset, tmp_path, steps=7)[1]
+    model, rates = fitted(dataset, tmp_path)
+    assert (len(first), len(rates)) == (7, 3)
+    np.testing.assert_allclose(first + rates, [step['rates'] for step in records], rtol=1e-9)
+    assert_same_steps(tmp_path, records)
+    weights = dict(model.named_parameters())
+    for name in mean: torch.testing.assert_close(weights[name].detach(), mean[name])
+
+
+def test_a_step_that_is_left_out_leaves_nothing_behind(dataset, tmp_path):
+    """The network gives no number in the third step: weights, averages, and what the batch norms
+    have counted are as before, and the rates go on."""
+    model, calls = network(), []
+    def break_third(_, inputs, fields):
+        calls.append(1)
+        return [f * float('nan') for f in fields[:2]] + [fields[2]] if len(calls) == 3 else fields
+    model.network.register_forward_hook(break_third)
+    records, mean = plain_loop(dataset, left_out={2})
+    model, rates = fitted(dataset, tmp_path, model, skip=1)
+    assert_same_steps(tmp_path, records)
+    assert 'left_out' in logged(tmp_path)[2] and len(calls) == 10
+    np.testing.assert_allclose(rates, [step['rates'] for step in records if 'rates' in step])
+    assert records[2]['sums'] == records[1]['sums']
+
+
+def noisy_scene(i):
+    "A toy scene with one to three relations."
+    graph, record = toy_scene(i)
+    relations = np.array([(0, 1, 0), (1, 0, 1), (0, 1, 1), (1, 0, 0)])
+    chosen = np.random.default_rng(i).permutation(4)[:1 + i % 3]
+    return SceneGraph(graph.boxes, graph.labels, relations[chosen], graph.size), record
+
+
+def loud_begin(*given, begin=train.begin):
+    "`stdg.train.begin` with a network that detects much, so that there is something to judge."
+    model, dataset = begin(*given)
+    return loud(model), dataset
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A project folder with a database of three splits."
+    home = tmp_path_factory.mktemp('project')
+    (home/'settings.ini').touch()
+    toy_database(home/'data'/'toy', [noisy_scene(i) for i in range(14)], [0] * 4 + [1] * 4 + [2] * 6)
+    return home
+
+
+def share(home, rank, port):
+    "The work of one of two processes, as torchrun would start it."
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2',
+                      MASTER_ADDR='localhost', MASTER_PORT=str(port), OMP_NUM_THREADS='1')
+    os.chdir(home)
+    train.begin = loud_begin
+    train.main(['--config', 'run.yaml'])
+
+
+def judged(home, name, processes, monkeypatch):
+    "Train with validation in one process or two; returns the folder."
+    settings = train.Settings(name=name, data='toy', size=64, stages=['control'], pretrained=False,
+                              epochs=2, batch_size=4, lr=1e-5, lr_backbone=1e-5, warm_up=0.,
+                              validate_every=1, best='predcls/ng-R@20', device='cpu')
+    train.write_settings(home/'run.yaml', settings)
+    if processes == 1:
+        monkeypatch.chdir(home)
+        monkeypatch.setattr(train, 'begin', loud_begin)
+        train.main(['--config', 'run.yaml'])
+        return home/'runs'/name
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, __file__, str(home)]
+    started = [subprocess.Popen([*command, str(rank), str(port)], stderr=subprocess.PIPE, text=True)
+               for rank in range(processes)]
+    for process in started:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, said
+    return home/'runs'/name
+
+
+def figures_on(model, dataset):
+    found = evaluation.evaluate(model, dataset, protocol='strict', intervals=0, progress=False,
+                                device='cpu')
+    return {f'{task}/{name}': value for task in TASKS for name, value in found[task].items()
+            if '@' in name and isinstance(value, float)} | dict(AP50=found['AP50'])
+
+
+@pytest.mark.parametrize('processes', [1, pytest.param(2, marks=pytest.mark.skipif(
+    os.cpu_count() < 2, reason='one processor core'))])
+def test_a_run_is_judged_on_the_validation_pictures(home, processes, monkeypatch):
+    "What is logged, the best network and the thresholds come from them, never from test pictures."
+    folder = judged(home, f'by{processes}', processes, monkeypatch)
+    database = train.Database(home/'data'/'toy')
+    val, test = (data.SceneGraphs(database, split) for split in ('val', 'test'))
+    best = load(folder/'control.best.safetensors')
+    expected, others = figures_on(best, val), figures_on(best, test)
+    kept = facts(folder/'control.best.json')
+    assert kept['metrics'] == pytest.approx(expected)
+    for name in ('predcls/ng-R@20', 'predcls/ng-mR@20', 'AP50'):
+        assert expected[name] != pytest.approx(others[name], rel=1e-3), name
+    lines = [json.loads(line) for path in sorted(folder.glob('*log*.jsonl'))
+             for line in path.read_text().splitlines()]
+    validated = [line for line in lines if 'AP50' in line]
+    assert [line['step'] for line in validated] == [1, 2]
+    best_line = max(validated, key=lambda line: line['predcls/ng-R@20'])
+    assert {name: best_line[name] for name in expected} == pytest.approx(expected)
+    found = facts(folder/'control.json')['thresholds']
+    last = load(folder/'control.safetensors')
+    assert found == choose_thresholds(last, val, progress=False, device='cpu')
+    assert found != choose_thresholds(last, test, progress=False, device='cpu') | dict(images=4)
+
+
+if __name__ == '__main__': share(*sys.argv[1:])
