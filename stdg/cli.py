@@ -41,7 +41,7 @@ from stdg.inference.predictor import (
     stream,
 )
 from .io.archives import open_sources
-from .io.files import atomic_path, project_folder
+from .io.files import atomic_path, project_folder, writable_folder
 from .io.outputs import check_apart, check_output, names_within, path_list, same_file
 from .io.text import one_line
 
@@ -80,8 +80,10 @@ _TAKEN = (*ENDINGS, *DRAWINGS, '.zip', '.safetensors', '.mp4')  # endings of wha
 
 def _is_graph(path):
     "Whether the file `path` is what `predict_one` writes."
-    try: record = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError): return False
+    with open(path, 'rb') as file:
+        if file.read(1) != b'{': return False
+        try: record = json.loads(b'{' + file.read())
+        except (ValueError, RecursionError): return False
     return isinstance(record, dict) and {'file', 'network', 'canvas'} <= record.keys()
 
 def _json_output(path, inputs, ours, kind):
@@ -211,7 +213,7 @@ def predict_many(paths, network, path, writer, drawings=None, batch_size=8, prog
     and if asked an SVG each to the folder `drawings` (for one picture also a file).
 
     Resumes after a kill. Returns how many were tried now, and how many failed. Raises
-    `FileNotFoundError` or `ValueError` naming what does not fit, before anything is written."""
+    `ValueError` or `OSError` naming what does not fit, before a picture is read."""
     inputs = [*path_list(paths), *network_files(network)]
     names, refused, read, left = _opened(paths)
     # `resume_lines` looks closer than `check_output` can
@@ -221,7 +223,8 @@ def predict_many(paths, network, path, writer, drawings=None, batch_size=8, prog
     todo, failed = [name for name in names if name not in made], 0
     if left: print(f'left out: {left}', file=sys.stderr)
     without = [(name, ValueError(f'{name}: it is refused: {why}')) for name, why in refused.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    writable_folder(path.parent)
+    if drawings and Path(drawings).suffix.lower() not in DRAWINGS: writable_folder(drawings)
     with (open(path, 'a', encoding='utf-8') as out,
           tqdm(total=len(todo) + len(refused), desc='predicting', disable=not progress) as bar):
         for name, found in chain(without, stream(todo, network, read, batch_size)):
@@ -297,9 +300,7 @@ def _add_common(parser):
     add('--jsonl', type=_name, help='file of JSON lines to write or to continue')
 
 def _parser():
-    others = ', stdg '.join(SUBPROGRAMS)
-    parser = OneLineParser('stdg', description='Scene graphs of your pictures.',
-                           epilog=f'Also: stdg {others}, each with --help.')
+    parser = OneLineParser('stdg', description='Scene graphs of your pictures.')
     commands = parser.add_subparsers(dest='command', required=True)
     one = commands.add_parser('predict',
                               help='scene graphs of pictures, of a folder or of a zip archive')
@@ -318,6 +319,8 @@ def _parser():
                       help='seconds over which scores and boxes are averaged; 0: none')
     clip.add_argument('--every', type=_number(int, 1), default=1, help='take each n-th frame')
     _add_common(clip)
+    for name in SUBPROGRAMS:  # these read what follows themselves
+        commands.add_parser(name, help=f'the same as python -m stdg.{name}')
     return parser
 
 # %% ../nbs/commands/03_command_line.ipynb #main

@@ -43,7 +43,10 @@ class Vocabulary:
 
     def __post_init__(self):
         for kind in ('objects', 'predicates'):
-            names = tuple(getattr(self, kind))
+            names = getattr(self, kind)
+            if isinstance(names, str):
+                raise ValueError(f"vocabulary {kind}: a list of names is needed, {names[:40]!r} is text")
+            names = tuple(names)
             object.__setattr__(self, kind, names)
             if not names: raise ValueError(f"a vocabulary needs at least one of {kind}")
             if not all(isinstance(name, str) and name for name in names):

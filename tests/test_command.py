@@ -17,6 +17,7 @@ from PIL import Image
 import stdg
 from stdg import cli
 from stdg.draw.style import drawn_here
+from stdg.explore.networks import arguments
 from stdg.graph import Vocabulary
 from stdg.inference import predictor
 from stdg.inference.display import PicturePrediction
@@ -235,6 +236,9 @@ def test_a_video_is_not_drawn_over(home, run, refused):
                   ['--draw', 'new.mp4', '--over', 'inf']):
         refused('video', 'd.mp4', *given)
         assert tree(home) == before, given
+    assert 'stdg predict for a folder' in refused('video', 'album', '--jsonl', 'x.jsonl')
+    assert 'photo.png is no video' in refused('video', 'photo.png', '--jsonl', 'x.jsonl')
+    assert tree(home) == before
     for _ in range(2):
         assert run('video', 'd.mp4', '--jsonl', 'v.jsonl', '--draw', 'v.mp4')[0] == 0
     assert 'is read here' in refused('video', 'v.mp4', '--draw', 'v.mp4')
@@ -342,7 +346,7 @@ def test_an_archive_with_odd_members(home, run, quick):
     assert len(list(Path('drawn').rglob('*.svg'))) == 4 and not Path('out.png.svg').exists()
 
 
-def test_archives_that_are_none(home, refused, run):
+def test_archives_that_are_none(home, refused, run, network):
     Path('x.tar').write_bytes(b'x' * 512)
     Path('tarred').write_bytes(b'x' * 512)
     with pytest.raises(ValueError, match='tarred is neither a folder nor a zip archive'):
@@ -358,6 +362,8 @@ def test_archives_that_are_none(home, refused, run):
     code, out, err = run('predict', 'odd.zip', '--jsonl', 'o.jsonl')
     assert code == 1 and '1 pictures done, 1 failed' in out
     assert 'linked: it is refused: it is a link' in err and 'left out' not in err
+    with pytest.warns(UserWarning, match='linked: it is refused'):
+        assert [p.name for p in stdg.predict('odd.zip', network)] == ['é.png']
     data = Path('odd.zip').read_bytes().replace('é'.encode(), b'\xff\xff')
     Path('odd.zip').write_bytes(data)
     said = refused('predict', 'odd.zip', '--jsonl', 'p.jsonl')
@@ -432,11 +438,29 @@ def test_advice(home, refused, run, network, tmp_path):
     assert 'is a folder without model.safetensors. Give one of its files: net.safetensors' in refused(
         'predict', 'photo.png', '-c', '.')
     assert 'net.safetensors meant' in refused('predict', 'photo.png', '-c', 'net')
+    assert 'nothing can be written in' in refused('predict', 'album', '--jsonl', 'o.jsonl', '--draw',
+                                                  '/proc/drawn')
+    assert 'nothing can be written in' in refused('predict', 'album', '--jsonl', '/proc/x/o.jsonl')
+    for command in ('predict', 'video', 'train', 'prepare', 'released'):
+        assert command in refused('frobnicate')
     for empty in (['', '--jsonl', 'o.jsonl'], ['photo.png', '-o', ''], ['photo.png', '-c', ''],
                   ['album', '--jsonl', ''], ['photo.png', '--draw', '']):
         assert 'the name is empty' in refused('predict', *empty)
     assert 'two\\nlines' in refused('predict', 'two\nlines') or 'two lines is missing' in refused(
         'predict', 'two\nlines')
+
+
+def test_text_where_a_list_is_meant(home, network):
+    "One path or name is not as many as it has letters."
+    for one in (str(network), network, [network], {'name': network}):
+        assert arguments(checkpoints=one)[1] == '1 network.'
+    assert cli.listed('photo.png')[0] == cli.listed(['photo.png'])[0] == ['photo.png']
+    assert cli.listed('album')[0] == cli.listed(Path('album'))[0] == ['a.png', 'b.png']
+    writer = cli.Writer(predictor.load_predictor(network), top=2)
+    assert cli.predict_many('album', predictor.load_predictor(network), 'o.jsonl', writer,
+                            progress=False) == (2, 0)
+    for names in (('cup', ['on']), (['cup'], 'on')):
+        with pytest.raises(ValueError, match='a list of names is needed'): Vocabulary(*names)
 
 
 def test_names_and_labels_cannot_steer_a_terminal(home, run, network, capsys):

@@ -133,6 +133,9 @@ _BEFORE = re.compile(rb'<svg xmlns="http://www.w3.org/2000/svg"[^>]* width="[0-9
 
 def drawn_here(path):
     "Whether the file `path` is a drawing of this package."
-    content = Path(path).read_bytes()
-    if _BEFORE.match(content): return True
-    return any(content.startswith(first) and mark in content for first, mark in _MARKS)
+    with open(path, 'rb') as file:
+        first = file.read(5)
+        marks = [mark for begins, mark in _MARKS if first.startswith(begins)]
+        if not marks: return False
+        content = first + file.read()
+    return marks[0] in content or bool(_BEFORE.match(content))

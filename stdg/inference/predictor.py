@@ -22,14 +22,20 @@ from .. import checkpoint, decode
 from ..augmentation import FILL, centred
 from ..data import network_input
 from ..graph import Prediction, Vocabulary
-from .albums import left_out, no_pictures, pictures_in
+from stdg.inference.albums import (
+    check_picture,
+    holds_pictures,
+    left_out,
+    no_pictures,
+    pictures_in,
+)
 from .display import DEFAULTS, PicturePrediction
 from stdg.io.archives import (
     FORMATS,
     MAX_BYTES,
-    FolderSource,
     check_pixels,
     eight_bits,
+    open_sources,
     read_picture,
     upright_rgb,
 )
@@ -295,27 +301,29 @@ def read_member(source, name):
     return image_of_bytes(data, name)
 
 # %% ../../nbs/inference/02_predictor.ipynb #predict
-def predict(image,  # path of a picture or folder, PIL picture, (H, W, 3) uint8 array, list or (B, H, W, 3) of them
+def predict(image,  # path of a picture, folder or archive, PIL picture, (H, W, 3) uint8 array, or several
             network,  # a checkpoint's path, or an `STDG`
             size:int=None,  # side of the canvas in pixels; by default as the checkpoint was trained, or 512
             batch_size:int=8,  # pictures at a time
             device:str=None,  # 'cpu' or 'cuda'; by default a GPU if there is one
            ):
     """The `PicturePrediction` for one RGB picture, in its own pixels; for several a list of them, a
-    folder's in the order of names.
+    folder's or archive's in the order of names.
 
     Also as `stdg.predict`.
 
     Raises `FileNotFoundError` or `ValueError` naming the checkpoint, or the given picture, that
-    cannot be read; a depth teacher needs HHA and is refused. What cannot be read in a folder is
-    left out with a warning that names it (each prediction knows its own `name`), unless that is
-    all."""
-    folder = isinstance(image, (str, Path)) and Path(image).is_dir()
+    cannot be read; a depth teacher needs HHA and is refused. What cannot be read in a folder or
+    archive is left out with a warning that names it (each prediction knows its own `name`), unless
+    that is all."""
+    path = isinstance(image, (str, Path))
+    folder = path and holds_pictures(image)
+    if path and not folder: check_picture(image)
     one = not folder and (isinstance(image, (str, Path, Image.Image))
                           or getattr(image, 'ndim', 4) != 4)
     items, read = [image] if one else image, read_image
     if folder:
-        source = FolderSource(image)
+        source, = open_sources([image])
         items, refused = pictures_in(source)
         read = lambda name: read_member(source, name)
         if not items: raise no_pictures(image, refused, left_out(source))
@@ -329,7 +337,7 @@ def predict(image,  # path of a picture or folder, PIL picture, (H, W, 3) uint8 
         else: raise prediction
     if folder and problems:
         said = (f"{image}: {len(problems)} could not be read and are left out, "
-                f"{len(found)} are predicted; {'; '.join(problems[:3])}")
+                f"{len(found)} are predicted; {one_line('; '.join(problems[:3]), 500)}")
         if not found: raise ValueError(said)
         warnings.warn(said, stacklevel=2)
     return found[0] if one else found

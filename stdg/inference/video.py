@@ -8,6 +8,7 @@ __all__ = ['Smoother', 'frames', 'predict_video', 'draw_frame', 'write_video', '
 # %% ../../nbs/inference/03_video.ipynb #imports
 import json
 import math
+import os
 from contextlib import ExitStack
 from io import BytesIO
 from itertools import islice
@@ -133,6 +134,9 @@ def _open_video(source):
         video = cv2.VideoCapture(source)
         if not video.isOpened(): raise ValueError(f"webcam {source} does not answer")
         return video
+    if Path(source).is_dir():
+        raise ValueError(f"{source} is a folder, and a video is one file. Give that, or take stdg "
+                         "predict for a folder of pictures")
     readable_file(source)
     with open(source, 'rb') as file: first = file.read(16)
     if not any(first[i:].startswith(mark) for i, mark in _BEGINNINGS):
@@ -223,7 +227,9 @@ _BOX = (8 + len(_MARK)).to_bytes(4, 'big') + b'free' + _MARK  # a part of MP4 th
 
 def _is_ours(path):
     "Whether the file `path` is a video of `write_video`."
-    return Path(path).read_bytes()[-len(_BOX):] == _BOX
+    with open(path, 'rb') as file:
+        file.seek(-min(len(_BOX), Path(path).stat().st_size), os.SEEK_END)
+        return file.read() == _BOX
 
 def _are_graphs(path):
     "Whether the file `path` holds the lines of `write_video`."
@@ -252,6 +258,7 @@ def write_video(source, network, lines=None, drawing=None, every=1, shown=None, 
     what that raises, and `ValueError` for another ending, or for the name of a file that is read or
     was not written here."""
     lines, drawing = _outputs(source, network, lines, drawing)
+    if not isinstance(source, int): _open_video(source).release()
     cv2, shown, text, video, writer, number = _opencv(), shown or {}, None, None, None, 0
     with ExitStack() as files:
         if lines:
