@@ -63,10 +63,9 @@ def run(capsys, raw, *options, steps=('check', 'database'), kind='own', annotati
     try: main([str(part) for part in (*command, *options)])
     except SystemExit as stopped:
         said = capsys.readouterr()
-        error = stopped.code if isinstance(stopped.code, str) else said.err.strip()
-        lines = [line for line in error.splitlines() if line and '%|' not in line]
-        assert len(lines) == 1 and 'Traceback' not in error, error
-        return 1, said.out + error
+        lines = [line for line in said.err.splitlines() if line and '%|' not in line]
+        assert len(lines) == 1 and 'Traceback' not in said.err, said.err
+        return stopped.code, said.out + lines[0]
     said = capsys.readouterr()
     return 0, said.out
 
@@ -287,10 +286,10 @@ def test_files_are_refused_before_reading(raw, kind, capsys):
     several = (('a.json', 'b.json'), 'a.json, b.json without a split; files of kind')
     for names, why in MISTAKES + [several] * (kind in ('gqa', 'open_images')):
         status, said = run(capsys, raw, kind=kind, annotations=names)
-        assert status == 1 and why in said and 'JSON' not in said, names
+        assert status == 2 and why in said and 'JSON' not in said, names
     assert not (raw.parent/'out').exists()
     status, said = run(capsys, raw, kind='visual_genome')
-    assert status == 1 and 'annotations are for another kind' in said
+    assert status == 2 and 'annotations are for another kind' in said
 
 
 def test_all_files_are_read(raw, tmp_path, capsys):
