@@ -137,8 +137,9 @@ def prepare_run(settings):
     """(database, pretrained, notes): the data, made if they are rooms; what the networks begin
     from; and a sentence about each thing that a trial does without.
 
-    Raises what `check_files`, `check_splits`, `stdg.training.check_start`, `stdg.datasets.visual_genome.Database` and
-    `stdg.depth.precompute.prepare_hha` raise, all before anything is trained."""
+    Raises what `check_files`, `check_splits`, `stdg.training.check_start`,
+    `stdg.datasets.visual_genome.Database` and `stdg.depth.precompute.prepare_hha` raise, all before
+    anything is trained."""
     check_files(settings)
     pretrained, notes = training.check_start(settings.stages, settings.backbone,
                                  settings.weights or settings.pretrained, _teacher_path(settings),
