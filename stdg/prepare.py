@@ -321,7 +321,7 @@ def main(arguments=None):
                 'sizes': options.size, 'workers': options.workers or None}
     steps = STEPS if 'all' in settings.pop('steps') else options.steps
     for name in ('size', 'folder', 'raw'): settings.pop(name)
-    with mistakes_in_one_line('python -m stdg.prepare'):
+    with mistakes_in_one_line(steps[0]):
         choose_device(options.device)
         prepare(options.folder, options.raw, (), **settings)  # no step: only the settings are checked
     for step in steps:
