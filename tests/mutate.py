@@ -149,7 +149,9 @@ def is_none(node): return isinstance(node, ast.Constant) and node.value is None
 
 
 def left_alone(parent, field, node):
-    "Texts, messages, annotations, imports, decorators and __all__ are not mutated."
+    """Texts, messages, annotations, imports, decorators and __all__ are not mutated, nor functions
+    that draw: what a figure looks like is looked at, and tests ask for what it shows."""
+    if isinstance(node, ast.FunctionDef) and node.name.startswith('plot_'): return True
     if isinstance(node, (ast.JoinedStr, ast.Import, ast.ImportFrom)): return True
     if isinstance(node, ast.keyword) and node.arg in UNSEEN: return True
     if field in ('annotation', 'returns', 'decorator_list', 'exc'): return True
