@@ -49,8 +49,12 @@ def _file_weights(name, path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing. It should hold ImageNet weights of {name}")
     try:
+        open(path, 'rb').close()
         if str(path).endswith('.safetensors'): tensors = load_file(path)
         else: tensors = torch.load(path, map_location='cpu', weights_only=True)
+    except PermissionError:
+        raise PermissionError(f"{path} may not be read: permission denied. Ask its owner for the "
+                              "right to read it") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a whole file of weights, or holds more than weights "
                          f"({error})") from None

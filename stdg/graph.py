@@ -6,6 +6,7 @@
 __all__ = ['TASKS', 'Vocabulary', 'SceneGraph', 'check_vocabulary', 'Prediction', 'triplets', 'to_json', 'from_json']
 
 # %% ../nbs/method/01_graph.ipynb #imports
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class Vocabulary:
             if not names: raise ValueError(f"a vocabulary needs at least one of {kind}")
             if not all(isinstance(name, str) and name for name in names):
                 raise ValueError(f"vocabulary {kind}: every name must be non-empty text")
-            if repeated := sorted({name for name in names if names.count(name) > 1}):
+            if repeated := sorted(name for name, n in Counter(names).items() if n > 1):
                 raise ValueError(f"vocabulary {kind}: these names are repeated: {repeated[:5]}")
 
     @classmethod

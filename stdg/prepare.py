@@ -26,7 +26,8 @@ from .depth.depth_file import PfmFolder, depth_path, model_tag
 from .depth.hha_file import hha_path
 from .io.archives import open_sources
 from .io.devices import choose_device
-from .io.files import lock_of, locked, open_h5, read_json, writable_folder
+from .io.files import open_h5, writable_folder
+from .io.locks import lock_of, locked
 from .io.parameters import CommandLine, Device, Real, Whole, argument, mistakes_in_one_line
 
 # %% ../nbs/commands/02_prepare_data.ipynb #job
@@ -129,7 +130,7 @@ def _visual_genome(job, listing):
     counts = summary['counts']
     if not counts['objects kept']:
         raise ValueError(f"{job.raw}: no object is left for the pictures of {job.folder}: "
-                         f"{raw_lists.reasons(summary)}. Are these the lists of these pictures?")
+                         f"{raw_lists.reasons(job.folder)}. Are these the lists of these pictures?")
     found = _amounts(counts['images listed'], counts['objects kept'], counts['relations kept'])
     absent = [name for name, said in summary['lists'].items()
               if 'alias' in name and said.startswith('absent')]
@@ -193,17 +194,11 @@ def _hha(job):
     return None if None in made else ', '.join(path.name for path in made)
 
 def _statistics(job):
-    path, summary = job.folder/'statistics.json', job.folder/'database.json'
+    path = job.folder/'statistics.json'
     depth = None if job.depth == 'none' else depth_path(job.folder, _tag(job))
-    try:
-        with locked(lock_of(path), what=path):
-            more = dict(depth=measured.depth_report(depth)) if depth and depth.exists() else {}
-            return statistics.write_statistics(job.folder, max(job.sizes), **more).name
-    except ValueError as error:
-        told = ''
-        if job.kind != 'visual_genome': told = _annotations(job).report.told()
-        elif summary.exists(): told = raw_lists.reasons(read_json(summary))
-        raise ValueError(f"{error}{told and f'. While it was read: {told}'}") from None
+    with locked(lock_of(path), what=path):
+        more = dict(depth=measured.depth_report(depth)) if depth and depth.exists() else {}
+        return statistics.write_statistics(job.folder, max(job.sizes), **more).name
 
 def _merge(job):
     "Join whatever parts of depth and HHA the shards have left."
@@ -216,9 +211,18 @@ def _merge(job):
                if waiting(hha_path(database, tag))]
     return ', '.join(path.name for path in merged) or 'no parts are waiting'
 
+# %% ../nbs/commands/02_prepare_data.ipynb #step-statistics
+def _statistics_or_why(job):
+    "The statistics; where there is nothing to count, the error says what was left out before."
+    try: return _statistics(job)
+    except ValueError as error:
+        read = job.kind != 'visual_genome'
+        told = _annotations(job).report.told() if read else raw_lists.reasons(job.folder)
+        raise ValueError(f"{error}{told and f'. While it was read: {told}'}") from None
+
 # %% ../nbs/commands/02_prepare_data.ipynb #prepare
 _DO = dict(check=_check, database=_database, images=_images, depth=_depth, hha=_hha,
-           statistics=_statistics, merge=_merge)
+           statistics=_statistics_or_why, merge=_merge)
 
 def prepare(folder,  # where the database goes
             raw,  # folder of the downloaded files
@@ -242,8 +246,9 @@ def prepare(folder,  # where the database goes
     """Do `steps` in order; returns {step: dict(seconds, result)}, result None where other shards
     still have work to do.
 
-    Raises `ValueError` for an unknown step or kind, and whatever the steps raise:
+    Raises `ValueError` for an unknown step, kind or device, and whatever the steps raise:
     `FileNotFoundError` or `ValueError` naming the file and the remedy."""
+    choose_device(device)  # before hours of work
     job = _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device,
                workers, remake, progress, unit, most, originals, pfm)
     done = {}

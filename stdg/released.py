@@ -20,7 +20,7 @@ import torch
 
 from .checkpoint import facts, from_released, load, released_layout
 from .graph import Vocabulary
-from .io.files import read_json
+from .io.files import read_json, readable_file
 from .io.outputs import check_output
 
 # %% ../nbs/method/12_released.ipynb #record
@@ -302,8 +302,7 @@ def read_released(path):
 
     Raises `FileNotFoundError`, or `ValueError` that names the file and what is wrong with it.
     Source: method spec 4.5."""
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing. Is the path right?")
+    path = readable_file(path)
     with open(path, 'rb') as file:
         try: return _read(file, path.stat().st_size)
         except _BROKEN as error:

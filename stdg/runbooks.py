@@ -6,6 +6,8 @@
 __all__ = ['RUNBOOKS', 'check_parameters']
 
 # %% ../nbs/commands/04_runbooks.ipynb #imports
+from pathlib import Path
+
 from .backbone import CONFIGURATIONS
 from .datasets.listing import LAYOUTS
 from .datasets.visual_genome import SPLITS
@@ -87,7 +89,13 @@ def _study(v):
     names = ('n_train', 'n_test', 'batch_size', 'epochs')
     check_together(Settings(**{name: v[name] for name in names}))
 
-_TOGETHER = dict(evaluate=_evaluate, study=_study)
+def _prepare(v):
+    raw = Path(v['raw']).expanduser()
+    if v['raw'] and not raw.is_dir():
+        raise ValueError(f"raw is {v['raw']!r}; a folder with the downloaded files is needed, and "
+                         f"{raw} is {'no folder' if raw.exists() else 'missing'}")
+
+_TOGETHER = dict(evaluate=_evaluate, prepare=_prepare, study=_study)
 
 def check_parameters(runbook, values):
     """Check and convert, in place, the parameters of a runbook: `values` are its `globals()`.

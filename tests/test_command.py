@@ -20,6 +20,7 @@ from stdg.draw.style import drawn_here
 from stdg.graph import Vocabulary
 from stdg.inference import predictor
 from stdg.inference.display import PicturePrediction
+from stdg.io.archives import open_sources
 from stdg.model import STDG
 from stdg.testing import loud
 
@@ -339,6 +340,28 @@ def test_an_archive_with_odd_members(home, run, quick):
     code, out, err = run('predict', 'odd.ZIP', '--jsonl', 'o.jsonl', '--draw', 'drawn')
     assert code == 1 and '4 pictures done, 2 failed' in out and 'left out: 1 .txt' in err
     assert len(list(Path('drawn').rglob('*.svg'))) == 4 and not Path('out.png.svg').exists()
+
+
+def test_archives_that_are_none(home, refused, run):
+    Path('x.tar').write_bytes(b'x' * 512)
+    Path('tarred').write_bytes(b'x' * 512)
+    with pytest.raises(ValueError, match='tarred is neither a folder nor a zip archive'):
+        open_sources('tarred')
+    assert [source.path.name for source in open_sources('album')] == ['album']  # no list of letters
+    Path('cut.zip').write_bytes(b'PK\x03\x04')
+    assert 'not a whole zip archive' in refused('predict', 'cut.zip', '--jsonl', 'o.jsonl')
+    with zipfile.ZipFile('odd.zip', 'w') as archive:
+        archive.write('photo.png', 'é.png')
+        link = zipfile.ZipInfo('linked')
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, '/etc')
+    code, out, err = run('predict', 'odd.zip', '--jsonl', 'o.jsonl')
+    assert code == 1 and '1 pictures done, 1 failed' in out
+    assert 'linked: it is refused: it is a link' in err and 'left out' not in err
+    data = Path('odd.zip').read_bytes().replace('é'.encode(), b'\xff\xff')
+    Path('odd.zip').write_bytes(data)
+    said = refused('predict', 'odd.zip', '--jsonl', 'p.jsonl')
+    assert 'is marked as UTF-8 and is not. Unpack it' in said
 
 
 def test_what_fails_in_any_way_is_one_picture(home, run, monkeypatch, network):

@@ -3,16 +3,21 @@
 Skipped where there is none."""
 import json
 import math
+import os
+import subprocess
+import sys
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
-from stdg import data, decode, deform, training
+from stdg import data, decode, deform, losses, train, training
 from stdg.checkpoint import load
 from stdg.datasets.visual_genome import Database
 from stdg.depth.precompute import prepare_hha
 from stdg.evaluation import core as evaluation
+from stdg.evaluation import latency
 from stdg.rooms import build as rooms
 from stdg.testing import loud
 from stdg.training.resume import saved_states
@@ -121,3 +126,85 @@ def test_decoding_and_evaluation(database):
         assert len(theirs) and len(theirs.pairs), 'there is something to compare'
         for name in ('boxes', 'labels', 'scores', 'pairs', 'predicates'):
             torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), msg=f'{task} {name}')
+
+
+def judge(database, **changed):
+    settings = train.Settings(validate_every=1, best='AP50', **changed)
+    return train.validation(settings, database, 'rgb')
+
+
+def test_a_gpu_by_its_number(database, tmp_path):
+    """The last GPU of the machine, named, from the first step to the thresholds: the network stays
+    on it, clock and figures of memory are its own, and no other has anything to do."""
+    last = torch.device('cuda', torch.cuda.device_count() - 1)
+    others = range(last.index)
+    before = [torch.cuda.memory_allocated(i) for i in others]
+    for i in others: torch.cuda.reset_peak_memory_stats(i)
+    options = TINY | dict(device=str(last), best='AP50', validate_every=1)
+    model = training.fit(network(database), samples(database), tmp_path, 'control',
+                         judge(database), **options)
+    assert next(model.parameters()).device == last
+    times = json.loads((tmp_path/'timing.jsonl').read_text().splitlines()[-1])
+    assert times['memory'] > 0 and times['backward'] > 0
+    test = data.SceneGraphs(database, 'test')
+    for _ in evaluation.predictions(model, test, progress=False): pass
+    latency.measure_latency(model, test, (1,), 2, 1)
+    assert next(model.parameters()).device == last, 'without a device it stays where it is'
+    ahead = training.forecast(model, samples(database), 3, **options)
+    assert 0 < ahead['memory'] < 16
+    assert [torch.cuda.max_memory_allocated(i) for i in others] == before
+    assert torch.cuda.current_device() == 0, 'the current device is put back'
+
+
+def test_the_cpu_on_a_machine_with_a_gpu(database, tmp_path):
+    "A run that was told so takes nothing of the GPU."
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = training.fit(network(database), samples(database), tmp_path, 'control', judge(database),
+                         **TINY | dict(device='cpu', epochs=1, best='AP50', validate_every=1))
+    assert not next(model.parameters()).is_cuda
+    assert 'memory' not in json.loads((tmp_path/'timing.jsonl').read_text().splitlines()[-1])
+    assert torch.cuda.max_memory_allocated() == before
+    assert ', no GPU, ' in latency.machine('cpu') and ', no GPU, ' not in latency.machine('cuda:0')
+
+
+def test_a_step_left_out_in_float16(database, tmp_path):
+    "The second step has a loss that is not finite; the scale falls and the run goes on."
+    calls, exact = [], losses.detection_loss
+    def poisoned(*fields):
+        calls.append(None)
+        worse = math.nan if len(calls) == 2 else 1.
+        return {name: term * worse for name, term in exact(*fields).items()}
+    with patch('stdg.losses.detection_loss', poisoned):
+        model = training.fit(network(database), samples(database), tmp_path, 'control', skip=1,
+                             precision='float16', **TINY)
+    assert ['left_out' in line for line in records(tmp_path)] == [i == 1 for i in range(8)]
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def torchrun(database, tmp_path, processes, **changed):
+    "(exit code, what was printed) of a run of so many processes."
+    (tmp_path/'settings.ini').touch()
+    settings = train.Settings(name='shared', data=str(database.folder), size=96, pretrained=False,
+                              epochs=1, batch_size=4, stages=['control'], validate_every=1,
+                              best='AP50', **changed)
+    train.write_settings(tmp_path/'run.yaml', settings)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+               f'--nproc_per_node={processes}', '-m', 'stdg.train', '--config', 'run.yaml']
+    done = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True,
+                          text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_torchrun_on_gpus(database, tmp_path):
+    "Each process on a GPU of its own, as many as there are, two at most; one too many is refused."
+    gpus = torch.cuda.device_count()
+    code, said = torchrun(database, tmp_path, min(gpus, 2), sync_bn=gpus > 1)
+    assert code == 0, said
+    saved = load(tmp_path/'runs'/'shared'/'control.safetensors')
+    test = data.SceneGraphs(database, 'test')
+    assert evaluation.evaluate(saved, test, intervals=0, progress=False)['images'] == len(test)
+    code, said = torchrun(database, tmp_path, gpus + 1)
+    assert code and f'devices={gpus + 1}, but this machine has {gpus} GPUs' in said
+    code, said = torchrun(database, tmp_path, 2, device='cuda:0')
+    assert code and ("device 'cuda:0' is one GPU" in said or 'but this machine has 1 GPUs' in said)

@@ -42,7 +42,7 @@ def _matrix(values):
     Raises `ValueError` unless it is that of a camera without skew."""
     k = np.array(values, np.float64).reshape(_MATRICES[len(values)])[:3, :3]
     if k[0, 2] == k[1, 2] == 0: k = k.T
-    if k[2, 2]: k = k / k[2, 2]
+    if k[2, 2] and np.isfinite(k).all(): k = k / k[2, 2]
     if k[1, 0] or k[2, 0] or k[2, 1] or k[2, 2] != 1 or abs(k[0, 1]) > .01 * abs(k[0, 0]):
         raise ValueError('the matrix of the camera is not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]')
     return k[[0, 1, 0, 1], [0, 1, 2, 2]].tolist()
@@ -55,7 +55,8 @@ def _camera(value):
         names = ('fx', 'fy', 'cx', 'cy') if 'cx' in value else ('fx', 'fy', 'ppx', 'ppy')
         value = [value.get(name) for name in names]
     if isinstance(value, list) and all(isinstance(row, list) for row in value):
-        value = [number for row in value for number in row]
+        nested = {(len(value), len(row)) for row in value} <= {(1, 4), *_MATRICES.values()}
+        value = [number for row in value for number in row] if nested else None
     many = isinstance(value, list) and len(value) in _MATRICES
     found = _matrix(numbers(value, _CAMERA, len(value))) if many else numbers(value, _CAMERA)
     if not np.isfinite(found).all() or min(found[:2]) <= 0:

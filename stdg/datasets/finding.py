@@ -18,18 +18,25 @@ def _folded(name):
 
 def _spellings(file):
     "`file`, and how else it may be written: a path of Windows, an address."
-    plain = file.split('#')[0].split('?')[0] if '://' in file else file
-    plain = re.sub(r'[\\/]+', '/', plain)
-    return dict.fromkeys([file, plain, plain.rsplit('?d=', 1)[-1], unquote(plain)])
+    whole = re.sub(r'[\\/]+', '/', file)
+    plain = whole.split('#')[0].split('?')[0] if '://' in file else whole
+    return dict.fromkeys([file, whole, plain, plain.rsplit('?d=', 1)[-1], unquote(plain)])
 
 def _agreement(a, b):
     "How many parts two paths have in common, from the end."
     parts = [x == y for x, y in zip(reversed(a.split('/')), reversed(b.split('/')))]
     return len(parts) if all(parts) else parts.index(False)
 
+def _member_name(name):
+    "The name of a member as it was meant: with /, and in UTF-8 also where the archive does not say so."
+    if not name.isascii():
+        try: name = name.encode('cp437').decode('utf-8')
+        except UnicodeError: pass  # it is what it seems to be
+    return name.replace('\\', '/')
+
 def _fits(name, file):
-    "How well `name` agrees with `file`: in so many parts as they are, and in so many when they are folded."
-    name = name.replace('\\', '/')
+    "How well member `name` agrees with `file`: in so many parts as they are, and in so many when they are folded."
+    name = _member_name(name)
     return _agreement(name, file), _agreement(_folded(name), _folded(file))
 
 # %% ../../nbs/datasets/11_finding.ipynb #member-index
@@ -40,7 +47,7 @@ class MemberIndex:
         self._exact, self._loose, self._stems = {}, None, None
         for s, source in enumerate(sources):
             for name in source.names():
-                base = name.replace('\\', '/').rsplit('/', 1)[-1]
+                base = _member_name(name).rsplit('/', 1)[-1]
                 self._exact[base] = self._exact.get(base, ()) + (s, name)
 
     def _by_folded(self):

@@ -9,6 +9,7 @@ __all__ = ['PROBLEMS', 'LAYOUTS', 'VG_CORRUPTED', 'VG_EXPECTED', 'Listing', 'wri
 # %% ../../nbs/datasets/02_listing.ipynb #imports
 import hashlib
 import operator
+import os
 import shutil
 import zlib
 from collections import defaultdict
@@ -22,7 +23,8 @@ from tqdm import tqdm
 
 from .finding import MemberIndex
 from ..io.archives import MAX_PIXELS, ZipSource, name_problem, picture_size, read_picture
-from ..io.files import atomic_path, lock_of, locked, open_h5, read_json, writable_folder, write_json
+from ..io.files import atomic_path, open_h5, read_json, writable_folder, write_json
+from ..io.locks import lock_of, locked
 from ..io.packed import Packed, Parts, ahead
 
 # %% ../../nbs/datasets/02_listing.ipynb #listing
@@ -131,9 +133,11 @@ class _Plan:
         self._hash = hashlib.blake2b(digest_size=16)
         self.rows = np.fromiter(self._sound(entries, sources, set(skip)), _ENTRY)
         self._one_each()
+        opened = {os.path.realpath(source.path) for source in sources}
         for source in sources:
-            refused = [f"{source.path}: {name!r}: {why}" for name, why in source.refused.items()]
-            self.problems['refused_member'] += refused
+            for name, why in source.refused.items():  # a linked archive may be a source of its own
+                other = not isinstance(source, ZipSource) and os.path.realpath(source.path/name) in opened
+                if not other: self.problems['refused_member'].append(f"{source.path}: {name!r}: {why}")
         late = 'duplicate_file', 'refused_member', 'ambiguous', 'other_spelling'
         wrong = [self.problems[kind] for kind in PROBLEMS if kind not in late]
         self._hash.update(repr((sorted(self.skipped), wrong)).encode())

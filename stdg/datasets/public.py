@@ -128,7 +128,7 @@ def read_gqa(files:dict,  # split ('train', 'val' or 'test') to the path of its 
         things = (item for item in r['objects'].items() if isinstance(item[1], dict))
         c.each('objects', things, edges, of=f'image {key}, ')
     for split, path in files:
-        c.each(split or 'train', _stream(path, ijson.kvitems, ''), partial(scene, split))
+        c.each(split or 'train', _stream(path, ijson.kvitems, ''), partial(scene, split or 'train'))
     return c.finish(sort=True, most=most)
 
 # %% ../../nbs/datasets/08_public.ipynb #read-open-images
@@ -141,7 +141,9 @@ def _rows(path, columns=None):
 
     Raises `FileNotFoundError` or `ValueError` naming the file."""
     try:
-        with open(path, 'rb') as file: encoding = encoding_of(file.read(4))
+        with open(path, 'rb') as file: head = file.read(4)
+        try: encoding = encoding_of(head)
+        except ValueError as error: raise ValueError(f"{path} is not a CSV file ({error}). {_HINT}") from None
         with open(path, newline='', encoding=encoding) as file:
             first = file.readline()
             mark = next((mark for mark in ',;\t' if mark in first), ',')
@@ -155,7 +157,9 @@ def _rows(path, columns=None):
                 rows = (dict(zip(names, row)) for row in rows if row)
             yield from rows
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {_HINT}") from None
-    except (csv.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a CSV file ({error}: save it as UTF-8). {_HINT}") from None
+    except csv.Error as error:
         raise ValueError(f"{path} is not a CSV file ({error}). {_HINT}") from None
 
 # %% ../../nbs/datasets/08_public.ipynb #read-open-images-itself
@@ -168,7 +172,7 @@ def read_open_images(files:dict,  # split ('train', 'val' or 'test') to the path
     kind, or of which nothing is left."""
     files = split_files(files)
     c = Collector(', '.join(str(path) for _, path in files), strict)
-    called = {row[0]: row[1] for row in _rows(classes) if len(row) > 1}
+    called, splits = {row[0]: row[1] for row in _rows(classes) if len(row) > 1}, {}
     def end(r, k):
         "Code and box of end `k`, '1' or '2', of row `r`."
         box = numbers([r[f'{side}{k}'] for side in ('XMin', 'YMin', 'XMax', 'YMax')], 'the box')
@@ -180,6 +184,9 @@ def read_open_images(files:dict,  # split ('train', 'val' or 'test') to the path
         if any(code not in called for code, *_ in ends): raise ValueError('a label without a name')
         predicate, image = c.predicates(r['RelationshipLabel']), image_key(r['ImageID'])
         if image not in c.images: c.image(image, f'{image}.jpg', None, split)
+        if splits.setdefault(image, split) != split:
+            c.report.note('rows of a picture that a file of another split has: taken to that one',
+                          f'{image}: {splits[image]}, not {split}')
         for code, *box in ends:
             if (image, code, *box) not in c.objects:
                 c.object(image, (image, code, *box), c.classes(called[code]), box)

@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 
 from .visual_genome import SPLITS, Database
 from ..graph import Vocabulary
-from ..io.files import atomic_path, write_json
+from ..io.files import atomic_path, readable_file, write_json
 from ..io.text import one_line
 
 # %% ../../nbs/datasets/09_statistics.ipynb #annotations
@@ -117,7 +117,7 @@ def _load_tensor(path, hint):
     """What a torch file holds, without running code from it.
 
     Raises `FileNotFoundError` or `ValueError` naming the file."""
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing. {hint}")
+    readable_file(path, hint)
     try:
         size = path.stat().st_size
         if zipfile.is_zipfile(path):

@@ -123,7 +123,9 @@ def _lines(path):
     """The lines of a text file, stripped, without empty ones.
 
     Bytes that are not of its encoding, UTF-8 mostly, are dropped, as in names."""
-    with open(path, 'rb') as file: encoding = encoding_of(file.read(4))
+    with open(path, 'rb') as file: head = file.read(4)
+    try: encoding = encoding_of(head)
+    except ValueError as error: raise ValueError(f"{path} is no list of names: {error}") from None
     with open(path, encoding=encoding, errors='ignore') as file:
         return [line.strip() for line in file if line.strip()]
 
@@ -338,10 +340,13 @@ def _summary(raw, tally, told, vocabulary, made_from):
                 files=files, lists={name: words for part in told for name, words in part.items()},
                 vocabulary=vocabulary.to_json(), made_from=made_from)
 
-def reasons(summary):
-    "Why objects and relations of a database were left out, by its `summary`, in one line: counts, and first records."
+def reasons(folder):
+    """Why objects and relations of the database in `folder` were left out, by its `database.json`, in
+    one line: counts, and the first record of each; empty if there is no such file."""
+    if not (Path(folder)/'database.json').is_file(): return ''
+    summary = read_json(Path(folder)/'database.json')
     lost = {kind: f'{n} x {kind}' for kind, n in summary['counts'].items()
             if n and (kind.startswith('dropped') or kind in ('objects too small', 'objects without a class'))}
     lost |= {kind: f"{entry['count']} x {kind}: {one_line(entry['first'][0], 120)}"
-             for kind, entry in summary['odd'].items()}
+             for kind, entry in summary['odd'].items() if 'rewritten' not in kind and '(kept)' not in kind}
     return '; '.join(lost[kind] for kind in sorted(lost)) or 'the lists are empty'

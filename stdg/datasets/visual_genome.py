@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .vg_files import SPLITS, to_corners, write_annotations, write_images  # noqa: F401
+from .vg_files import SPLITS, names_digest, to_corners, write_annotations, write_images  # noqa: F401
 from ..graph import SceneGraph, Vocabulary
 from ..io.files import PerProcess, open_h5, read_json
 from ..io.packed import Packed
@@ -25,6 +25,7 @@ _ANNOTATIONS = dict(labels=2, split=1, img_to_first_box=1, img_to_last_box=1, pr
                     relationships=2, img_to_first_rel=1, img_to_last_rel=1)
 _DENSE = dict(dense_predicates=2, dense_relationships=2, img_to_first_dense_rel=1, img_to_last_dense_rel=1)
 _IMAGES = dict(image_ids=1, image_heights=1, image_widths=1)
+_WIDTHS = dict(labels=1, predicates=1, relationships=2, dense_predicates=1, dense_relationships=2)
 _HINT = 'Make rooms with stdg.rooms.make_rooms, or fetch the database again.'
 
 def _all_rows(first, counts):
@@ -40,6 +41,25 @@ def _rows_of(first, last, n, path, what):
     image, counts = np.full(n, -1), end - start + 1
     image[_all_rows(start, counts)] = np.repeat(np.flatnonzero(has), counts)
     return image
+
+def _check_shapes(data, path):
+    "Raise `ValueError` for a type, a width or a number of rows that is not that of the format."
+    for name, values in data.items():
+        boxes = name.startswith('boxes_')
+        numbers = values.dtype.kind in ('iuf' if boxes else 'iu') and np.isfinite(values).all()
+        width = 4 if boxes else _WIDTHS.get(name)
+        if not numbers or values.ndim == 2 and values.shape[1] != width:
+            raise ValueError(f"{path}: {name} holds {values.dtype} {values.shape}, whole numbers"
+                             f"{f' (N, {width})' if width else ''} are needed. {_HINT}")
+    size = next(name for name in data if name.startswith('boxes_'))
+    groups = [('split', [name for name in data if name.startswith('img_to_')]), ('labels', [size]),
+              ('relationships', ['predicates'])]
+    if 'dense_predicates' in data: groups.append(('dense_relationships', ['dense_predicates']))
+    for first, others in groups:
+        for name in others:
+            if len(data[name]) != len(data[first]):
+                raise ValueError(f"{path}: {name} has {len(data[name])} rows, {first} has "
+                                 f"{len(data[first])}. {_HINT}")
 
 def _check_rows(data, vocabulary, path, prefix=''):
     "Raise `ValueError` for a label or predicate without a name, or a relation that leaves its image."
@@ -85,15 +105,26 @@ def _find_size(folder, file):
                                 f"has boxes for size {sizes}. {_HINT}")
     return max(there)
 
-def _read_annotations(folder, size, path):
+def _check_names(file, vocabulary):
+    "Raise `ValueError` if the open annotation `file` was written with other names."
+    known = file.attrs.get('names', np.bytes_(names_digest(vocabulary)))
+    if known != np.bytes_(names_digest(vocabulary)):
+        raise ValueError(f"{file.filename} was written with other names than VG-SGG-dicts.json has: "
+                         "was the writing cut off between the two? Make the annotations again, or "
+                         "fetch both files again")
+
+def _read_annotations(folder, size, path, vocabulary):
     "Side of the pictures, and the annotations as arrays by name, of the file `path`."
     with open_h5(path, _ANNOTATIONS, _HINT) as file:
+        _check_names(file, vocabulary)
         size = int(size or _find_size(folder, file))
         if f'boxes_{size}' not in file:
             there = [name for name in file if name.startswith('boxes_')]
             raise ValueError(f"{path} has no boxes_{size}; it has {there}")
         needs = {**_ANNOTATIONS, f'boxes_{size}': 2, **(_DENSE if 'dense_predicates' in file else {})}
-    with open_h5(path, needs, _HINT) as file: return size, {name: file[name][:] for name in needs}
+    with open_h5(path, needs, _HINT) as file: data = {name: file[name][:] for name in needs}
+    _check_shapes(data, path)
+    return size, data
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #flat-graphs
 def boxes_overlap(a, b):
@@ -142,7 +173,7 @@ class Database(PerProcess):
         self.folder, self.released = Path(folder), released
         path = _find(self.folder, 'VG-SGG', '.h5')
         self.vocabulary = _read_vocabulary(_find(self.folder, 'VG-SGG-dicts', '.json'))
-        self.size, self._data = _read_annotations(self.folder, size, path)
+        self.size, self._data = _read_annotations(self.folder, size, path, self.vocabulary)
         self._corners = to_corners(self._data[f'boxes_{self.size}'], released)
         for prefix in ('', 'dense_')[:1 + ('dense_predicates' in self._data)]:
             _check_rows(self._data, self.vocabulary, path, prefix)
@@ -151,6 +182,23 @@ class Database(PerProcess):
         self.image_ids, self._heights, self._widths = (images[name][:] for name in _IMAGES)
         if len(self.image_ids) != len(self):
             raise ValueError(f"{images.filename} has {len(self.image_ids)} images, {path} has {len(self)}. {_HINT}")
+        self._check_images(images)
+
+    def _check_images(self, file):
+        "Raise `ValueError` if the columns of the open picture `file` do not fit together."
+        rows = {name: len(file[name]) for name in (*_IMAGES, 'images', 'depth', 'camera') if name in file}
+        if self._jpeg: rows['jpeg'] = len(self._jpeg)
+        for name, count in rows.items():
+            if count != len(self):
+                raise ValueError(f"{file.filename}: {name} has {count} rows for {len(self)} images. {_HINT}")
+        sides = np.stack([self._heights, self._widths])
+        if sides.dtype.kind not in 'iu' or ((sides < 1) | (sides > self.size)).any():
+            raise ValueError(f"{file.filename}: heights and widths are whole numbers from 1 to {self.size}, "
+                             f"these go from {sides.min()} to {sides.max()}. {_HINT}")
+        if self._jpeg: return
+        data, shape = file['images'], (len(self), 3, self.size, self.size)
+        if data.dtype != np.uint8 or data.shape != shape:
+            raise ValueError(f"{file.filename}: images is {data.dtype} {data.shape}, uint8 {shape} is needed. {_HINT}")
 
     def _images(self): return self._opened(self._open_images)
 
@@ -220,7 +268,7 @@ class Database(PerProcess):
                 if picture.size != (w, h):
                     raise OSError(f"it has {picture.size[0]} x {picture.size[1]} pixels, {w} x {h} are announced")
                 return np.array(picture.convert('RGB'))
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self._jpeg.path}: the JPEG of image {self.image_ids[i]} is damaged "
                              f"({error}). {_HINT}") from None
 

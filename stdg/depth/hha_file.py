@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .depth_file import model_tag
-from ..io.files import PerProcess, open_h5
+from ..io.files import PerProcess, open_h5, readable_file
 from ..io.packed import Packed
 
 # %% ../../nbs/depth/03_hha_file.ipynb #hha-path
@@ -30,7 +30,9 @@ def hha_path(database, source='metric', released=False):
 def read_png(data, what, hint):
     """An RGB PNG, a path or an open file, as (H, W, 3) uint8.
 
-    Raises `ValueError` that begins with `what` it is and ends with `hint`."""
+    Raises `ValueError` that begins with `what` it is and ends with `hint`; `FileNotFoundError` or
+    `PermissionError` for a path."""
+    if isinstance(data, (str, Path)): readable_file(data, hint)
     try:
         with Image.open(data, formats=('PNG',)) as picture:
             if picture.mode != 'RGB' or max(picture.size) > 4096:
@@ -59,6 +61,9 @@ class HHAFile(PerProcess):
         n = len(self._png) if packed else len(self._array())
         if n != len(self.image_ids):
             raise ValueError(f"{path} has {n} pictures for {len(self.image_ids)} images. {_HINT}")
+        if not packed and (self._array().dtype != np.uint8 or self._array().shape[1] != 3):
+            raise ValueError(f"{path}: 'hha' is {self._array().dtype} {self._array().shape}, "
+                             f"(N, 3, H, W) uint8 is needed. {_HINT}")
 
     def _array(self): return self._opened(lambda: open_h5(self.path, dict(hha=4), _HINT))['hha']
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from ..io.files import atomic_path
+from ..io.files import atomic_path, readable_file
 
 # %% ../../nbs/depth/01_maps.ipynb #camera-matrix
 def camera_matrix(focal,  # focal length, pixels
@@ -47,9 +47,7 @@ def read_pfm(path):
 
     Raises `FileNotFoundError`, or `ValueError` that names the file, for anything but one whole grey
     PFM. Source: method spec 2.1."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. Run the depth estimator on its image first")
+    path = readable_file(path, 'Run the depth estimator on its image first')
     with open(path, 'rb') as file:
         kind, size, scale = (file.readline(64).split() for _ in range(3))
         data = file.read()

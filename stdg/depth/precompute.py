@@ -21,7 +21,7 @@ from ..datasets.images import scaled_size
 from .depth_file import DepthFile, PfmFolder, depth_path, finish_parts
 from .hha_file import SOURCES, HHAFile, hha_path, read_png
 from .maps import camera_matrix, inverse_depth_from, pseudo_depth
-from ..io.files import open_h5
+from ..io.files import open_h5, readable_file
 from ..io.packed import Parts, run_parts, started_parts
 
 # %% ../../nbs/depth/06_precompute.ipynb #hha-of
@@ -101,9 +101,7 @@ def hha_of_png(folder, image_id, size, shape):
     """The finished HHA (h, w, 3) of one image from a folder of the released code.
 
     Raises `FileNotFoundError` or `ValueError` naming the file. Source: method spec 1.4, 2.4."""
-    path = Path(folder)/f'{image_id}.png'
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. Each image needs its HHA picture")
+    path = readable_file(Path(folder)/f'{image_id}.png', 'Each image needs its HHA picture')
     picture = read_png(path, path, 'Make it again.')[..., ::-1]
     if picture.shape[:2] != (size, size):
         raise ValueError(f"{path} has {picture.shape[1]} x {picture.shape[0]} pixels, "

@@ -17,6 +17,7 @@ from ..datasets.images import scaled_size
 from .depth_file import DepthFile, depth_path, finish_parts
 from .maps import FAR_MEDIAN, NEAR, camera_matrix, read_pfm
 from ..io.archives import upright_turn
+from ..io.files import readable_file
 from ..io.packed import Parts, run_parts
 
 # %% ../../nbs/depth/05_sensors.ipynb #read-depth
@@ -72,8 +73,7 @@ def read_depth(path, unit=.001):
     if not 0 < unit < np.inf:
         raise ValueError(f"unit {unit}: the metres that a step of a .png means are needed, .001 for "
                          "millimetres")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. Is the name of the depth map right?")
+    readable_file(path, 'Is the name of the depth map right?')
     try: found = np.asarray(_READERS[suffix](path), np.float32) * (unit if suffix == '.png' else 1)
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} can't be read as a depth map: {error}") from None

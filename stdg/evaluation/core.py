@@ -136,6 +136,7 @@ def records(model, dataset, tasks=TASKS, zero_shot=None, protocol=('strict', 're
 
     A record is a dictionary of arrays, some kB, see above. A shard may have none. Raises
     `ValueError` as `evaluate`, or for a shard that is not there."""
+    check_fit(model, dataset)
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard {tuple(shard)}: (i, n) is number i, from 0 on, of n")
     positions = range(shard[0], len(dataset), shard[1])

@@ -21,22 +21,24 @@ def is_picture(name): return str(name).lower().endswith(ENDINGS)
 
 def _is_shadow(name): return PurePosixPath(name).name.startswith('._')
 
-def _is_subfolder(source, name):
-    return isinstance(source, FolderSource) and os.path.isdir(source.path/name)
+def _hides(source, name):
+    "Whether there may be pictures behind a name that is refused: a folder, or in an archive a link."
+    if isinstance(source, FolderSource): return os.path.isdir(source.path/name)
+    return 'link' in source.refused.get(name, '')
 
 def pictures_in(source):
     """Names of the pictures in a `FolderSource` or `ZipSource`, sorted; and what is refused, pictures
     and subfolders, {name: why}."""
     wanted = lambda name: is_picture(name) and not _is_shadow(name)
     refused = {name: why for name, why in source.refused.items()
-               if wanted(name) or _is_subfolder(source, name)}
+               if wanted(name) or _hides(source, name)}
     return sorted(filter(wanted, source.names())), refused
 
 def left_out(source):
     """What a `FolderSource` or `ZipSource` holds beside pictures, counted by ending: '3 .heic,
     2 .txt', or ''."""
     others = [name for name in chain(source.names(), source.refused)
-              if not is_picture(name) and not _is_subfolder(source, name)]
+              if not is_picture(name) and not _hides(source, name)]
     counts = Counter(PurePosixPath(name).suffix.lower() or 'without an ending' for name in others)
     return ', '.join(f'{n} {one_line(ending)}' for ending, n in sorted(counts.items()))
 

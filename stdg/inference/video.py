@@ -30,7 +30,7 @@ from ..graph import Prediction
 from .display import PicturePrediction
 from .predictor import load_predictor, network_files
 from ..io.archives import MAX_PIXELS
-from ..io.files import atomic_path
+from ..io.files import atomic_path, readable_file
 from ..io.outputs import check_apart, check_output
 from ..io.text import one_line
 
@@ -133,8 +133,7 @@ def _open_video(source):
         video = cv2.VideoCapture(source)
         if not video.isOpened(): raise ValueError(f"webcam {source} does not answer")
         return video
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{source} is missing. Is the path right?")
+    readable_file(source)
     with open(source, 'rb') as file: first = file.read(16)
     if not any(first[i:].startswith(mark) for i, mark in _BEGINNINGS):
         raise ValueError(f"{source} is no video: MP4, QuickTime, Matroska, WebM and AVI are read")

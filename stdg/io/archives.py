@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from .files import PerProcess
+from .files import PerProcess, readable_file
 
 # %% ../../nbs/io/03_archives.ipynb #name-problem
 MAX_BYTES = 2 ** 28  # of a picture file, unpacked: 64 megapixels, uncompressed, have 192 MB
@@ -76,12 +76,18 @@ class ZipSource(PerProcess):
     def _open(self): return self._opened(self._archive)
 
     def _archive(self):
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} is missing. Is the path right?")
+        readable_file(self.path)
         try: return zipfile.ZipFile(self.path)
         except PermissionError: raise
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.path}: the name of a member is marked as UTF-8 and is not. Unpack "
+                             "it and give the folder") from None
         except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError,
                 struct.error) as error:
+            with open(self.path, 'rb') as file: first = file.read(2)
+            if first != b'PK' and self.path.suffix.lower() != '.zip':
+                raise ValueError(f"{self.path} is neither a folder nor a zip archive. If it is an "
+                                 "archive of another kind, unpack it and give the folder") from None
             raise ValueError(f"{self.path} is not a whole zip archive ({error}). "
                              "Was the download cut off? Fetch it again") from None
 
@@ -134,6 +140,9 @@ class FolderSource:
                 else: self._names.append(name)
 
     def _not_listed(self, error):
+        if Path(error.filename) == self.path:
+            raise PermissionError(f"{self.path} cannot be listed: {error.strerror}. Ask its owner "
+                                  "for the right to read it: chmod a+rx") from None
         name = os.path.relpath(error.filename, self.path)
         self.refused[name] = f'it cannot be listed ({error.strerror})'
 
@@ -166,9 +175,10 @@ class FolderSource:
 
 # %% ../../nbs/io/03_archives.ipynb #open-sources
 def open_sources(paths):  # -> list of ZipSource, FolderSource
-    """Open archives and folders, in order.
+    """Open archives and folders, in order; one path alone is a list of one.
 
     Raises `FileNotFoundError` or `ValueError` naming the one that is missing or broken."""
+    if isinstance(paths, (str, Path)): paths = [paths]
     return [FolderSource(path) if Path(path).is_dir() else ZipSource(path) for path in paths]
 
 # %% ../../nbs/io/03_archives.ipynb #open-picture
@@ -262,6 +272,7 @@ def _to_rgb(picture):
     lower = _lower_bytes(picture)
     picture.load()
     picture = _eight_bit_picture(picture, lower)
+    if picture.mode == 'La': picture = picture.convert('LA')  # Pillow knows no other way
     if picture.has_transparency_data:
         picture = picture.convert('RGBA')
         picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)

@@ -21,14 +21,14 @@ from tqdm import tqdm
 from stdg.io.files import (
     PerProcess,
     atomic_path,
-    lock_of,
-    locked,
+    dataset_problem,
     open_h5,
     read_json,
     remove_dead,
     remove_folder,
     write_json,
 )
+from .locks import lock_of, locked
 
 # %% ../../nbs/io/02_packed.ipynb #append
 CHUNK = 2 ** 17  # elements that HDF5 reads at once: about one picture
@@ -95,8 +95,13 @@ class Packed(PerProcess):
     def __init__(self, path, name, hint='Is the path right?'):
         self.path, self.name, self.hint = Path(path), name, hint
         file = self._open()
-        self.ends = np.concatenate([[0], file[f'{name}_end'][:]])
-        if (np.diff(self.ends) < 0).any() or self.ends[-1] != len(file[name]):
+        if file[f'{name}_end'].dtype.kind not in 'iu':
+            raise ValueError(f"{path}: {name}_end holds {file[f'{name}_end'].dtype}, whole numbers "
+                             f"are needed. {hint}")
+        self.ends = np.concatenate([[0], file[f'{name}_end'][:].astype(np.int64)])
+        if (self.ends[1:] < self.ends[:-1]).any():
+            raise ValueError(f"{path}: {name}_end falls: a piece ends before it begins. {hint}")
+        if self.ends[-1] != len(file[name]):
             raise ValueError(f"{path}: {name}_end tells of {self.ends[-1]} elements, "
                              f"there are {len(file[name])}. {hint}")
 
@@ -114,7 +119,8 @@ class Packed(PerProcess):
 
     def column(self, name):
         "The whole column `name`."
-        if name not in self._open(): raise ValueError(f"{self.path} has no '{name}'. {self.hint}")
+        if problem := dataset_problem(self._open(), name):
+            raise ValueError(f"{self.path}{problem}. {self.hint}")
         return self._open()[name][:]
 
 # %% ../../nbs/io/02_packed.ipynb #parts-checksum

@@ -182,7 +182,7 @@ def _listed(folder, endings):
 @dataclass(frozen=True)
 class File:
     """A file that is there, or one of `words`, or, if it may be `empty`, ''. A folder that holds a
-    file called `shared` will do. Paths are relative to the project's folder."""
+    file called `shared` will do. Paths are relative to the project's folder, or else to this one."""
     endings: tuple = ('.safetensors',)
     words: tuple = ()
     shared: str = None
@@ -195,14 +195,17 @@ class File:
                                                                     for word in self.words)
 
     def read(self, value):
-        "`value` as a str. Raises `ValueError` for a folder or a missing file, with what is there."
+        """`value` as a str, whole where this folder is not the project's.
+
+        Raises `ValueError` for a folder or a missing file, with what is there."""
         text = Text().read(value)
         if self.empty and not text or text in self.words: return text
         if not text.strip(): raise ValueError
-        path = project_folder()/text
-        if os.path.isfile(path): return text
+        root = project_folder()
+        path = next((p for p in (root/text, Path.cwd()/text) if os.path.exists(p)), root/text)
+        if os.path.isfile(path) or self.shared and os.path.isfile(path/self.shared):
+            return text if root == Path.cwd() else str(path)
         if os.path.isdir(path):
-            if self.shared and (path/self.shared).is_file(): return text
             raise ValueError(f' (this is a folder: {_listed(path, self.endings)})')
         if not os.path.isdir(path.parent): raise ValueError(f' (there is no folder {path.parent})')
         names = [p.name for p in path.parent.iterdir() if p.suffix in self.endings]
@@ -344,13 +347,16 @@ def said_on_purpose(error):
     return ours or getattr(error, 'filename', None) is not None
 
 @contextmanager
-def mistakes_in_one_line(program, status=2, all=True):
+def mistakes_in_one_line(program, status=2, of_ours=False, alone=False):
     """Within it, or in a function that it decorates, `ValueError`, `OSError` and `ImportError` end
-    the program with `status` and one line on the error stream, and Ctrl-C ends it with 130. Without
-    `all`, only those that are `said_on_purpose`."""
+    the program with `status` and one line on the error stream, and Ctrl-C ends it with 130.
+
+    `of_ours`: only those that are `said_on_purpose`; `alone`: not in a process of torchrun, whose
+    own report needs the traceback."""
     try: yield
     except (ValueError, OSError, ImportError) as error:
-        if not (all or said_on_purpose(error)): raise
+        if of_ours and not said_on_purpose(error): raise
+        if alone and 'LOCAL_RANK' in os.environ: raise
         said = ' '.join(str(error).split()) or type(error).__name__
         print(f'{program}: {said}', file=sys.stderr, flush=True)
         raise SystemExit(status) from None

@@ -13,7 +13,7 @@ import yaml
 
 # %% ../../nbs/io/08_yaml_files.ipynb #loader
 _VALUES = dict(null=r'~|null|Null|NULL|', bool=r'true|True|TRUE|false|False|FALSE', merge='<<',
-               int=r'[-+]?(0|[1-9][0-9]*)',
+               int=r'[-+]?(0|[1-9][0-9]{0,18})',
                float=r'[-+]?[0-9]+\.[0-9]*([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)')
 
 class _Loader(yaml.SafeLoader):
@@ -79,7 +79,7 @@ def parse_yaml(text, where='the text'):
     try:
         _check_bounds(text)
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         mark = getattr(error, 'problem_mark', None)
         line = f'line {mark.line + 1}: ' if mark else ''
         parts = [getattr(error, name, None) for name in ('context', 'problem')]

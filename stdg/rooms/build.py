@@ -23,16 +23,8 @@ from tqdm import tqdm
 
 from ..datasets.visual_genome import write_annotations, write_images
 from ..graph import SceneGraph, Vocabulary
-from stdg.io.files import (
-    atomic_path,
-    lock_of,
-    locked,
-    read_json,
-    remove_dead,
-    remove_folder,
-    writable_folder,
-    write_json,
-)
+from ..io.files import atomic_path, read_json, remove_dead, remove_folder, write_json
+from ..io.locks import lock_of, locked
 from .catalogue import CATEGORIES, make
 from .layout import arrange, extent
 from .relations import PREDICATES, Bodies, annotate, footprints, heights, relations
@@ -339,9 +331,8 @@ def _claim(folder, settings):
                            if known.get(key) != settings[key])
         raise ValueError(f'{folder} holds rooms with other settings: {differ}. Choose another '
                          'folder, or delete this one')
-    files = (folder / 'VG-SGG.h5', folder / 'VG-SGG-dicts.json',
-             folder / f"imdb_{settings['size']}.h5")
-    return done and all(file.exists() for file in files)
+    names = 'VG-SGG.h5', 'VG-SGG-dicts.json', f"imdb_{settings['size']}.h5"
+    return done and all((folder / name).exists() for name in names)
 
 def _records(folder, settings, n_shards, graphs, dense):
     "Records for `write_images`, shard by shard; fills `graphs` and `dense` on the way."
@@ -373,7 +364,7 @@ def _cores():
 
 def _make(folder, settings, total, workers):
     "Render what is missing of `total` rooms, and assemble all."
-    for place in (folder, writable_folder(folder / 'shards')): remove_dead(place)
+    for place in (folder, folder / 'shards'): remove_dead(place)
     shards = range(-(-total // SHARD))
     missing = [k for k in shards if _read_shard(folder, settings, k) is None]
     there = total - sum(len(_shard_rooms(settings, k)) for k in missing)
@@ -394,10 +385,9 @@ def make_rooms(
     """Render the benchmark into `folder`: `VG-SGG.h5`, `VG-SGG-dicts.json`, `imdb_<size>.h5`, for
     `stdg.datasets.visual_genome.Database`.
 
-    Goes on where an interrupted call stopped; returns at once if all is there; waits for another
-    process that makes them. Returns the folder.
-    Raises `ValueError` if the folder holds rooms with other settings, `OSError` if it cannot be
-    written. Source: method spec 1.2, 1.3 for the format."""
+    Goes on where an interrupted call stopped; waits for another process that makes them; returns
+    the folder, at once if all is there. Raises `ValueError` for a folder of other rooms, `OSError`
+    if it cannot be written. Source: method spec 1.2, 1.3 for the format."""
     folder, total = Path(folder), int(n_train) + int(n_val) + int(n_test)
     if total < 1:
         raise ValueError('make_rooms: at least one room is needed, n_train + n_val + n_test is 0')

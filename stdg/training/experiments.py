@@ -16,11 +16,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 import yaml
 from scipy import stats
 
 from ..draw.style import HIT, MISS
+from ..io.devices import choose_device, devices_here
 from ..io.files import atomic_path, project_folder, read_json, writable_folder
 from ..io.text import html_table, markdown_table, one_line
 from ..io.yaml_files import parse_yaml, read_yaml
@@ -63,14 +63,29 @@ def finished(run):
     return (run.folder/'results.json').is_file()
 
 # %% ../../nbs/training/07_experiments.ipynb #start
+def _gpus():
+    "The GPUs that PyTorch sees, as `CUDA_VISIBLE_DEVICES` names them."
+    here = [name.removeprefix('cuda:') for name in devices_here() if name.startswith('cuda')]
+    named = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
+    return named[:len(here)] if len(named) >= len(here) and named[0] else here
+
+def _check_device(run):
+    "Raise `ValueError` naming `run` if its device is not there, or is not for it to choose."
+    device = {**run.parameters, **run.parameters.get('more', {})}.get('device')
+    try: place = choose_device(device)
+    except ValueError as error: raise ValueError(f"run {run.name!r}: {error}") from None
+    if place.index is not None and len(_gpus()) > 1:
+        raise ValueError(f"run {run.name!r}: device {device!r} is one GPU, but the runs of a study "
+                         "share all. Name none, and choose GPUs with CUDA_VISIBLE_DEVICES")
+
 def _start(run, threads, slot):
     "Start the process of `run` with so many `threads`, on GPU number `slot` if there are several."
     folder, file = writable_folder(run.folder), run.folder/'parameters.yaml'
     (folder/'results.json').unlink(missing_ok=True)
     with atomic_path(file) as partial: partial.write_text(_yaml(run), encoding='utf-8')
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MPLBACKEND='agg')
-    gpus = torch.cuda.device_count()
-    if gpus > 1: environment['CUDA_VISIBLE_DEVICES'] = str(slot % gpus)
+    gpus = _gpus()
+    if len(gpus) > 1: environment['CUDA_VISIBLE_DEVICES'] = gpus[slot % len(gpus)]
     command = [sys.executable, '-m', 'papermill', '--no-progress-bar', run.notebook,
                folder/Path(run.notebook).name, '-k', 'python3', '-f', file]
     with open(folder/'run.log', 'wb') as log:
@@ -100,10 +115,11 @@ def run_study(runs, processes=None, progress=True):
     returns the names of those that were done.
 
     A run that fails stops only those that need it. Raises `ValueError`, before anything is started,
-    for names that do not fit and for changed parameters, and `RuntimeError` with all failures at
-    the end. However it ends, none of its processes is left."""
+    for names that do not fit, a device that is not there and changed parameters, and `RuntimeError`
+    with all failures at the end. However it ends, none of its processes is left."""
     names = [run.name for run in runs]
     for run in runs:
+        _check_device(run)
         missing = sorted(set(run.needs) - set(names))
         if names.count(run.name) > 1 or missing:
             raise ValueError(f"run {run.name!r}: its name must be the only one, and it needs "

@@ -7,7 +7,6 @@ __all__ = ['EXIT_SAVED', 'saved_states', 'save_state', 'mark_state', 'remove_sta
            'exclusive_run', 'start_over', 'Interrupted', 'StopRequest', 'stop_requested']
 
 # %% ../../nbs/training/04_resume.ipynb #imports
-import errno
 import glob
 import os
 import re
@@ -17,17 +16,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
-from stdg.io.files import (
-    atomic_path,
-    locked,
-    read_json,
-    remove_dead,
-    writable_folder,
-    write_json,
-)
+from ..io.files import read_json, remove_dead, writable_folder, write_json
+from ..io.locks import locked
+from ..io.tensors import TensorFile, save_tensors
 
 # %% ../../nbs/training/04_resume.ipynb #save-state
 _NAME = re.compile(r'(.+)-(\d{8})')  # of a state: its stage and how many steps were done
@@ -43,13 +35,9 @@ def save_state(folder, stage, step, tensors, facts, keep=2):
 
     Raises `OSError` naming the file when it cannot be written; what was there before stays."""
     path = writable_folder(folder)/f'{stage}-{step:08d}.safetensors'
-    with atomic_path(path) as partial:
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try: save_file(on_cpu, partial)
-        except SafetensorError as error: raise OSError(errno.ENOSPC, str(error)) from None
-        size = partial.stat().st_size
-    write_json(path.with_suffix('.json'), dict(format='stdg-state', version=2, stage=stage,
-                                               step=step, bytes=size, **facts))
+    facts = dict(format='stdg-state', version=2, stage=stage, step=step, **facts)
+    facts = save_tensors(path, tensors, facts)
+    write_json(path.with_suffix('.json'), dict(facts, bytes=path.stat().st_size))
     for old in saved_states(folder, stage)[:-keep]: remove_state(old)
 
 def mark_state(folder, stage, step, **facts):
@@ -96,15 +84,7 @@ def _compare(path, facts, expected):
                          for name in differ[:4])
         raise ValueError(f"{path} was written by a run with other settings: {said}. {_ANEW}")
 
-def read_state(path, expected=None):
-    """The facts of the state whose JSON is `path`, after all checks for which its tensors need not
-    be read; `expected` is dict(data=..., settings=...), as it was saved.
-
-    Raises `ValueError` naming the file and a remedy for a damaged state, one of another version, or
-    one that does not fit; `FileNotFoundError` for a missing file."""
-    path = Path(path)
-    hint = f'Remove {path.stem}.json: the run goes on from the state before, or starts over'
-    facts = read_json(path, hint)
+def _check_form(facts, path):
     if not isinstance(facts, dict): facts = {}
     if facts.get('format') != 'stdg-state' or facts.get('version') not in (1, 2):
         raise ValueError(f"{path} is no state that this version reads ({facts.get('format')}, "
@@ -113,30 +93,47 @@ def read_state(path, expected=None):
     stage, step = facts.get('stage'), facts.get('step')
     if not isinstance(step, int) or path.stem != f'{stage}-{step:08d}':
         raise ValueError(f"{path} holds the state of {stage!r} after step {step}: it was renamed. "
-                         f"{hint}")
+                         f"Remove {path.stem}.json: the run goes on from the state before, or "
+                         "starts over")
+
+def _opened(path, expected):
+    "The open tensors of the state whose JSON is `path`, and its facts, checked."
+    path = Path(path)
+    hint = f'Remove {path.stem}.json: the run goes on from the state before, or starts over'
+    facts = read_json(path, hint)
+    _check_form(facts, path)
+    file, size = path.with_suffix('.safetensors'), facts.get('bytes')
+    try: opened = TensorFile(file, hint)
+    except ValueError as error:
+        if file.stat().st_size == size:
+            raise ValueError(f"{file} is damaged ({error}). {hint}") from None
+        opened = None
+    if opened is None or opened.inside is None and file.stat().st_size != size:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes of {size}: it was cut off. {hint}")
+    try: facts = opened.record(hint, _check_form)
+    except ValueError as error: raise ValueError(f"{error}. {hint}") from None
     if expected: _compare(path, facts, expected)
-    file = path.with_suffix('.safetensors')
-    if not file.is_file(): raise FileNotFoundError(f"{file} is missing. {hint}")
-    if file.stat().st_size != facts.get('bytes'):
-        raise ValueError(f"{file} has {file.stat().st_size} bytes of {facts.get('bytes')}: it was "
-                         f"cut off. {hint}")
-    try:
-        with safe_open(file, 'pt') as tensors: tensors.keys()
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged ({error}). {hint}") from None
-    return facts
+    return opened, {name: value for name, value in facts.items() if name != 'digest'}
+
+def read_state(path, expected=None):
+    """The facts of the state whose JSON is `path`, after all checks for which its tensors need not
+    be read; `expected` is dict(data=..., settings=...), as it was saved.
+
+    Raises `ValueError` naming the file and a remedy for a damaged state, one of another version, or
+    one that does not fit; `FileNotFoundError` for a missing file."""
+    return _opened(path, expected)[1]
 
 def load_state(path, expected=None):
     """(tensors, facts) of the state whose JSON is `path`.
 
     Raises as `read_state`."""
-    facts = read_state(path, expected)
-    return load_file(Path(path).with_suffix('.safetensors')), facts
+    file, facts = _opened(path, expected)
+    return file.tensors(), facts
 
 # %% ../../nbs/training/04_resume.ipynb #lock
 @contextmanager
 def exclusive_run(folder, seconds=15):
-    """Hold the lock of `folder` (`stdg.io.files.locked`; this thread may take it again), and remove
+    """Hold the lock of `folder` (`stdg.io.locks.locked`; this thread may take it again), and remove
     temporary files in it whose writers are surely dead: untouched for a day.
 
     Raises `BlockingIOError` naming it if another process holds it for longer than `seconds`."""

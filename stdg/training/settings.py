@@ -184,10 +184,9 @@ def _few_pictures(settings):
 def _disagreements(settings):
     "What does not go together in `settings`, sentences."
     yield from _few_pictures(settings)
-    for name in ('accumulate', 'devices'):
-        if (parts := getattr(settings, name)) > settings.batch_size:
-            yield (f"{name} is {parts}, batch_size {settings.batch_size}: a part of a batch needs a "
-                   "picture")
+    if settings.accumulate > settings.batch_size:
+        yield (f"accumulate is {settings.accumulate}, batch_size {settings.batch_size}: a part of a "
+               "batch needs a picture")
     if settings.validate_every and settings.best not in FIGURES:
         yield (f"best is {settings.best!r}; a figure such as 'sgdet/R@50' or 'AP50' is needed"
                f"{near(settings.best, FIGURES)}")

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import losses
 from ..data import network_input
 from ..io.devices import choose_device
-from ..io.files import atomic_path, read_json, write_json
+from ..io.files import write_json
+from ..io.tensors import TensorFile, save_tensors
 from ..model import STDG
 from .distributed import all_reduce, rank_and_world
 from .log import Stopwatch
@@ -255,15 +255,15 @@ def keep_batch(path, model, batch, **record):
     tensors = {f'batch.{k}': v for k, v in batch.items() if k != 'targets'}
     tensors |= {f'batch.targets.{k}': v for k, v in batch['targets'].items()}
     tensors |= {f'model.{k}': v for k, v in model.state_dict().items()}
-    with atomic_path(path) as partial:
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial)
     record = dict(config=model.config, rank=rank_and_world()[0]) | record
+    record = save_tensors(path, tensors, record)
     write_json(Path(path).with_suffix('.json'), record)
 
 def replay(path):
     "The terms of the loss, {name: value}, of a batch that `keep_batch` has written to `path`."
     hint = 'Both files that the run has kept are needed.'
-    record, tensors = read_json(Path(path).with_suffix('.json'), hint), load_file(path)
+    file = TensorFile(path, hint)
+    record, tensors = file.record(hint), file.tensors()
     def part(start):
         return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
     model = STDG(**record['config'], pretrained=False)
