@@ -58,6 +58,8 @@ WITHOUT = ('not (cover_the_truth or memory or runbook or released_depth or help_
 EQUIVALENT = [
     ('fields', 'shifted = ', '', 'the third of the three radii is always the smallest'),
     ('fields', 'inside = ', '', 'the third of the three radii is always the smallest'),
+    ('decode', 'boxes, scores = zip(*[(b.new_full((1, 4), torch.inf)', '',
+     'padding is infinitely far away, however much there is'),
     ('matching', 'if not len(pairs): predicates = np.zeros((0', 'if not len(pairs): predicates = np.zeros((1',
      'a row of zeros without a pair claims nothing'),
     ('matching', 'predicates = np.zeros((len(pairs), predicates.shape[1])', 'predicates = np.ones',

@@ -209,6 +209,25 @@ def test_a_step_that_is_left_out_leaves_nothing_behind(dataset, tmp_path):
     assert records[2]['sums'] == records[1]['sums']
 
 
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='needs /proc')
+def test_the_log_is_on_the_disk_before_the_state_that_counts_its_lines(dataset, tmp_path, monkeypatch):
+    did, flush, rename = [], os.fsync, os.replace
+    def fsync(handle):
+        did.append(os.path.basename(os.readlink(f'/proc/self/fd/{handle}')))
+        flush(handle)
+    def replace(a, b):
+        did.append(f'renamed {os.path.basename(b)}')
+        rename(a, b)
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr(os, 'replace', replace)
+    fitted(dataset, tmp_path, steps=2)
+    states = [f'renamed student-{step:08d}.json' for step in range(3)]
+    assert [name for name in did if name in states] == states
+    for before, after in zip([None, *states], states):
+        since = did[did.index(before) if before else 0:did.index(after)]
+        assert [name for name in since if name.endswith('log.jsonl')], (before, after)
+
+
 def test_which_steps_can_be_taken():
     "Of batch, parts and processes the greatest that go together, and one more; and what excludes itself."
     def check(processes=1, **given):
