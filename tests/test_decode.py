@@ -218,22 +218,36 @@ def test_sgcls_takes_the_class_of_a_detection_on_more_than_half():
     assert found.scores.tolist() == pytest.approx([.6, 1])
 
 
-def test_every_way_of_decoding_takes_a_stride_of_16_by_default():
-    graph = SceneGraph([[16, 16, 120, 100], [140, 40, 300, 240]], [0, 1], [(0, 1, 2)], (384, 384))
-    detection, relation = ideal_output(encode(graph, 6, 4, graph.size, 16))
+def test_defaults_of_every_way_of_decoding():
+    "A stride of 16, and nothing as in the released code."
+    detection, relation = random_fields(0)
+    graph = random_graph(0, side=144, size=(144, 192))
     batch = detection[None], relation[None]
+    names = ('boxes', 'labels', 'scores', 'pairs', 'predicates')
     for task in TASKS:
         expected = decode(detection, relation, task, graph, 16, False)
+        released = decode(detection, relation, task, graph, 16, True)
+        assert task == 'predcls' or not all(
+            torch.equal(getattr(released, name), getattr(expected, name)) for name in names)
         for found in (decode(detection, relation, task, graph),
                       decode_batch(*batch, task, [graph])[0],
                       decode_tasks(*batch, (task,), [graph])[task][0]):
-            for name in ('boxes', 'labels', 'scores', 'pairs', 'predicates'):
-                assert torch.equal(getattr(found, name), getattr(expected, name))
-        assert expected.size == (384, 384)
+            assert all(torch.equal(getattr(found, name), getattr(expected, name)) for name in names)
+        assert expected.size == (144, 192)
     assert list(decode_tasks(*batch)) == ['sgdet']
     assert torch.equal(detect(batch[0])[0], detect(batch[0], 16)[0])
-    fields = relation[None]
-    assert torch.equal(candidates(fields)[3], candidates(fields, 16, .1)[3])
+    assert torch.equal(candidates(relation[None])[3], candidates(relation[None], 16, .1)[3])
+
+
+def test_an_unmatched_box_takes_the_peak_at_its_centre():
+    detection, relation = random_fields(3, density=0)
+    detection[-2:] = 0  # detections of no size match nothing
+    truth = random_graph(5, n=12, side=72, size=(72, 96))
+    found = decode(detection, relation, 'sgcls', truth, 8)
+    for box, label, score in zip(truth.boxes, found.labels, found.scores):
+        column, row = (((box[:2] + box[2:]) / 2 / 8).long()).tolist()
+        around = detection[:-4, max(row - 1, 0):row + 2, max(column - 1, 0):column + 2]
+        assert (label, score) == (around.amax((1, 2)).argmax(), around.max())
 
 
 def test_batch_is_the_images_one_by_one():
@@ -297,6 +311,9 @@ def test_bad_input():
             decode(detection, relation, task, SceneGraph([[0, 0, 9, 9]], [7], []))
     with pytest.raises(ValueError, match='needs the true boxes'):
         decode_batch(detection[None], relation[None], 'predcls', [truth, truth])
+    with pytest.raises(ValueError, match='needs the true boxes'):
+        decode_batch(detection[None].repeat(2, 1, 1, 1), relation[None].repeat(2, 1, 1, 1, 1),
+                     'predcls', [random_graph(0, side=144, size=(144, 192)), None])
     with pytest.raises(ValueError, match='at least one class'): decode(detection[:4], relation)
     with pytest.raises(ValueError, match=r'\(P, 7, h, w\)'): decode(detection, relation[:, :5])
     with pytest.raises(ValueError, match='fields disagree'): decode(detection, relation[..., :-1])

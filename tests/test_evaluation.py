@@ -12,7 +12,7 @@ import torch
 from test_metrics import golden_cases
 
 from stdg import matching, metrics
-from stdg.checkpoint import _unused, released_name
+from stdg.checkpoint import _unused, facts, released_name
 from stdg.data import SceneGraphs
 from stdg.datasets.statistics import zero_shot_triplets
 from stdg.datasets.visual_genome import Database
@@ -253,6 +253,50 @@ def test_of_equal_f1_the_highest_threshold_is_chosen():
     assert thresholds.best_threshold(curve) == pytest.approx(
         dict(threshold=.85, precision=1, recall=.5, f1=2 / 3))
     assert thresholds.best_threshold(curve, precision=.5)['threshold'] == pytest.approx(.3)
+
+
+def test_thresholds_as_they_are_kept(tmp_path):
+    "Thresholds to six digits, what they reach to four; those that a file may hold go from 0 to 1."
+    third = dict(threshold=np.array([1 / 3]), precision=np.array([2 / 3]), recall=np.array([1 / 7]),
+                 f1=np.array([1 / 9]))
+    kept = thresholds.chosen(dict(objects=third, triplets=third), 11)
+    at = dict(precision=.6667, recall=.1429, f1=.1111)
+    assert kept == dict(objects=.333333, triplets=.333333, images=11,
+                        at=dict(objects=at, triplets=at))
+    none = thresholds.chosen(dict(objects=third), 11, precision=.7)
+    assert none == dict(objects=1., images=11, at=dict(objects=dict(precision=0., recall=0., f1=0.)))
+    path = tmp_path/'net.safetensors'
+    STDG('small', **SMALL, fpn=16, channels=16).save(path, size=64)
+    for good in (0, 1, .5, 0., 1.):
+        given = dict(objects=good, triplets=good)
+        thresholds.save_thresholds(path, given)
+        assert facts(path)['thresholds'] == given and facts(path)['size'] == 64
+    for bad in (-1e-9, 1 + 1e-9, '1', None):
+        for kind in ('objects', 'triplets'):
+            said = f'net.safetensors: the threshold of {kind} is .*; a number from 0 to 1'
+            with pytest.raises(ValueError, match=said):
+                thresholds.save_thresholds(path, dict(objects=.5, triplets=.5) | {kind: bad})
+
+
+def test_an_operating_curve_against_loops():
+    rng = np.random.default_rng(3)
+    for n in (1, 2, 30, 200):
+        scores, right = rng.integers(0, 25, n) / 24, rng.uniform(size=n) < .6
+        truths = int(right.sum()) + 3
+        curve = thresholds.operating_curve(scores, right, truths)
+        levels = sorted(set(scores.tolist()), reverse=True)
+        expected = [(level + lower) / 2 for level, lower in zip(levels, [*levels[1:], 0])]
+        np.testing.assert_allclose(curve['threshold'], expected)
+        for i, level in enumerate(levels):
+            shown = scores >= level
+            hits = right[shown].sum()
+            found = [curve[name][i] for name in ('precision', 'recall', 'f1')]
+            p, r = hits / shown.sum(), hits / truths
+            np.testing.assert_allclose(found, [p, r, 2 * p * r / (p + r) if hits else 0])
+    assert len(thresholds.operating_curve([0., 1.], [True, True], 2)['f1']) == 2
+    for scores in ([-.01], [1.01], [np.nan]):
+        with pytest.raises(ValueError, match='from 0 to 1'):
+            thresholds.operating_curve(scores, [True], 1)
 
 
 def test_records_hold_the_claims(model, dataset):

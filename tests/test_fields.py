@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from stdg.fields import blank_padding, encode, field_size
+from stdg.fields import blank_padding, encode, field_size, relation_cells
 from stdg.graph import SceneGraph
 
 GOLDEN = np.load(Path(__file__).parent / 'golden/fields.npz')
@@ -119,6 +119,16 @@ def test_earlier_relation_stays_on_a_tie():
     boxes = [[0, 0, 40, 40], [300, 200, 360, 260]]
     both = encode(SceneGraph(boxes, [0, 0], [(0, 1, 0), (1, 0, 0)]), 1, 1)['relation']
     assert torch.equal(both, encode(SceneGraph(boxes, [0, 0], [(0, 1, 0)]), 1, 1)['relation'])
+
+
+@pytest.mark.parametrize('length,points', [(.5, 2), (2, 2), (2.01, 3), (3, 3), (7.2, 8)])
+def test_points_of_a_line(length, points):
+    "As many as it is long in cells, rounded up, at least two, each with its eight neighbours."
+    relation, cells = relation_cells(np.float64([[10.3, 20.4]]), np.float64([[length, 0]]))
+    assert len(relation) == len(cells) == 9 * points
+    margin = min(max(2 / length, .25), .4)
+    middles = 10.3 + length * np.linspace(margin, 1 - margin, points)
+    assert cells[4::9].tolist() == [[round(x - 1) + 1, 20] for x in middles]
 
 
 def test_predicates_do_not_compete_and_self_relations_have_no_line():

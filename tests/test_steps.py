@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from stdg.evaluation.thresholds import choose_thresholds
 from stdg.graph import TASKS, SceneGraph
 from stdg.testing import loud, toy_database, toy_scene
 from stdg.training.resume import load_state, saved_states
+from stdg.training.step import Average, check_step, optimiser
 
 PICTURES, BATCH, EPOCHS = 10, 2, 2
 STEPS = PICTURES // BATCH  # in an epoch
@@ -43,11 +45,15 @@ def dataset(tmp_path_factory):
 
 
 def network():
-    "A student with a teacher that points somewhere."
+    "A student, and a teacher that points somewhere, often too far to be copied."
     sizes = dict(n_objects=2, n_predicates=2, pretrained=False, fpn=16, channels=16)
     teacher = training.build_network(1, 'small', 'depth', zero_offsets=False, **sizes)
     student = training.build_network(2, 'small', 'combine', **sizes)
-    student.teacher.load_state_dict(teacher.network.state_dict())
+    state = teacher.network.state_dict()
+    far = [name for name in state if 'pre_head.blocks' in name and '.conv.' in name]
+    for name in far: state[name] *= 60
+    student.teacher.load_state_dict(state)
+    assert far
     return student
 
 
@@ -68,7 +74,7 @@ def floats(pictures, model):
 
 
 def terms_of(model, batch):
-    "The terms of the loss, {name: scalar}."
+    "The terms of the loss, {name: scalar}, and the share of the teacher's offsets below 10."
     rgb, hha = floats(batch['rgb'], model), floats(batch['hha'], model)
     with torch.no_grad(): taught = model.teacher.offsets(hha)
     detection, relation, offsets = model.network(rgb)
@@ -77,7 +83,8 @@ def terms_of(model, batch):
         terms[f'detection_{name}'] = term
     for name, term in losses.relation_loss(relation, batch['targets']).items():
         terms[f'relation_{name}'] = term
-    return terms | dict(teaching=losses.teaching_loss(offsets, taught))
+    near = torch.cat([(t.abs() < 10).flatten() for t in taught])
+    return terms | dict(teaching=losses.teaching_loss(offsets, taught)), float(near.double().mean())
 
 
 def total(tensors): return [float(tensor.detach().double().sum()) for tensor in tensors]
@@ -97,7 +104,7 @@ def plain_loop(dataset, left_out=()):
         rates = HEADS * factor(step), BACKBONE * factor(step)
         record = dict(step=step + 1, lr=rates[0])
         if step not in left_out:
-            terms = terms_of(model, batch)
+            terms, share = terms_of(model, batch)
             loss = sum(terms.values())
             loss.backward()
             norm = float(torch.cat([p.grad.flatten() for p in heads + body]).double().norm())
@@ -109,7 +116,7 @@ def plain_loop(dataset, left_out=()):
                 if step % STEPS == 0: mean[name] = p.detach().clone()
                 else: mean[name] = mean[name] + EMA * (p.detach() - mean[name])
             record |= {name: float(term.detach()) for name, term in terms.items()}
-            record |= dict(loss=float(loss.detach()), grad_norm=norm, rates=rates)
+            record |= dict(loss=float(loss.detach()), grad_norm=norm, taught_share=share, rates=rates)
         record['sums'] = dict(heads=total(heads), backbone=total(body), average=total(mean.values()),
                               buffers=total(model.network.buffers()))
         records.append(record)
@@ -167,6 +174,7 @@ def test_ten_steps_are_those_of_a_plain_loop(dataset, plain, tmp_path):
     model, rates = fitted(dataset, tmp_path)
     norms = [step['grad_norm'] for step in records]
     assert min(norms) < CLIP < max(norms), 'some gradients are clipped, some are not'
+    assert all(.1 < step['taught_share'] < .9 for step in records)
     np.testing.assert_allclose(rates, [step['rates'] for step in records], rtol=1e-9)
     assert_same_steps(tmp_path, records)
     for kept in (model, load(tmp_path/'student.safetensors')):
@@ -199,6 +207,77 @@ def test_a_step_that_is_left_out_leaves_nothing_behind(dataset, tmp_path):
     assert 'left_out' in logged(tmp_path)[2] and len(calls) == 10
     np.testing.assert_allclose(rates, [step['rates'] for step in records if 'rates' in step])
     assert records[2]['sums'] == records[1]['sums']
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='needs /proc')
+def test_the_log_is_on_the_disk_before_the_state_that_counts_its_lines(dataset, tmp_path, monkeypatch):
+    did, flush, rename = [], os.fsync, os.replace
+    def fsync(handle):
+        did.append(os.path.basename(os.readlink(f'/proc/self/fd/{handle}')))
+        flush(handle)
+    def replace(a, b):
+        did.append(f'renamed {os.path.basename(b)}')
+        rename(a, b)
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr(os, 'replace', replace)
+    fitted(dataset, tmp_path, steps=2)
+    states = [f'renamed student-{step:08d}.json' for step in range(3)]
+    assert [name for name in did if name in states] == states
+    for before, after in zip([None, *states], states):
+        since = did[did.index(before) if before else 0:did.index(after)]
+        assert [name for name in since if name.endswith('log.jsonl')], (before, after)
+
+
+def test_which_steps_can_be_taken():
+    "Of batch, parts and processes the greatest that go together, and one more; and what excludes itself."
+    def check(processes=1, **given):
+        usual = dict(batch_size=8, accumulate=1, precision='float32', compile=False,
+                     recompute=False, sync_bn=False)
+        check_step(SimpleNamespace(**usual | given), processes, 'cpu')
+    for fine in (dict(accumulate=8), dict(processes=2, accumulate=4), dict(processes=8),
+                 dict(batch_size=1), dict(sync_bn=True), dict(compile=True), dict(recompute=True),
+                 dict(precision='bfloat16'), dict(processes=3, batch_size=9, accumulate=3)):
+        check(**fine)
+    for wrong, said in (
+            (dict(accumulate=9), 'accumulate=9: with batch_size=8 each has 8 .* 1 to 8 parts'),
+            (dict(accumulate=0), 'accumulate=0'),
+            (dict(processes=2, accumulate=5), 'accumulate=5: .* in 2 processes each has 4'),
+            (dict(batch_size=0), 'batch_size=0: a step needs a picture'),
+            (dict(processes=3), '3 processes cannot share a batch of 8 .* a multiple of 3'),
+            (dict(processes=16), '16 processes cannot share a batch of 8'),
+            (dict(compile=True, recompute=True), 'compile=True and recompute=True'),
+            (dict(sync_bn=True, processes=2), 'sync_bn=True: .* on GPUs only'),
+            (dict(precision='float64'), "precision 'float64' is unknown")):
+        with pytest.raises(ValueError, match=said): check(**wrong)
+
+
+def test_defaults_of_schedule_and_average():
+    assert [training.schedule(epoch) for epoch in (0, .5, 1, 99)] == pytest.approx(
+        [.001, .001 ** .5, 1, 1])
+    layer = nn.Linear(1, 1, bias=False)
+    average = Average(layer)
+    with torch.no_grad(): layer.weight += 1
+    start = float(average.mean[0])
+    average.update()
+    assert float(average.mean[0]) == pytest.approx(start + .01)
+    frozen = nn.Linear(1, 1).requires_grad_(False)
+    assert Average(frozen).mean == []
+
+
+@pytest.mark.parametrize('mode', ['rgb', 'depth', 'combine'])
+def test_rates_of_the_released_groups(mode):
+    "In the released code the backbone of a teacher learns as fast as its heads."
+    model = training.build_network(0, 'small', mode, n_objects=2, n_predicates=2, pretrained=False,
+                                   fpn=16, channels=16)
+    for released in (False, True):
+        heads, body = optimiser(model, .5, .2, .1, released).param_groups
+        expected = .5 if released and mode == 'depth' else .2
+        assert (heads['lr'], body['lr'], heads['base'], body['base']) == (.5, expected, .5, expected)
+        for group in (heads, body):
+            assert (group['weight_decay'], group['eps'], group['betas']) == (.1, 1e-6, (.9, .999))
+        named = {id(p): name for name, p in model.named_parameters()}
+        assert all('backbone' in named[id(p)] for p in body['params'])
+        assert not any('backbone' in named[id(p)] for p in heads['params'])
 
 
 def noisy_scene(i):
