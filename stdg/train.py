@@ -129,7 +129,8 @@ _ASKED = 'asked to stop; what was done is kept, and the same command goes on fro
 
 def _train(settings, prepared, stages, device, fresh):
     """Train `stages` in this process, first forgetting all states if `fresh`. From there to the last
-    stage no other process can train in the run's folder."""
+    stage no other process can train in the run's folder. What fails once training has begun, such
+    as a full disk, is no mistake in what was given: exit status 1."""
     out = folders(settings)[0]
     with ExitStack() as held:
         def get_ready():
@@ -137,6 +138,7 @@ def _train(settings, prepared, stages, device, fresh):
             if fresh: training.start_over(out)
             check_stages(settings, prepared, stages)
         by_first(get_ready)
+        held.enter_context(mistakes_in_one_line('python -m stdg.train', 1, all=False))
         for stage in in_order(stages):
             train_stage(settings, stage, prepared, device)
             if rank_and_world()[0] == 0: print(f"{stage}: {out/stage}.safetensors", flush=True)
