@@ -434,7 +434,6 @@ def test_advice(home, refused, run, network, tmp_path):
     assert 'give one folder or archive, or several pictures' in refused(
         'predict', 'photo.png', 'album', '--jsonl', 'o.jsonl')
     shutil.copy(network, 'net.safetensors')
-    assert 'net.json is missing' in refused('predict', 'photo.png', '-c', 'net.safetensors')
     assert 'is a folder without model.safetensors. Give one of its files: net.safetensors' in refused(
         'predict', 'photo.png', '-c', '.')
     assert 'net.safetensors meant' in refused('predict', 'photo.png', '-c', 'net')

@@ -65,7 +65,7 @@ def arguments(run='default', steps=100, checkpoints=(), data='', split='test', s
     the database in `data`, a folder or a name under data/."""
     if not checkpoints: return at_hand(run, steps)
     if not isinstance(checkpoints, dict): checkpoints = path_list(checkpoints)
-    folder = train.folders(train.Settings(data=str(data)))[1]
+    folder = train.folders(train.Settings(data=str(data)))[1] if data else None
     said = f'{len(checkpoints)} network{"s" * (len(checkpoints) > 1)}'
     said += f' on the {split} pictures of {folder}.' if data else '.'
     return dict(checkpoints=checkpoints, databases=folder if data else (), split=split,
