@@ -102,7 +102,7 @@ ALLOWED = dict(
     name=RunName(), stages=Many(Choice(('teacher', 'control', 'student')), 1, distinct=True),
     teacher=Text(), seed=Whole(0, 2**62), resume=Flag(), steps=Whole(), dry_run=Flag(),
     # Data
-    data=Text(empty=False), size=Whole(16, 8192), n_train=Whole(1), n_val=Whole(), n_test=Whole(),
+    data=Text(), size=Whole(16, 8192), n_train=Whole(1), n_val=Whole(), n_test=Whole(),
     clutter=Real(0, 1), depth_source=Text(empty=False), hold_out=Whole(), overlap=Flag(),
     overfit=Whole(),
     # Network
@@ -183,6 +183,8 @@ def _few_pictures(settings):
 
 def _disagreements(settings):
     "What does not go together in `settings`, sentences."
+    if not settings.data.strip():
+        yield "data is ''; the name or the folder of a database is needed"
     yield from _few_pictures(settings)
     if settings.accumulate > settings.batch_size:
         yield (f"accumulate is {settings.accumulate}, batch_size {settings.batch_size}: a part of a "
