@@ -272,9 +272,9 @@ def test_average_precision_of_a_shifted_box(axis):
         shift[axis::2] = 20 * (1 - share) / (1 + share)
         found = average_precision([Prediction(box + shift, [0], [.9], [], [])],
                                   [SceneGraph(box, [0], [])], 1)
-        assert found['AP50'] == pytest.approx(thresholds > 0)
+        assert found['AP50'] == pytest.approx(float(thresholds > 0))
         assert found['AP'] == pytest.approx(thresholds / 10)
-        assert found['AP50_per_class'] == pytest.approx([thresholds > 0])
+        assert found['AP50_per_class'] == pytest.approx([float(thresholds > 0)])
 
 
 def test_ignored_objects_are_neither_asked_for_nor_punished():
