@@ -64,6 +64,9 @@ EQUIVALENT = [
      'a row of zeros without a pair claims nothing'),
     ('matching', 'predicates = np.zeros((len(pairs), predicates.shape[1])', 'predicates = np.ones',
      'the only pair there is comes first, whatever its scores'),
+    ('metrics', 'return np.unique(np.append(row_key(triplets.reshape(-1, 3)),',
+     'return np.unique(np.append(row_key(triplets.reshape(-2, 3)),',
+     'to numpy any negative number is the one that follows'),
     ('matching', 'if len(values) <= TOP[-1]', 'if (len(values) < TOP[-1])',
      'of exactly a hundred all are among the best hundred'),
 ]

@@ -262,6 +262,21 @@ def test_average_precision_by_hand():
     assert average_precision([doubled], [truth], 1)['AP50'] < expected
 
 
+@pytest.mark.parametrize('axis', (0, 1))
+def test_average_precision_of_a_shifted_box(axis):
+    """A box with an overlap of 0.52 is right at the first of the ten thresholds, 0.5; one with 0.57
+    at the first two. Far from the origin, along either axis."""
+    for share, thresholds in ((.52, 1), (.57, 2), (.48, 0)):
+        box = torch.tensor([[70., 40., 90., 60.]])
+        shift = torch.zeros(4)
+        shift[axis::2] = 20 * (1 - share) / (1 + share)
+        found = average_precision([Prediction(box + shift, [0], [.9], [], [])],
+                                  [SceneGraph(box, [0], [])], 1)
+        assert found['AP50'] == pytest.approx(float(thresholds > 0))
+        assert found['AP'] == pytest.approx(thresholds / 10)
+        assert found['AP50_per_class'] == pytest.approx([float(thresholds > 0)])
+
+
 def test_ignored_objects_are_neither_asked_for_nor_punished():
     truth = SceneGraph([[0, 0, 10, 10], [20, 0, 30, 10]], [0, 0], [], ignore=[False, True])
     for boxes in ([[0, 0, 10, 10]], [[20, 0, 30, 10], [0, 0, 10, 10]]):
