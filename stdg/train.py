@@ -361,7 +361,7 @@ def _train(settings, prepared, stages, device, fresh):
             held.enter_context(exclusive_run(out))
             if fresh: training.start_over(out)
             check_stages(settings, prepared, stages)
-        by_first(get_ready)
+        with mistakes_in_one_line(PROGRAM, of_ours=True): by_first(get_ready)
         held.enter_context(mistakes_in_one_line(PROGRAM, 1, of_ours=True, alone=True))
         for stage in in_order(stages):
             train_stage(settings, stage, prepared, device)
