@@ -137,8 +137,8 @@ def _train(settings, prepared, stages, device, fresh):
             held.enter_context(exclusive_run(out))
             if fresh: training.start_over(out)
             check_stages(settings, prepared, stages)
-        by_first(get_ready)
-        held.enter_context(mistakes_in_one_line('python -m stdg.train', 1, all=False))
+        with mistakes_in_one_line(PROGRAM, of_ours=True): by_first(get_ready)
+        held.enter_context(mistakes_in_one_line(PROGRAM, 1, of_ours=True, alone=True))
         for stage in in_order(stages):
             train_stage(settings, stage, prepared, device)
             if rank_and_world()[0] == 0: print(f"{stage}: {out/stage}.safetensors", flush=True)
