@@ -130,7 +130,7 @@ class _Run:
 
     `done` of `total` steps have been taken, `per_epoch` make an epoch, `skipped` were left out;
     `best` is the best figure of a validation, `stale` how many have passed since; `judged` is
-    false between the end of an epoch and its validation.
+    false between the end of an epoch and its validation; `begun`: this epoch has taken a step.
 
     Raises `ValueError` if the data make no batch."""
     def __init__(self, model, dataset, out, stage, options, record):
@@ -148,7 +148,7 @@ class _Run:
                               options.clip, options.sync_bn)
         self.average = Average(model, options.ema)
         self.done = self.skipped = self.stale = 0
-        self.best, self.judged, self.saved = None, True, time.monotonic()
+        self.best, self.judged, self.begun, self.saved = None, True, False, time.monotonic()
 
     def learnt(self):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -163,7 +163,7 @@ class _Run:
         updates = next((int(state['step']) for state in moments.values()), 0)
         facts = dict(epoch=self.done // self.per_epoch, batch=self.done % self.per_epoch,
                      updates=updates, skipped=self.skipped, best=self.best, stale=self.stale,
-                     judged=self.judged, lines=log.count, processes=self.world,
+                     judged=self.judged, begun=self.begun, lines=log.count, processes=self.world,
                      scaler=self.step.scaler.state_dict())
         return tensors, facts | self.expected
 
@@ -183,7 +183,7 @@ class _Run:
         if facts['scaler']: self.step.scaler.load_state_dict(facts['scaler'])
         self.done, self.skipped = facts['step'], facts['skipped']
         self.best, self.stale = facts['best'], facts['stale']
-        self.judged = facts.get('judged', True)
+        self.judged, self.begun = facts.get('judged', True), facts.get('begun', True)
         if self.judged: self.stop_if_stale()
 
     def stop_if_stale(self):
@@ -260,6 +260,7 @@ def _not_finite(run, values, batch):
 def _one_step(run, batch, log):
     "Take one step; returns the terms."
     options, network = run.options, run.model.network
+    run.begun &= run.done % run.per_epoch > 0
     scale = schedule(run.done / run.per_epoch, options.warm_up, options.decay)
     for group in run.optimiser.param_groups: group['lr'] = group['base'] * scale
     seed_step(options.seed, run.done)
@@ -271,8 +272,9 @@ def _one_step(run, batch, log):
         for b, before in zip(network.buffers(), buffers): b.copy_(before)
     else:
         run.step.apply()
-        if run.done % run.per_epoch == 0: run.average.restart()
-        else: run.average.update()
+        if run.begun: run.average.update()
+        else: run.average.restart()
+        run.begun = True
     run.done += 1
     run.step.watch.lap('optimiser')
     times = run.step.watch.read()
