@@ -41,6 +41,7 @@ from stdg.inference.predictor import (
 )
 from .io.archives import open_sources
 from .io.files import atomic_path, project_folder, writable_folder
+from .io.locks import lock_of, locked
 from .io.outputs import check_apart, check_output, names_within, path_list, same_file
 from .io.parameters import CommandLine, Real, Whole, argument
 from .io.text import one_line
@@ -212,29 +213,31 @@ def predict_many(paths, network, path, writer, drawings=None, batch_size=8, prog
     """Write a JSON line for each picture of `paths` (a folder, an archive, or pictures) to `path`,
     and if asked an SVG each to the folder `drawings` (for one picture also a file).
 
-    Resumes after a kill. Returns how many were tried now, and how many failed. Raises
-    `ValueError` or `OSError` naming what does not fit, before a picture is read."""
+    Resumes after a kill, and waits while another process writes to `path`. Returns how many were
+    tried now, and how many failed. Raises `ValueError` or `OSError` naming what does not fit, before
+    a picture is read."""
     inputs = [*path_list(paths), *network_files(network)]
     names, refused, read, left = _opened(paths)
     # `resume_lines` looks closer than `check_output` can
     path = _json_output(path, inputs, lambda _: True, 'a file')
     draw = _drawer(drawings, names, [*inputs, path] if len(names) == 1 else [path], writer.options)
-    made = resume_lines(path, writer.made_by)
-    todo, failed = [name for name in names if name not in made], 0
     if left: print(f'left out: {left}', file=sys.stderr)
     without = [(name, ValueError(f'{name}: it is refused: {why}')) for name, why in refused.items()]
     writable_folder(path.parent)
     if drawings and Path(drawings).suffix.lower() not in DRAWINGS: writable_folder(drawings)
-    with (open(path, 'a', encoding='utf-8') as out,
-          tqdm(total=len(todo) + len(refused), desc='predicting', disable=not progress) as bar):
-        for name, found in chain(without, stream(todo, network, read, batch_size)):
-            line, error = _finished(name, found, writer, draw)
-            out.write(line)
-            out.flush()
-            bar.update()
-            if error is None: continue
-            failed += 1
-            bar.write(one_line(error, 300), sys.stderr)
+    with locked(lock_of(path), what=path):
+        made, failed = resume_lines(path, writer.made_by), 0
+        todo = [name for name in names if name not in made]
+        with (open(path, 'a', encoding='utf-8') as out,
+              tqdm(total=len(todo) + len(refused), desc='predicting', disable=not progress) as bar):
+            for name, found in chain(without, stream(todo, network, read, batch_size)):
+                line, error = _finished(name, found, writer, draw)
+                out.write(line)
+                out.flush()
+                bar.update()
+                if error is None: continue
+                failed += 1
+                bar.write(one_line(error, 300), sys.stderr)
     return len(todo) + len(refused), failed
 
 # %% ../nbs/commands/03_command_line.ipynb #one

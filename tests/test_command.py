@@ -462,6 +462,26 @@ def test_text_where_a_list_is_meant(home, network):
         with pytest.raises(ValueError, match='a list of names is needed'): Vocabulary(*names)
 
 
+def test_two_that_write_the_same_lines_take_turns(home, network):
+    "Real processes, begun together: every picture stands there once, and no lock is left."
+    command = [sys.executable, '-m', 'stdg.cli', 'predict', 'album', '--jsonl', 'o.jsonl', '-c',
+               str(network), '--top', '1', '--min-object', '.99']
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(record['file'] for record in lines('o.jsonl')) == ['a.png', 'b.png']
+    assert sorted(out.split(': ')[1].split()[0] for out, _ in said) == ['0', '2']
+    assert not list(home.glob('.*'))
+
+
+def test_a_predictor_has_its_size_and_device(network):
+    ready = predictor.load_predictor(network, device='cpu')
+    assert predictor.load_predictor(ready, 96, 'cpu') is ready is predictor.load_predictor(ready)
+    with pytest.raises(ValueError, match='this Predictor has size 96 on cpu'):
+        predictor.load_predictor(ready, 64)
+
+
 def test_names_and_labels_cannot_steer_a_terminal(home, run, network, capsys):
     code, out, _ = run('predict', 'photo.png', '--top', '50')
     assert code == 0 and '[31mred' in out and '\x1b' not in out

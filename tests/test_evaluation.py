@@ -97,6 +97,16 @@ def test_shards_change_nothing(model, dataset, whole, n):
             assert np.array_equal(mine[name], alone[name]), name
 
 
+def test_one_task_may_be_a_text(model, dataset, whole):
+    "Not a list of letters."
+    one = evaluation.evaluate(model, dataset, 'predcls', protocol='strict', intervals=0, progress=False)
+    assert 'sgdet' not in one and one['predcls']['R@50'] == whole['predcls']['R@50']
+    (_, found), *_ = evaluation.predictions(model, dataset, 'sgdet', progress=False)
+    assert list(found) == ['sgdet']
+    with pytest.raises(ValueError, match="task 'sgdte'"):
+        evaluation.evaluate(model, dataset, 'sgdte', progress=False)
+
+
 def test_missing_and_double_records_are_refused(model, dataset):
     records = list(evaluation.records(model, dataset, ('predcls',), progress=False))
     figures = lambda these: evaluation.figures(these, dataset, ('predcls',), intervals=0)

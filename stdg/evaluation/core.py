@@ -65,6 +65,8 @@ def check_fit(model, dataset):
                          "other data")
 
 # %% ../../nbs/evaluation/02_core.ipynb #predictions
+def _names(values): return (values,) if isinstance(values, str) else tuple(values)
+
 @torch.no_grad()
 def predictions(model, dataset, tasks=TASKS, batch_size=16, workers=0, device=None, progress=True,
                 released=False,
@@ -72,8 +74,10 @@ def predictions(model, dataset, tasks=TASKS, batch_size=16, workers=0, device=No
     """Yield (truth, {task: `Prediction`}) for each image of `dataset` (`SceneGraphs` made for
     evaluation, with the input that the model reads).
 
-    Without a `device` a model that lies on a GPU stays there (`io/05_devices`). Raises `ValueError` as `check_fit`."""
+    `tasks` are some of `TASKS`, or one. Without a `device` a model that lies on a GPU stays there
+    (`io/05_devices`). Raises `ValueError` as `check_fit`."""
     check_fit(model, dataset)
+    tasks = _names(tasks)
     kind, part = model.reads, copy.copy(dataset.seen_by(model))
     batch_size = min(batch_size, len(dataset))
     if positions is not None: part.rows = [dataset.rows[i] for i in positions]
@@ -91,7 +95,7 @@ def predictions(model, dataset, tasks=TASKS, batch_size=16, workers=0, device=No
 # %% ../../nbs/evaluation/02_core.ipynb #evaluators
 def _evaluators(vocabulary, tasks, protocols, intervals=0, zero_shot=None):
     "{protocol: {task: `Evaluator`}}."
-    protocols = (protocols,) if isinstance(protocols, str) else tuple(protocols)
+    tasks, protocols = _names(tasks), _names(protocols)
     if not protocols:
         raise ValueError(f"protocol: name at least one of {', '.join(matching.PROTOCOLS)}")
     n_predicates, keep = len(vocabulary.predicates), bool(intervals)
@@ -210,9 +214,9 @@ def _identity(model, dataset, tasks, zero_shot, protocol, released):
     unseen = None
     if zero_shot is not None:
         unseen = hashlib.sha256(np.ascontiguousarray(zero_shot, np.int64).tobytes()).hexdigest()[:16]
-    protocol = [protocol] if isinstance(protocol, str) else list(protocol)
-    return dict(weights=weights.hexdigest()[:16], data=dataset.fingerprint(), tasks=list(tasks),
-                zero_shot=unseen, protocol=protocol, released=released)
+    return dict(weights=weights.hexdigest()[:16], data=dataset.fingerprint(),
+                tasks=list(_names(tasks)), zero_shot=unseen, protocol=list(_names(protocol)),
+                released=released)
 
 def _check_same(folder, identity):
     "Raise `ValueError` if the joined records in `folder` were made of something else."

@@ -234,8 +234,16 @@ def _loaded(path, changed, size, device): return Predictor(path, size, device)
 
 def load_predictor(network, size=None, device=None):
     """The `Predictor` of `network`; for a path it is kept, and made again when one of its files has
-    changed."""
-    if isinstance(network, Predictor): return network
+    changed. A `Predictor` is itself.
+
+    Raises `ValueError` for another size or device than a `Predictor` has."""
+    if isinstance(network, Predictor):
+        there = next(network.model.parameters()).device
+        place = there if device in (None, '') else choose_device(device)
+        if (size or network.size, place.type) != (network.size, there.type):
+            raise ValueError(f"this Predictor has size {network.size} on {there}; for another size or "
+                             "device make another")
+        return network
     if isinstance(network, STDG): return Predictor(network, size, device)
     path, device = _file_of(network), choose_device(device)
     changed = tuple(file.stat().st_mtime_ns if file.exists() else 0
