@@ -67,6 +67,10 @@ EQUIVALENT = [
     ('metrics', 'return np.unique(np.append(row_key(triplets.reshape(-1, 3)),',
      'return np.unique(np.append(row_key(triplets.reshape(-2, 3)),',
      'to numpy any negative number is the one that follows'),
+    ('matching', 'return rows.astype(np.int64) @ (1 << 20)', 'return rows.astype(np.int64) @ (2 << 20)',
+     'a larger base fits into 64 bits, too'),
+    ('matching', 'place = np.zeros(len(objects.boxes), int)', 'place = np.ones',
+     'only places of objects in use are looked up'),
     ('matching', 'if len(values) <= TOP[-1]', 'if (len(values) < TOP[-1])',
      'of exactly a hundred all are among the best hundred'),
 ]

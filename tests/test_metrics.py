@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stdg.graph import TASKS, Prediction, SceneGraph
-from stdg.matching import match, pixel_iou
+from stdg.matching import match, pixel_iou, row_key
 from stdg.metrics import Evaluator, FrequencyPrior, average_precision, evaluate, results_table
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -325,3 +325,10 @@ def test_table_escapes_names(name):
         assert len({line.replace(r'\|', '').count('|') for line in block.splitlines()}) == 1
     assert blocks[1].splitlines()[3].endswith('| – |')
     assert '**70.0**' in blocks[1] and '30.0' in blocks[1]
+
+
+def test_rows_of_numbers_below_a_million_have_keys_of_their_own():
+    most = 2**20 - 1
+    rows = np.array([[0, 2**19 + 5], [1, 5], [1, 2**19 + 5], [most, most], [most - 1, most]])
+    assert row_key(rows).tolist() == [2**19 + 5, 2**20 + 5, 2**20 + 2**19 + 5,
+                                               2**40 - 1, 2**40 - 1 - 2**20]
