@@ -327,7 +327,7 @@ def test_limits_of_lists():
                   dict(stages=['teacher', 'teacher']), dict(trackers=['wandb', 'wandb']),
                   dict(trackers=['paper'])):
         with pytest.raises(ValueError, match=f'^{next(iter(wrong))} '): settings.check_values(wrong)
-    for word in ('data', 'backbone', 'depth_source', 'best', 'name'):
+    for word in ('backbone', 'depth_source', 'best', 'name'):
         with pytest.raises(ValueError, match=f'^{word} is'): settings.check_values({word: ''})
     for word in ('teacher', 'weights', 'device'):
         assert settings.check_values({word: ''})[word] == ''
@@ -349,6 +349,7 @@ def test_the_rarer_defaults():
     (dict(n_train=2000, hold_out=1999, batch_size=1), dict(n_train=2000, hold_out=2000, batch_size=1)),
     (dict(overfit=8), dict(overfit=7)),
     (dict(accumulate=8), dict(accumulate=9)),
+    (dict(data='rooms'), dict(data=' ')),
     (dict(validate_every=1, n_val=1), dict(validate_every=1, n_val=0)),
     (dict(validate_every=1, n_val=0, hold_out=1), dict(validate_every=2, n_val=0)),
     (dict(validate_every=0, n_val=0), dict(validate_every=1, n_val=0)),
