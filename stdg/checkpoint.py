@@ -92,7 +92,9 @@ def facts(path):
 
     Raises `FileNotFoundError`, `PermissionError` or `ValueError` naming the file."""
     weights, beside = (Path(path).with_suffix(end) for end in ('.safetensors', '.json'))
-    if beside.exists() and not weights.exists():
+    try: alone = beside.exists() and not weights.exists()
+    except PermissionError: alone = False
+    if alone:
         record = read_json(beside, _BOTH)
         _check_record(record, beside)
     else: record = TensorFile(weights, _MISSING).record(_BOTH, _check_record)

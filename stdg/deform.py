@@ -32,7 +32,7 @@ def _corners(points):
     bilinear weights, (B, H, W, 9, 4) each; weight 0 outside."""
     h, w = points.shape[-2:]
     y, x = points.permute(2, 0, 3, 4, 1).unsqueeze(-1)
-    y0, x0 = y.floor(), x.floor()
+    y0, x0 = y.floor().nan_to_num(), x.floor().nan_to_num()  # NaN is no index; its weight stays NaN
     row = y0 + y.new_tensor([0, 0, 1, 1])
     col = x0 + x.new_tensor([0, 1, 0, 1])
     weight = (1 - (y - row).abs()) * (1 - (x - col).abs())

@@ -31,5 +31,7 @@ step "nbdev_test: every notebook runs from top to bottom"
 nbdev_test --n_workers 2
 rm -rf "${TMPDIR:?}"/*
 
-step "pytest, one file at a time in each of two processes"
-python -m pytest tests -q -rs -n 2 --dist loadfile --durations=8
+step "pytest, one file at a time in each of two processes, the longest first"
+long=(survival export train benchmark configs study stages devices steps processes estimation command browser)
+files=$( (printf 'tests/test_%s.py\n' "${long[@]}"; ls tests/test_*.py) | awk '!seen[$0]++')
+python -m pytest $files -q -rs -n 2 --dist loadfile --no-loadscope-reorder --durations=8

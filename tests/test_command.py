@@ -504,10 +504,10 @@ def test_pipes_and_interrupts(home, network):
     os.close(read)
     gone = subprocess.Popen([*command, 'photo.png'], stdout=write, stderr=subprocess.PIPE, env=env)
     os.close(write)
+    assert gone.communicate(timeout=100)[1] == b'' and gone.returncode == 141
     for i in range(300): picture(f'album/more{i:03}.png')
     stopped = subprocess.Popen([*command, 'album', '--jsonl', 'o.jsonl', '--batch-size', '1'],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True)
-    assert gone.communicate(timeout=100)[1] == b'' and gone.returncode == 141
     while stopped.poll() is None and not (Path('o.jsonl').exists()
                                           and Path('o.jsonl').stat().st_size):
         time.sleep(.01)

@@ -26,6 +26,19 @@ def test_layer_equals_torchvision(c, n):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 
+def test_an_offset_that_is_no_number():
+    "No index into the field comes of it, but NaN at its cell alone, which the loss then shows."
+    layer, (x, offsets) = DeformConv(8, 16), case(8)
+    whole = layer(x, offsets).detach()
+    broken = offsets.detach().clone()
+    broken[1, 4, 2, 3] = float('nan')
+    out = layer(x, broken)
+    assert out[1, :, 2, 3].isnan().all() and int(out.isnan().sum()) == 16
+    assert torch.equal(out.nan_to_num(7), whole.where(~out.isnan(), 7))
+    broken[1, 4, 2, 3] = float('inf')
+    assert int(layer(x, broken).isnan().sum()) == 16
+
+
 @pytest.mark.parametrize('c', [8, 32])
 def test_training_under_autocast(c):
     "The sampling stays exact: only the input and the offsets are rounded."

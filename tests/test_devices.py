@@ -295,23 +295,22 @@ def test_two_processes(database, tmp_path):
 
 @pytest.mark.parametrize('changed,said', [
     (dict(device='cuda'), "device 'cuda': this machine has cpu, and no GPU"),
-    (dict(device='7'), "device '7': this machine has"),
+    (dict(device='7'), "device is '7'; .*did you mean 'cuda:7'"),
     (dict(devices=999), 'devices=999, but this machine has'),
     (dict(accumulate=9), 'accumulate=9: with batch_size=8 each has 8 of the pictures, so 1 to 8'),
-    (dict(accumulate=0), 'accumulate=0: .* so 1 to 8 parts'),
-    (dict(batch_size=0), 'batch_size=0: a step needs a picture'),
+    (dict(accumulate=0), 'accumulate is 0; a whole number from 1 up'),
+    (dict(batch_size=0), 'batch_size is 0; a whole number from 1 up'),
     (dict(compile=True, recompute=True), 'Choose one: compile for speed, recompute'),
-    (dict(precision='fp16'), "precision 'fp16' is unknown"),
-    (dict(validate_every=1, best='sgdet/R@30'), "best='sgdet/R@30' is no figure.*sgdet/R@"),
-    (dict(validate_every=1), "split 'val' has a relation, and validate_every is 1. Set "
-                                      'hold_out')])
+    (dict(precision='fp16'), "precision is 'fp16'; one of 'float32'"),
+    (dict(validate_every=1, batch_size=2, best='sgdet/R@30'), "best='sgdet/R@30' is no figure.*sgdet/R@"),
+    (dict(validate_every=1, batch_size=2), 'no validation pictures, and validate_every is 1: -p hold_out')])
 def test_refused_before_anything_is_trained(changed, said, tmp_path, monkeypatch):
     (tmp_path/'settings.ini').touch()
     monkeypatch.chdir(tmp_path)
     folder = toy_database(tmp_path/'data'/'toy', 3, [0, 0, 2]).folder
     before = sorted(tmp_path.rglob('*'))
-    settings = train.Settings(data='toy', size=64, pretrained=False, **changed)
-    with machine(0), pytest.raises(ValueError, match=said) as error: train.prepare_run(settings)
+    with machine(0), pytest.raises(ValueError, match=said) as error:
+        train.prepare_run(train.Settings(data='toy', size=64, pretrained=False, **changed))
     assert '\n' not in str(error.value) and folder.exists()
     assert sorted(tmp_path.rglob('*')) == before, 'no HHA, no run'
 

@@ -133,16 +133,16 @@ def child(folder, model, shard, slow=0., stuck=False):
     if pid: return pid
     code = 1
     try:
-        maps, fsync, parts = Estimator.maps, os.fsync, []
+        maps, replace, parts = Estimator.maps, os.replace, []
         def late(*args):
             time.sleep(slow)
             return maps(*args)
-        def hang(file):
-            parts.append(file)
+        def hang(partial, path):
+            parts.extend([path] * Path(path).name.startswith('part-'))
             if len(parts) == 2: time.sleep(600)
-            fsync(file)
+            replace(partial, path)
         Estimator.maps = late
-        if stuck: os.fsync = hang
+        if stuck: os.replace = hang
         estimate_depth(Database(folder), model, size=64, shard=(shard, 3), batch=2, progress=False)
         code = 0
     finally: os._exit(code)

@@ -324,7 +324,7 @@ def test_faults_of_train_keep_their_traceback(project, capsys, monkeypatch):
 
 
 def test_the_device_is_looked_for_before_rooms_are_made(project, capsys, monkeypatch):
-    monkeypatch.setattr(train.rooms, 'make_rooms', lambda *args, **kwargs: pytest.fail('too late'))
+    monkeypatch.setattr('stdg.rooms.make_rooms', lambda *args, **kwargs: pytest.fail('too late'))
     (project/'run.yaml').write_text('pretrained: false\ndevice: cuda:3')
     with pytest.raises(ValueError, match="device 'cuda:3': this machine has"):
         train.prepare_run(train.read_settings('run.yaml'))

@@ -1,6 +1,8 @@
 """A run of several stages: one log, all checked before the first is trained, stopped at any moment
 by real signals, and never disturbed by another process."""
+import contextlib
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -14,7 +16,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stdg import train, training
+from stdg import begin_run, train, training
 from stdg.data import SceneGraphs
 from stdg.depth.precompute import prepare_hha
 from stdg.testing import toy_database
@@ -214,7 +216,7 @@ def test_asked_to_stop_at_any_moment(home, monkeypatch):
 
     out, stages = home/'runs'/'stopped', ('teacher', 'control')
     moments = [
-        (train, 'prepare_hha', ask, lambda *given: True, Interrupted, 'what was done is kept', []),
+        (begin_run, 'prepare_hha', ask, lambda *given: True, Interrupted, 'what was done is kept', []),
         (loop, '_one_step', ask, at('teacher', 1), Interrupted, 'teacher: .*after step 2 is saved',
          ['teacher']),
         (loop, '_checkpoint', ask, lambda run, name, **_: name == 'teacher.best', Interrupted,
@@ -263,9 +265,12 @@ def ended(process):
 
 def refused(work):
     "Exit code 7 if `work` finds that another process trains there."
-    try: work()
-    except BlockingIOError as error: return 7 if 'another process trains in' in str(error) else 8
-    return 0
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said): work()
+    except BlockingIOError as error: said.write(str(error))
+    except SystemExit as ended: assert ended.code == 2
+    return 7 if 'another process trains in' in said.getvalue() else 8
 
 
 def test_nobody_starts_over_what_is_being_trained(home, monkeypatch):

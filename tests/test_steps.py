@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from stdg import data, evaluation, losses, train, training
 from stdg.checkpoint import facts, load
+from stdg.datasets.visual_genome import Database
 from stdg.depth.precompute import prepare_hha
 from stdg.evaluation.thresholds import choose_thresholds
 from stdg.graph import TASKS, SceneGraph
@@ -352,7 +353,7 @@ def figures_on(model, dataset):
 def test_a_run_is_judged_on_the_validation_pictures(home, processes, monkeypatch):
     "What is logged, the best network and the thresholds come from them, never from test pictures."
     folder = judged(home, f'by{processes}', processes, monkeypatch)
-    database = train.Database(home/'data'/'toy')
+    database = Database(home/'data'/'toy')
     val, test = (data.SceneGraphs(database, split) for split in ('val', 'test'))
     best = load(folder/'control.best.safetensors')
     expected, others = figures_on(best, val), figures_on(best, test)

@@ -124,13 +124,14 @@ def test_devices_share_the_work(run):
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason='one processor core')
 def test_traceback_of_a_process_is_in_the_notebook(run):
-    code, said, text = papermill(run, name='broken', devices=2, more=dict(device='cpu'),
-                                 **QUICK | dict(batch_size=3))
-    message = ('2 processes cannot share a batch of 3 pictures: make the batch size a multiple of '
-               '2')
-    assert code == 1 and message in text and 'Traceback' in text, text
+    code, said, text = papermill(run, name='broken', devices=2, more=dict(device='cpu'), lr=1e30,
+                                 **QUICK)
+    message = 'control, step 1: '
+    assert code == 1 and message in text and 'is not finite on images' in text, text
+    assert 'Traceback' in text
     assert '2 processes of stdg.train ended with exit code' in said
-    assert not list(run.glob('runs/broken/*.safetensors'))
+    kept = sorted(path.name for path in run.glob('runs/broken/*.safetensors'))
+    assert kept == [f'control-00000001-{rank}.replay.safetensors' for rank in range(2)]
 
 
 def test_too_many_devices(run):

@@ -245,7 +245,7 @@ def load_predictor(network, size=None, device=None):
                              "device make another")
         return network
     if isinstance(network, STDG): return Predictor(network, size, device)
-    path, device = _file_of(network), choose_device(device)
+    device, path = choose_device(device), _file_of(network)
     changed = tuple(file.stat().st_mtime_ns if file.exists() else 0
                     for file in (path, path.with_suffix('.json')))
     return _loaded(str(path), changed, size, device)
