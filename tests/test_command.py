@@ -507,7 +507,9 @@ def test_pipes_and_interrupts(home, network):
     assert gone.communicate(timeout=100)[1] == b'' and gone.returncode == 141
     for i in range(300): picture(f'album/more{i:03}.png')
     stopped = subprocess.Popen([*command, 'album', '--jsonl', 'o.jsonl', '--batch-size', '1'],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True,
+                               # a shell starts what it puts into the background deaf to Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while stopped.poll() is None and not (Path('o.jsonl').exists()
                                           and Path('o.jsonl').stat().st_size):
         time.sleep(.01)

@@ -452,6 +452,10 @@ def test_what_cannot_be_judged_is_null_with_the_reason(tmp_path):
 
 # make
 
+# as if no `make test` were around
+OUTERMOST = {k: v for k, v in os.environ.items() if k not in ('MAKELEVEL', 'MAKEFLAGS', 'MFLAGS', 'RUN')}
+
+
 @pytest.fixture(scope='module')
 def makefile(tmp_path_factory):
     "A folder with the Makefile and a `papermill` that prints its arguments, each in a line."
@@ -472,7 +476,7 @@ def makefile(tmp_path_factory):
 @pytest.mark.parametrize('name', ['2', 'my run', "it's", 'a"b', '1.50', 'study/one', '*', '-x', '`ls`'])
 def test_make_hands_the_name_on(makefile, name):
     done = subprocess.run(['make', '-s', 'train', f'RUN={name}', 'ARGS=-p clutter 0.8'], cwd=makefile,
-                          capture_output=True, text=True)
+                          env=OUTERMOST, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[2:9] == ['nbs/train.ipynb', f'runs/{name}/train.ipynb', '-r', 'name', name, '-p',
@@ -485,8 +489,8 @@ def test_make_hands_the_name_on(makefile, name):
                                   'a '])
 def test_make_refuses_what_can_be_no_folder(makefile, name):
     there = sorted(makefile.rglob('*'))
-    done = subprocess.run(['make', '-s', 'train', f'RUN={name}'], cwd=makefile, capture_output=True,
-                          text=True)
+    done = subprocess.run(['make', '-s', 'train', f'RUN={name}'], cwd=makefile, env=OUTERMOST,
+                          capture_output=True, text=True)
     said = [line for line in done.stderr.splitlines() if not line.startswith('make:')]
     assert done.returncode == 2 and len(said) == 1 and said[0].startswith(f"RUN='{name}' can be no")
     assert sorted(makefile.rglob('*')) == there and not done.stdout

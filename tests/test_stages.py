@@ -193,7 +193,15 @@ class Crash(BaseException):
     "Stands in for a kill, which leaves the same files."
 
 
-def test_asked_to_stop_at_any_moment(home, monkeypatch):
+@pytest.fixture
+def hears_ctrl_c():
+    "Also where a shell has put the tests into the background, which makes them deaf to it."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_asked_to_stop_at_any_moment(home, monkeypatch, hears_ctrl_c):
     """A run is asked to stop while data are prepared, in the last step of a stage, in its final
     validation, while thresholds are chosen, between two stages, in the last step of all; Ctrl-C and
     a crash come between. The same command goes on each time, and all is as if it had not been."""
