@@ -34,7 +34,8 @@ STEPS = ['test_steps.py::test_ten_steps_are_those_of_a_plain_loop',
          'test_steps.py::test_a_step_that_is_left_out_leaves_nothing_behind',
          'test_steps.py::test_which_steps_can_be_taken',
          'test_steps.py::test_defaults_of_schedule_and_average',
-         'test_steps.py::test_rates_of_the_released_groups']
+         'test_steps.py::test_rates_of_the_released_groups',
+         'test_devices.py::test_replay_draws_as_the_process_did']
 TESTS = {
     'fields': ['test_fields.py'],
     'losses': ['test_losses.py'],
@@ -45,7 +46,7 @@ TESTS = {
     'training.step': STEPS,
     'training.resume': STEPS[1:2],
     'training.loop': STEPS,
-    'evaluation.core': ['test_evaluation.py'],
+    'evaluation.core': ['test_evaluation.py', 'test_devices.py::test_a_shard_that_is_not_there'],
     'evaluation.thresholds': ['test_evaluation.py'],
     'evaluation.intervals': ['test_strict_metrics.py'],
     'evaluation.diagnostics': ['test_evaluation.py'],

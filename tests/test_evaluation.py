@@ -107,6 +107,23 @@ def test_one_task_may_be_a_text(model, dataset, whole):
         evaluation.evaluate(model, dataset, 'sgdte', progress=False)
 
 
+def test_the_prior_is_counted_on_the_training_pictures(tmp_path, monkeypatch):
+    "Its tables are those of a prior that counts graph by graph."
+    scenes = [scene(i) for i in range(9)]
+    database = toy_database(tmp_path, scenes, [0] * 6 + [2] * 3, NAMES, 64)
+    seen, predict = [], metrics.FrequencyPrior.predict
+    def note(prior, truth):
+        seen.append(prior)
+        return predict(prior, truth)
+    monkeypatch.setattr(metrics.FrequencyPrior, 'predict', note)
+    figures = evaluation.evaluate_prior(database, SceneGraphs(database, 'test'), intervals=0)
+    plain = metrics.FrequencyPrior(3, 3).fit(graph for graph, _ in scenes[:6])
+    assert figures['images'] == len(seen) == 3
+    assert plain.predicates.tolist() != plain.counts.sum((0, 2)).tolist(), 'they can be told apart'
+    for name in ('counts', 'pairs', 'predicates'):
+        np.testing.assert_array_equal(getattr(seen[0], name), getattr(plain, name))
+
+
 def test_missing_and_double_records_are_refused(model, dataset):
     records = list(evaluation.records(model, dataset, ('predcls',), progress=False))
     figures = lambda these: evaluation.figures(these, dataset, ('predcls',), intervals=0)
