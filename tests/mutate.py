@@ -45,7 +45,7 @@ TESTS = {
     'training.settings': ['test_configs.py'],
     'training.step': STEPS,
     'training.resume': STEPS[1:2],
-    'training.loop': STEPS,
+    'training.loop': [*STEPS, 'test_stages.py::test_every_stage_is_checked_first'],
     'evaluation.core': ['test_evaluation.py', 'test_devices.py::test_a_shard_that_is_not_there'],
     'evaluation.thresholds': ['test_evaluation.py'],
     'evaluation.intervals': ['test_strict_metrics.py'],

@@ -163,6 +163,7 @@ def assert_same_steps(folder, expected):
     for path, step in zip(states, expected, strict=True):
         kept, facts = load_state(path)
         assert facts['step'] == step['step']
+        assert (facts['epoch'], facts['batch']) == divmod(step['step'], STEPS)
         assert {f'average.{name}' for name in learnt} == {k for k in kept if k[:8] == 'average.'}
         places = dict(heads=[name for name in learnt if 'backbone' not in name],
                       backbone=[name for name in learnt if 'backbone' in name],
@@ -180,6 +181,9 @@ def test_ten_steps_are_those_of_a_plain_loop(dataset, plain, tmp_path):
     assert all(.1 < step['taught_share'] < .9 for step in records)
     np.testing.assert_allclose(rates, [step['rates'] for step in records], rtol=1e-9)
     assert_same_steps(tmp_path, records)
+    record = facts(tmp_path/'student.safetensors')
+    assert record['size'] == dataset.database.size and record['training']['seed'] == SEED
+    assert record['vocabulary'] == dataset.database.vocabulary.to_json()
     for kept in (model, load(tmp_path/'student.safetensors')):
         weights = dict(kept.named_parameters())
         for name in mean: torch.testing.assert_close(weights[name].detach(), mean[name])
