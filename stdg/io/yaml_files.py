@@ -78,7 +78,7 @@ def parse_yaml(text, where='the text'):
                          f"{MOST_BYTES:,}")
     try:
         _check_bounds(text)
-        return yaml.load(text, _Loader)
+        return _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         mark = getattr(error, 'problem_mark', None)
         line = f'line {mark.line + 1}: ' if mark else ''

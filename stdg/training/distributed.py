@@ -7,6 +7,7 @@ __all__ = ['rank_and_world', 'own_device', 'process_group', 'exit_worker', 'all_
            'broadcast_buffers', 'by_first', 'in_any_process', 'check_devices', 'child_process', 'launch']
 
 # %% ../../nbs/training/02_distributed.ipynb #imports
+import copy
 import ctypes
 import os
 import pickle
@@ -98,7 +99,9 @@ _FOREVER = timedelta(days=365)
 
 def _sendable(error):
     "`error`, or a `RuntimeError` of the same words if it cannot be pickled."
-    try: pickle.loads(pickle.dumps(error))
+    try:
+        pickle.dumps(error)
+        copy.copy(error)  # is made again as the other processes make it
     except Exception: return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
