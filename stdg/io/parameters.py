@@ -225,10 +225,10 @@ class Many:
 
     @property
     def needed(self):
-        number = f' {self.least}' if self.least == self.most else (
-            ' one or more' if self.least == 1 else f' {self.least} or more' * (self.least > 1))
+        number = f' of {self.least}' if self.least == self.most else (
+            ' of one or more' if self.least == 1 else f' of {self.least} or more' * (self.least > 1))
         rules = ', all different' * self.distinct + ', none smaller than the one before' * self.rising
-        return f'a list of{number}, each {self.entry.needed}{rules},'
+        return f'a list{number}, each {self.entry.needed}{rules},'
 
     def _entries(self, value):
         "The entries of whatever was given."
