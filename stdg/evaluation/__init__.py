@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'check_fit', 'check_judged', 'choose_thresholds', 'difference', 'evaluate', 'evaluate_prior', 'extremes',
-           'figures', 'finite', 'group_recall', 'image_recalls', 'latency_table', 'machine', 'measure_latency',
-           'plot_predicate_recall', 'plot_reliability', 'predicate_table', 'predictions', 'records', 'reliabilities',
-           'reliability', 'resample', 'save_thresholds', 'store', 'stored', 'training_predicate_counts']
+           'figures', 'finite', 'group_recall', 'image_precision', 'image_recalls', 'latency_table', 'machine',
+           'measure_latency', 'plot_predicate_recall', 'plot_reliability', 'predicate_table', 'predictions', 'records',
+           'reliabilities', 'reliability', 'resample', 'save_thresholds', 'store', 'stored', 'surest_table',
+           'training_predicate_counts']
 
 # %% ../../nbs/evaluation/00_about_evaluation.ipynb #face
 from stdg.evaluation.core import (
@@ -25,6 +26,7 @@ from stdg.evaluation.core import (
 from stdg.evaluation.diagnostics import (
     CLAIMS,
     extremes,
+    image_precision,
     image_recalls,
     plot_predicate_recall,
     plot_reliability,
@@ -33,10 +35,11 @@ from stdg.evaluation.diagnostics import (
 )
 from .intervals import difference, group_recall, predicate_table, resample
 from .latency import latency_table, machine, measure_latency
+from .surest import surest_table
 from .thresholds import choose_thresholds, save_thresholds
 
 _all_ = ['CLAIMS', 'check_fit', 'check_judged', 'choose_thresholds', 'difference', 'evaluate',
-         'evaluate_prior', 'extremes', 'figures', 'finite', 'group_recall', 'image_recalls',
+         'evaluate_prior', 'extremes', 'figures', 'finite', 'group_recall', 'image_precision', 'image_recalls',
          'latency_table', 'machine', 'measure_latency', 'plot_predicate_recall', 'plot_reliability',
          'predicate_table', 'predictions', 'records', 'reliabilities', 'reliability', 'resample',
-         'save_thresholds', 'store', 'stored', 'training_predicate_counts']
+         'save_thresholds', 'store', 'stored', 'surest_table', 'training_predicate_counts']
