@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from stdg import evaluation, prepare, train
-from stdg.explore.widget import OVERLAYS, SHOW
+from stdg.explore.controls import OVERLAYS, SHOW
 from stdg.graph import SceneGraph
 from stdg.io import parameters
 from stdg.io.yaml_files import parse_yaml
