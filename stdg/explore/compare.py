@@ -9,11 +9,12 @@ __all__ = ['VERDICTS', 'MOST', 'FIRST', 'Agreement', 'compare', 'precision', 'co
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ..draw.boxes import titles
 from ..draw.style import HIT, MISS, class_colour
 from .graph_layout import PANEL, place_names, place_nodes
-from ..graph import Prediction, SceneGraph, triplets
+from ..graph import Prediction, SceneGraph
 from ..io.text import one_line
 from ..matching import SUREST, match, same_objects, true_triplets
 
@@ -117,13 +118,22 @@ def _arrange(record, names):
     record.update(places=at.tolist(), widths=widths)
 
 # %% ../../nbs/explore/03_compare.ipynb #record
+def _ranked(prediction):
+    """The first `MOST` triplets (T, 3) of `prediction` with their scores (T,): the best predicate of
+    each pair, in the order in which the pairs are ranked; none of score 0."""
+    if not prediction.predicates.numel(): return torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0)
+    best, predicate = prediction.predicates.max(1)
+    scores = best * prediction.scores[prediction.pairs].prod(1)
+    first = (scores > 0).nonzero()[:MOST, 0]
+    return torch.cat([prediction.pairs, predicate[:, None]], 1)[first], scores[first]
+
 def comparison_record(prediction, vocabulary, truth=None, holds=None, task='sgdet',
                       seen=None):  # prediction and truth in the pixels in which they are judged
     """What is drawn of a prediction and, if it is given, of the truth of the same picture and
     vocabulary: plain lists and numbers.
 
     `holds` as in `compare`; with it `precision` is [P@5, P@10], or None where nothing holds."""
-    rows, scores = triplets(prediction, top=MOST)
+    rows, scores = _ranked(prediction)
     likely = set(rows[:, :2].ravel().tolist())
     likely |= set((prediction.scores >= .3).nonzero().ravel().tolist())
     rows = rows.numpy()
