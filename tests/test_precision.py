@@ -343,9 +343,11 @@ def test_the_explorer_counts_as_evaluation_does(task):
     for seed in range(20):
         prediction, dense = random_case(np.random.default_rng(seed), task)
         prediction.size, truth = (80, 80), SceneGraph(dense.boxes, dense.labels, dense.relations[:2])
-        record = comparison_record(prediction, Vocabulary(list('abc'), list('xyz')), truth, dense.relations.numpy(), task)
+        every = dense.relations.numpy()
+        record = comparison_record(prediction, Vocabulary(list('abc'), list('xyz')), truth, every, task)
         right = true_triplets(prediction, dense, task, 3)
         assert record['precision'] == [right[:5].mean(), right.mean()]
-        assert precision(prediction, truth, dense.relations.numpy(), task) == dict(zip((5, 10), record['precision']))
+        assert precision(prediction, truth, every, task) == dict(
+            zip((5, 10), record['precision']))
         if task == 'sgdet':
             assert [t['holds'] for t in record['triplets']][:10] == right.tolist()[:len(record['triplets'])]
