@@ -288,9 +288,7 @@ def evaluate_prior(database, dataset, protocol=('strict', 'reference'), n_val=0,
     Raises `ValueError` as `check_judged`."""
     check_judged(dataset)
     vocabulary = database.vocabulary
-    prior = metrics.FrequencyPrior(len(vocabulary.objects), len(vocabulary.predicates))
-    prior.counts, prior.pairs = statistics.prior_tables(_training_relations(database, n_val))
-    prior.predicates = prior.counts.sum((0, 1))
+    prior = metrics.FrequencyPrior.of(statistics.pair_prior(database, n_val))
     evaluators = _evaluators(vocabulary, ('predcls',), protocol, intervals)
     for truth in map(dataset.truth, range(len(dataset))):
         guess = prior.predict(truth)
