@@ -29,6 +29,7 @@ from ..graph import TASKS
 from ..io.devices import device_for
 from ..io.files import read_json, write_json
 from ..io.packed import Packed, Parts
+from ..reading import PUBLISHED
 
 # %% ../../nbs/evaluation/02_core.ipynb #check-fit
 _WRONG_WAYS = dict(training='it was made with train=True: its pictures come shuffled, and its truths '
@@ -70,6 +71,7 @@ def _names(values): return (values,) if isinstance(values, str) else tuple(value
 @torch.no_grad()
 def predictions(model, dataset, tasks=TASKS, batch_size=16, workers=0, device=None, progress=True,
                 released=False,
+                reading=PUBLISHED,  # how fields become graphs: a `stdg.reading.Reading`
                 positions=None):  # of the samples, in the order that is wanted; None: all
     """Yield (truth, {task: `Prediction`}) for each image of `dataset` (`SceneGraphs` made for
     evaluation, with the input that the model reads).
@@ -89,7 +91,8 @@ def predictions(model, dataset, tasks=TASKS, batch_size=16, workers=0, device=No
         filled = torch.cat([pictures, pictures[-1:].expand(batch_size - n, -1, -1, -1)])
         detection, relation = (fields[:n] for fields in model(network_input(model, filled, kind)))
         truths = [part.truth(i) for i in batch['index'].tolist()]
-        found = decode.decode_tasks(detection, relation, tasks, truths, model.stride, released)
+        found = decode.decode_tasks(detection, relation, tasks, truths, model.stride, released,
+                                    reading=reading)
         for i, truth in enumerate(truths): yield truth, {task: found[task][i] for task in tasks}
 
 # %% ../../nbs/evaluation/02_core.ipynb #evaluators
@@ -206,23 +209,34 @@ def evaluate(model, dataset, tasks=TASKS, zero_shot=None,
                    zero_shot, protocol, intervals)
 
 # %% ../../nbs/evaluation/02_core.ipynb #identity
-def _identity(model, dataset, tasks, zero_shot, protocol, released):
+def _digest(*arrays):
+    "16 hexadecimal letters of `arrays` of whole numbers."
+    digest = hashlib.sha256()
+    for array in arrays: digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+def _of_reading(reading):
+    "What `_identity` notes of a `Reading`: nothing of the published one, as in earlier records."
+    if reading.to_json() == PUBLISHED.to_json(): return {}
+    table = _digest(reading.table.counts, reading.table.pairs) if reading.prior else None
+    return dict(reading=dict(reading.to_json(), table=table))
+
+def _identity(model, dataset, tasks, zero_shot, protocol, released, reading):
     "What must not change while records are made, as JSON."
     weights = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    unseen = None
-    if zero_shot is not None:
-        unseen = hashlib.sha256(np.ascontiguousarray(zero_shot, np.int64).tobytes()).hexdigest()[:16]
+    unseen = None if zero_shot is None else _digest(zero_shot)
     return dict(weights=weights.hexdigest()[:16], data=dataset.fingerprint(),
                 tasks=list(_names(tasks)), zero_shot=unseen, protocol=list(_names(protocol)),
-                released=released)
+                released=released, **_of_reading(reading))
 
 def _check_same(folder, identity):
     "Raise `ValueError` if the joined records in `folder` were made of something else."
     known = read_json(folder/'records.json', f'Remove {folder} and evaluate again.')
-    differ = ', '.join(f'{name} {known.get(name)} (asked: {value})'
-                       for name, value in identity.items() if known.get(name) != value)
+    differ = ', '.join(f'{name} {known.get(name)} (asked: {identity.get(name)})'
+                       for name in dict.fromkeys([*identity, *known])
+                       if known.get(name) != identity.get(name))
     if differ:
         raise ValueError(f"{folder} holds records of something else: {differ}. Choose another "
                          "folder, or remove that one")
@@ -233,7 +247,7 @@ def _as_bytes(record):
 
 def store(folder, model, dataset, tasks=TASKS, zero_shot=None, protocol=('strict', 'reference'),
           shard=(0, 1),  # i and n: every n-th part, from the i-th on
-          released=False,  # as in `predictions`
+          released=False, reading=PUBLISHED,  # as in `predictions`
           part=32,  # images in a part: what a kill can lose
           **options):  # of `predictions`
     """Write the records of `dataset` to `folder/records.h5`; returns its path, or None while other
@@ -246,7 +260,7 @@ def store(folder, model, dataset, tasks=TASKS, zero_shot=None, protocol=('strict
     check_fit(model, dataset)
     _evaluators(dataset.database.vocabulary, tasks, protocol)  # raises for an unknown protocol
     path = Path(folder)/'records.h5'
-    identity = _identity(model, dataset, tasks, zero_shot, protocol, released)
+    identity = _identity(model, dataset, tasks, zero_shot, protocol, released, reading)
     if path.exists():
         _check_same(path.parent, identity)
         return path
@@ -254,7 +268,7 @@ def store(folder, model, dataset, tasks=TASKS, zero_shot=None, protocol=('strict
     with parts.share(shard) as todo:  # listed once: the records below come in this order
         positions = [row for k in todo for row in parts.rows(k)]
         made = _records(model, dataset, tasks, zero_shot, protocol, positions,
-                        options | dict(released=released))
+                        options | dict(released=released, reading=reading))
         for k in todo: parts.write(k, list(islice(map(_as_bytes, made), len(parts.rows(k)))))
     if tuple(shard) != (0, 1): return None
     with parts.joining() as ours:
