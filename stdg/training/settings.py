@@ -12,7 +12,7 @@ from importlib.resources import files
 
 from ..graph import TASKS
 from ..io.parameters import Choice, Device, Flag, Many, Real, RunName, Text, Whole, check, near
-from ..matching import TOP
+from ..matching import SUREST, TOP
 from ..reading import RELATIONS, SUPPRESS
 
 # %% ../../nbs/training/01_settings.ipynb #settings
@@ -98,7 +98,8 @@ class Settings:
 # %% ../../nbs/training/01_settings.ipynb #allowed
 FIGURES = ('AP50', *(f'{task}/{kind}@{k}' for task in TASKS for k in TOP
                      for kind in ('R', 'ng-R', 'mR', 'ng-mR', 'microR', 'ng-microR', 'F', 'ng-F',
-                                  *(['A'] if task != 'sgdet' else []))))
+                                  *(['A'] if task != 'sgdet' else []))),
+           *(f'{task}/P@{k}' for task in TASKS for k in SUREST))
 _range = Many(Real(0, above=True), 2, 2, rising=True)
 
 ALLOWED = dict(
