@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOP', 'PROTOCOLS', 'SUREST', 'pixel_iou', 'same_objects', 'match', 'row_key', 'found_relations', 'claims',
-           'box_claims', 'true_triplets']
+           'box_claims', 'surest_triplets', 'true_triplets']
 
 # %% ../nbs/method/09_matching.ipynb #imports
 from typing import NamedTuple
@@ -44,19 +44,22 @@ def _hits(agree, relations, triplets):
     object_agrees = agree[object, triplets[:, 1]]
     return subject_agrees & object_agrees & (predicate == triplets[:, 2])
 
-def same_objects(truth:SceneGraph, prediction:Prediction):
+def same_objects(truth:SceneGraph, prediction:Prediction, plain:bool=False):
     """Table (N, M) of booleans, an array: object of `truth` agrees with object of `prediction` in
-    class and place.
+    class and place; `plain`: without the extra pixel.
 
     Source: method spec 9."""
+    if plain: return _overlap(*(_Objects(graph.boxes.cpu().numpy(), graph.labels.cpu().numpy())
+                                for graph in (truth, prediction))) >= .5
     objects = truth.boxes, truth.labels, prediction.boxes, prediction.labels
     return _agree(*(x.cpu().numpy() for x in objects))
 
 def match(truth:SceneGraph, prediction:Prediction,
           triplets,  # (T, 3) subject, object (both into the prediction's boxes), predicate
+          plain:bool=False,  # overlap without the extra pixel
          ):  # (R, T) bool array
     "Which relation of `truth` is hit by which of `triplets`. Source: method spec 9."
-    return _hits(same_objects(truth, prediction), truth.relations.cpu().numpy(),
+    return _hits(same_objects(truth, prediction, plain), truth.relations.cpu().numpy(),
                  np.asarray(triplets).reshape(-1, 3))
 
 # %% ../nbs/method/09_matching.ipynb #rankings
@@ -302,12 +305,12 @@ def box_claims(prediction:Prediction, truth:SceneGraph):
 # %% ../nbs/method/09_matching.ipynb #true-triplets
 SUREST = (5, 10)  # the ranks K at which precision by the dense truth is read
 
-def true_triplets(prediction:Prediction,
-                  dense:SceneGraph,  # every relation that holds, on the objects of the truth
-                  task:str,  # 'predcls', 'sgcls' or 'sgdet'
-                  n_predicates:int, top:int=SUREST[-1],
-                 ):  # (top,) bool, surest first; False also where there is no triplet
-    """Which of the `top` surest triplets with graph constraint are true by the `dense` truth.
+def surest_triplets(prediction:Prediction,
+                    dense:SceneGraph,  # every relation that holds, on the objects of the truth
+                    task:str,  # 'predcls', 'sgcls' or 'sgdet'
+                    n_predicates:int, top:int=SUREST[-1],
+                   ):  # (T, 3) subject, object, predicate, T at most `top`; (T,) bool
+    """The surest triplets with graph constraint, and which of them are true by the `dense` truth.
 
     Raises `ValueError` as `stdg.matching.found_relations` does."""
     true, relations, objects, pairs, predicates = _inputs(prediction, dense, task, n_predicates)
@@ -320,5 +323,11 @@ def true_triplets(prediction:Prediction,
     else: agree = np.diag(objects.labels == true.labels)
     right = _hits(agree & ~ignore[:, None], relations, triplets).any(0)
     aside = ~right & agree[ignore].any(0)[triplets[:, :2]].any(1)
-    right = right[~aside][:top]
+    return triplets[~aside][:top], right[~aside][:top]
+
+def true_triplets(prediction:Prediction, dense:SceneGraph, task:str, n_predicates:int,
+                  top:int=SUREST[-1]):
+    """Which places of the list of `surest_triplets` hold a true one: (top,) bool, False also where
+    there is no triplet."""
+    right = surest_triplets(prediction, dense, task, n_predicates, top)[1]
     return np.pad(right, (0, top - len(right)))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'both_ways', 'check_fit', 'check_judged', 'choose_reading', 'choose_thresholds', 'difference', 'evaluate',
-           'evaluate_prior', 'extremes', 'figures', 'finite', 'group_recall', 'image_recalls', 'latency_table',
-           'machine', 'measure_latency', 'plot_predicate_recall', 'plot_reliability', 'predicate_table', 'predictions',
-           'records', 'reliabilities', 'reliability', 'resample', 'save_reading', 'save_thresholds', 'store', 'stored',
-           'training_predicate_counts']
+           'evaluate_prior', 'extremes', 'figures', 'finite', 'group_recall', 'image_precision', 'image_recalls',
+           'latency_table', 'machine', 'measure_latency', 'plot_predicate_recall', 'plot_reliability',
+           'predicate_table', 'predictions', 'records', 'reliabilities', 'reliability', 'resample', 'save_reading',
+           'save_thresholds', 'store', 'stored', 'surest_table', 'training_predicate_counts']
 
 # %% ../../nbs/evaluation/00_about_evaluation.ipynb #face
 from .choices import both_ways, choose_reading, save_reading
@@ -27,6 +27,7 @@ from stdg.evaluation.core import (
 from stdg.evaluation.diagnostics import (
     CLAIMS,
     extremes,
+    image_precision,
     image_recalls,
     plot_predicate_recall,
     plot_reliability,
@@ -35,11 +36,12 @@ from stdg.evaluation.diagnostics import (
 )
 from .intervals import difference, group_recall, predicate_table, resample
 from .latency import latency_table, machine, measure_latency
+from .surest import surest_table
 from .thresholds import choose_thresholds, save_thresholds
 
 _all_ = ['CLAIMS', 'both_ways', 'check_fit', 'check_judged', 'choose_reading', 'choose_thresholds',
          'difference', 'evaluate', 'evaluate_prior', 'extremes', 'figures', 'finite', 'group_recall',
-         'image_recalls', 'latency_table', 'machine', 'measure_latency', 'plot_predicate_recall',
-         'plot_reliability', 'predicate_table', 'predictions', 'records', 'reliabilities',
-         'reliability', 'resample', 'save_reading', 'save_thresholds', 'store', 'stored',
-         'training_predicate_counts']
+         'image_precision', 'image_recalls', 'latency_table', 'machine', 'measure_latency',
+         'plot_predicate_recall', 'plot_reliability', 'predicate_table', 'predictions', 'records',
+         'reliabilities', 'reliability', 'resample', 'save_reading', 'save_thresholds', 'store',
+         'stored', 'surest_table', 'training_predicate_counts']
