@@ -13,7 +13,7 @@ import torch
 
 from .. import checkpoint, decode, metrics
 from ..data import loader, network_input
-from .core import check_fit
+from .core import check_fit, dense_truth
 from ..fields import field_size
 from ..io.devices import device_for
 from ..reading import RELATIONS, SUPPRESS
@@ -36,13 +36,8 @@ class KeptFields:
         model.to(place, memory_format=torch.channels_last).eval()
         for batch in loader(part, min(batch_size, len(part)), device=place):
             fields = model(network_input(model, batch[kind], kind))
-            truths = [(part.truth(i), self._dense(part, i)) for i in batch['index'].tolist()]
+            truths = [(part.truth(i), dense_truth(part, i)) for i in batch['index'].tolist()]
             self.batches.append((*(field.float() for field in fields), truths))
-
-    @staticmethod
-    def _dense(part, i):
-        "Every relation that holds in picture `i`, where that is known."
-        if part.database.has_dense: return part.database.graph(part.rows[i], dense=True)
 
     def figures(self, task, reading):
         "The strict figures for `task` when the fields are read by `reading`."
