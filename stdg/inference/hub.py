@@ -81,8 +81,8 @@ def _reading(model):
     if not way.has_prior: return lines[0] + ' No prior speaks beside what is seen.'
     given, detected = (way.of_task(task).prior for task in ('predcls', 'sgdet'))
     lines += [f"A **prior** speaks beside what is seen: beta = {given:g} for given boxes, {detected:g} "
-              f"for detected ones, epsilon = {way.epsilon:g}. A score becomes (score + epsilon) times "
-              "f to the power beta, where f is how often such an ordered pair of classes carries the "
+              f"for detected ones, epsilon = {way.epsilon:g}. A score becomes (score + epsilon) / (1 + epsilon) "
+              "times f to the power beta, where f is how often such an ordered pair of classes carries the "
               "predicate in the training pictures. It buys agreement with the annotators of those "
               "pictures, and no sight; without it (`prior=0`) the network is read alone."]
     return '\n\n'.join(lines)
