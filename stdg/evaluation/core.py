@@ -233,7 +233,7 @@ def _digest(*arrays):
 def _of_reading(reading):
     "What `_identity` notes of a `Reading`: nothing of the published one, as in earlier records."
     if reading.to_json() == PUBLISHED.to_json(): return {}
-    table = _digest(reading.table.counts, reading.table.pairs) if reading.prior else None
+    table = _digest(reading.table.counts, reading.table.pairs) if reading.has_prior else None
     return dict(reading=dict(reading.to_json(), table=table))
 
 def _of_dense(dataset):
