@@ -25,6 +25,7 @@ from .graph import TASKS
 from .io.files import atomic_path, project_folder
 from .io.parameters import File, Table, check
 from .io.yaml_files import read_yaml
+from .matching import SUREST
 from .reading import Reading
 from stdg.training.distributed import (
     all_gather,
@@ -96,6 +97,11 @@ def check_validation(settings, database):
     if not settings.validate_every: return
     nothing = metrics.evaluate([], [], 'sgdet', protocol='strict')
     known = ['AP50', *(f'{task}/{name}' for task in TASKS for name in _figures_of(nothing))]
+    by_dense_truth = [f'{task}/P@{k}' for task in TASKS for k in SUREST]
+    if database.has_dense: known += by_dense_truth
+    elif settings.best in by_dense_truth:
+        raise ValueError(f"{database.folder} has no dense truth, so there is no {settings.best} to choose "
+                         "by: -y 'more: {best: sgdet/R@50}' chooses by what is annotated")
     if settings.best not in known:
         near = get_close_matches(settings.best, known, 2) or known[:3]
         raise ValueError(f"best={settings.best!r} is no figure of validation; near are "

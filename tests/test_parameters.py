@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from stdg import evaluation, prepare, train
-from stdg.explore.widget import OVERLAYS, SHOW
+from stdg.explore.controls import OVERLAYS, SHOW
+from stdg.explore.networks import READINGS
 from stdg.graph import SceneGraph
 from stdg.io import parameters
 from stdg.io.yaml_files import parse_yaml
@@ -77,6 +78,7 @@ def test_every_runbook_checks_its_parameters(project):
     explored = RUNBOOKS['explore']
     assert set(explored['show'].words) == set(SHOW)
     assert set(explored['overlay'].words) == set(OVERLAYS)
+    assert set(explored['reading'].words) == set(READINGS)
 
 
 @pytest.mark.parametrize('name, given, meant', [
