@@ -197,7 +197,7 @@ def _check_relations(relations, reading):
     if relations.ndim != 5 or relations.shape[2] != 7:
         raise ValueError(f"relation fields {tuple(relations.shape[1:])}: (P, 7, h, w) is needed")
     _check_finite('relation', relations)
-    known = reading.table.counts.shape[2] if reading.prior else relations.shape[1]
+    known = reading.table.counts.shape[2] if reading.has_prior else relations.shape[1]
     if known != relations.shape[1]:
         raise ValueError(f"reading: the prior is of {known} predicates, the fields have "
                          f"{relations.shape[1]}; a prior goes with the network it was counted for")
@@ -278,6 +278,7 @@ def _weighed_votes(found, objects, most, reading):
 
 def _relations(relations, candidate, objects, given, filtered, stride, released, reading):
     "Pairs and scores of predicates of each image, as `reading` says; `given`: the boxes are."
+    reading = reading.of_task('predcls' if given else 'sgdet')
     if reading.relations == 'lines':
         return _by_lines(relations, objects, MAX_OBJECTS if given else reading.objects, stride, reading)
     placed = [(boxes.to(relations.device), scores.to(relations.device)) for boxes, _, scores in objects]

@@ -19,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from .graph import TASKS, Prediction, SceneGraph
 from .io.text import html_table, markdown_table
 from .matching import PROTOCOLS, SUREST, TOP, found_relations, row_key, true_triplets
+from .reading import PairPrior
 
 # %% ../nbs/method/10_metrics.ipynb #zero-shot-keys
 def _known(value, choices, what):
@@ -269,14 +270,19 @@ def average_precision(predictions,  # `Prediction` of each image
                         [box_table(t, t.ignore) for t in truths], n_objects)
 
 # %% ../nbs/method/10_metrics.ipynb #frequency-prior
-class FrequencyPrior:
-    """How often an ordered pair of object classes carries each predicate, learnt by counting;
-    predicts relations on true boxes (PredCls)."""
-    def __init__(self, n_objects:int, n_predicates:int):
-        # relations by subject class, object class, predicate
-        self.counts = np.zeros((n_objects, n_objects, n_predicates))
-        self.pairs = np.zeros((n_objects, n_objects))  # ordered pairs of objects in one image
-        self.predicates = np.zeros(n_predicates)  # relations by predicate
+class FrequencyPrior(PairPrior):
+    """A `PairPrior` that is learnt by counting graphs, and predicts relations on true boxes
+    (PredCls)."""
+    def __init__(self, n_objects:int, n_predicates:int, names=None):
+        super().__init__(np.zeros((n_objects, n_objects, n_predicates)),
+                         np.zeros((n_objects, n_objects)), names)
+
+    @classmethod
+    def of(cls, prior:PairPrior):
+        "The same counts, to predict with."
+        found = cls(*prior.counts.shape[1:], prior.names)
+        found.counts, found.pairs = prior.counts, prior.pairs
+        return found
 
     def fit(self, graphs):
         """Count an iterable of training `SceneGraph`s; may be called again with more.
@@ -293,14 +299,6 @@ class FrequencyPrior:
         self.pairs[np.ix_(present, present)] += np.outer(often, often) - np.diag(often)
         subject, object, predicate = relations.T
         np.add.at(self.counts, (labels[subject], labels[object], predicate), 1)
-        self.predicates += np.bincount(predicate, minlength=len(self.predicates))
-
-    def frequencies(self, subject, object):
-        """Array (Q, P): the share of the pairs of these classes that carries a predicate; `subject`
-        and `object` (Q,) are class numbers."""
-        overall = self.predicates / max(self.pairs.sum(), 1)
-        counts, pairs = self.counts[subject, object], self.pairs[subject, object]
-        return ((counts + overall) / (pairs[:, None] + 1)).astype(np.float32)
 
     def predict(self, truth:SceneGraph):
         "A `Prediction` over all ordered pairs of the objects of `truth`, best first."

@@ -233,7 +233,7 @@ def _digest(*arrays):
 def _of_reading(reading):
     "What `_identity` notes of a `Reading`: nothing of the published one, as in earlier records."
     if reading.to_json() == PUBLISHED.to_json(): return {}
-    table = _digest(reading.table.counts, reading.table.pairs) if reading.prior else None
+    table = _digest(reading.table.counts, reading.table.pairs) if reading.has_prior else None
     return dict(reading=dict(reading.to_json(), table=table))
 
 def _of_dense(dataset):
@@ -323,9 +323,7 @@ def evaluate_prior(database, dataset, protocol=('strict', 'reference'), n_val=0,
     Raises `ValueError` as `check_judged`."""
     check_judged(dataset)
     vocabulary = database.vocabulary
-    prior = metrics.FrequencyPrior(len(vocabulary.objects), len(vocabulary.predicates))
-    prior.counts, prior.pairs = statistics.prior_tables(_training_relations(database, n_val))
-    prior.predicates = prior.counts.sum((0, 1))
+    prior = metrics.FrequencyPrior.of(statistics.pair_prior(database, n_val))
     evaluators = _evaluators(vocabulary, ('predcls',), protocol, intervals)
     for i, truth in enumerate(map(dataset.truth, range(len(dataset)))):
         guess, dense = prior.predict(truth), dense_truth(dataset, i)
