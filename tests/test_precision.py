@@ -327,10 +327,10 @@ def test_thresholds_are_chosen_with_the_scores_of_the_reading(toys):
 
 
 def test_scores_above_one_are_sure(toys):
-    "A prior of 1 and its epsilon lift a score above 1; calibration and thresholds take it for sure."
+    "A table in which a pair carries a predicate twice lifts scores above 1: they are taken for sure."
     _, dense, _, model = toys
-    table = PairPrior(np.full((2, 2, 2), 9), np.full((2, 2), 9))
-    reading = Reading(prior=.01, epsilon=1., table=table)
+    table = PairPrior(np.full((2, 2, 2), 18), np.full((2, 2), 9))
+    reading = Reading(prior=2., table=table)
     made = list(evaluation.records(model, SceneGraphs(dense, 'test'), 'predcls', reading=reading, **QUIET))
     assert max(record['predcls/score'].max() for _, record in made) == 1
     assert evaluation.reliabilities(made)['PredCls predicates']['count'][-1] > 0
