@@ -54,8 +54,7 @@ RUNBOOKS = dict(
         run=RunName(), checkpoints=Many(File(empty=False)), data=Text(), split=_split,
         depth_source=_path, pictures=Many(_path), number=Whole(1),
         show=Choice(('both, compared', 'prediction', 'truth')),
-        reading=Choice(("the network's own", 'without its prior', 'nothing suppressed',
-                        'as published')),
+        reading=Choice(('its own', 'without prior', 'unsuppressed', 'as published')),
         overlay=Choice(('nothing', 'class heat-map', 'confidence', 'vectors', 'sampling points')),
         steps=Whole(1)),
     prepare=dict(

@@ -89,10 +89,10 @@ def work(tmp_path_factory):
                  3, 96)
     write_annotations(bad, [scene.truth for scene in scenes], np.full(3, 2), strange, 96)
     n, p = len(strange.objects), len(strange.predicates)
-    always = PairPrior(np.full((n, n, p), 9), np.full((n, n), 9), strange.to_json())
+    half = PairPrior(np.full((n, n, p), 9), np.full((n, n), 18), strange.to_json())
     network.save(folder/'runs'/'strange <b>&\u202e'/'student.safetensors',
-                 vocabulary=strange.to_json(), size=96, prior=always.to_json(),
-                 reading=Reading(prior=1., epsilon=.5, table=always).to_json())
+                 vocabulary=strange.to_json(), size=96, prior=half.to_json(),
+                 reading=Reading(prior=1., table=half).to_json())
     return folder
 
 
@@ -708,7 +708,7 @@ def test_hostile_names_are_shown_and_not_obeyed(work, lab, page):
                               "Number(e.textContent))")
     before = scores()
     page.choose('reading', 'as published')
-    assert max(scores()) < max(before) and 'another scale' in page.text('.stdg-message')
+    assert max(scores()) > 1.5 * max(before) and 'another scale' in page.text('.stdg-message')
     options = page.run("return [...document.querySelectorAll('.widget-dropdown option')].map(e => "
                        "e.textContent.replaceAll('\\u00a0', ' '))")
     assert any(option.startswith('"><img src=x') for option in options)

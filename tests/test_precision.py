@@ -327,10 +327,10 @@ def test_thresholds_are_chosen_with_the_scores_of_the_reading(toys):
 
 
 def test_scores_above_one_are_sure(toys):
-    "A prior of 1 and its epsilon lift a score above 1; calibration and thresholds take it for sure."
+    "A table in which a pair carries a predicate twice lifts scores above 1: they are taken for sure."
     _, dense, _, model = toys
-    table = PairPrior(np.full((2, 2, 2), 9), np.full((2, 2), 9))
-    reading = Reading(prior=.01, epsilon=1., table=table)
+    table = PairPrior(np.full((2, 2, 2), 18), np.full((2, 2), 9))
+    reading = Reading(prior=2., table=table)
     made = list(evaluation.records(model, SceneGraphs(dense, 'test'), 'predcls', reading=reading, **QUIET))
     assert max(record['predcls/score'].max() for _, record in made) == 1
     assert evaluation.reliabilities(made)['PredCls predicates']['count'][-1] > 0
@@ -343,9 +343,11 @@ def test_the_explorer_counts_as_evaluation_does(task):
     for seed in range(20):
         prediction, dense = random_case(np.random.default_rng(seed), task)
         prediction.size, truth = (80, 80), SceneGraph(dense.boxes, dense.labels, dense.relations[:2])
-        record = comparison_record(prediction, Vocabulary(list('abc'), list('xyz')), truth, dense.relations.numpy(), task)
+        every = dense.relations.numpy()
+        record = comparison_record(prediction, Vocabulary(list('abc'), list('xyz')), truth, every, task)
         right = true_triplets(prediction, dense, task, 3)
         assert record['precision'] == [right[:5].mean(), right.mean()]
-        assert precision(prediction, truth, dense.relations.numpy(), task) == dict(zip((5, 10), record['precision']))
+        assert precision(prediction, truth, every, task) == dict(
+            zip((5, 10), record['precision']))
         if task == 'sgdet':
             assert [t['holds'] for t in record['triplets']][:10] == right.tolist()[:len(record['triplets'])]

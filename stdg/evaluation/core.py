@@ -129,7 +129,7 @@ def _record(evaluators, truth, dense, found, n_predicates):
         claimed['boxes'] = matching.box_claims(boxes, truth)
         record['boxes/found'] = metrics.box_table(boxes, boxes.scores)
         record['boxes/true'] = metrics.box_table(truth, truth.ignore)
-    for name, (scores, right) in claimed.items():  # with a prior a score may be a little above 1
+    for name, (scores, right) in claimed.items():  # a prior may lift a score above 1
         record[f'{name}/score'], record[f'{name}/right'] = np.minimum(scores, 1), right
     return record
 

@@ -32,7 +32,7 @@ def load_network(path):
     return model, checkpoint.vocabulary(path), side, _teacher_beside(path, model), reading
 
 # %% ../../nbs/explore/05_networks.ipynb #readings
-READINGS = ("the network's own", 'without its prior', 'nothing suppressed', 'as published')
+READINGS = ('its own', 'without prior', 'unsuppressed', 'as published')
 
 def other_reading(own, name):
     """The `stdg.reading.Reading` called `name`, one of `READINGS`, of a network with the reading

@@ -81,7 +81,7 @@ class Records:
         "The network of that name, as `load_network` gives it; its prior with the power asked for."
         *loaded, own = load_network(self.checkpoints[name])
         if self.prior is not None:
-            try: own = replace(own, prior=self.prior)
+            try: own = replace(own, prior=self.prior, prior_detected=None)
             except ValueError as error: raise ValueError(f"{self.checkpoints[name]}: {error}") from None
         return *loaded, own
 
