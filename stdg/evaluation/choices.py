@@ -59,9 +59,9 @@ def _candidates(prior, relations, suppress):
     yield 'predcls', [dict(tau=cells) for cells in (4., 2.)]
     kinds = SUPPRESS if suppress == 'chosen' else (suppress,)
     yield 'sgdet', [dict(suppress=kind, overlap=iou) for kind in kinds
-                    for iou in ((.5, .7) if kind != 'none' else (.5,))]
-    yield 'sgdet', [dict(power=value) for value in (1., 2., .5)]
-    if prior: yield 'sgdet', [dict(prior_detected=beta) for beta in (None, 0., .25, .5)]
+                    for iou in ((.5, .7) if kind == 'hard' else (.5,))]
+    yield 'sgdet', [dict(power=value) for value in (1., 2.)]
+    if prior: yield 'sgdet', [dict(prior_detected=beta) for beta in (None, 0., .25, .5, 1.)]
 
 def _idle(reading, change):
     "Whether `change`, of one of the `_candidates`, would change nothing in what is read."
@@ -97,7 +97,7 @@ def choose_reading(model, dataset, prior, start,
             figures.append(known[key])
             tried.append(dict(task=task, figure=round(known[key], 4), **change))
         reading = options[figures.index(max(figures))]
-    if not (reading.prior or reading.prior_detected): reading = replace(reading, table=None)
+    if not reading.has_prior: reading = replace(reading, table=None)
     return reading, dict(images=kept.images, tried=tried)
 
 def both_ways(title, reading):
