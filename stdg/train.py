@@ -189,8 +189,12 @@ def judged_sets(settings, database, kinds):
 def no_figures(database):
     "What `stdg.evaluation.evaluate` gives, for no pictures: every figure is NaN."
     n = len(database.vocabulary.predicates)
-    strict, reference = ({task: metrics.Evaluator(task, n, protocol=protocol).compute()
-                          for task in TASKS} for protocol in ('strict', 'reference'))
+    def nothing(task, protocol):
+        evaluator = metrics.Evaluator(task, n, protocol=protocol)
+        evaluator.dense = database.has_dense
+        return evaluator.compute()
+    strict, reference = ({task: nothing(task, protocol) for task in TASKS}
+                         for protocol in ('strict', 'reference'))
     return strict | dict(reference=reference, AP50=np.nan, AP=np.nan, images=0)
 
 def figures_of(settings, database, model, test, **options):
