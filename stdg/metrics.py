@@ -18,7 +18,8 @@ from pycocotools.cocoeval import COCOeval
 
 from .graph import TASKS, Prediction, SceneGraph
 from .io.text import html_table, markdown_table
-from .matching import PROTOCOLS, TOP, found_relations, row_key
+from .matching import PROTOCOLS, SUREST, TOP, found_relations, row_key, true_triplets
+from .reading import PairPrior
 
 # %% ../nbs/method/10_metrics.ipynb #zero-shot-keys
 def _known(value, choices, what):
@@ -72,6 +73,12 @@ def harmonic_mean(a, b):
     "Harmonic mean of arrays `a` and `b` of numbers not below 0; 0 where both are."
     return 2 * a * b / np.maximum(a + b, np.finfo(float).tiny)
 
+def _precisions(sums):
+    "P at each K of the images with dense truth, and their number; nothing where there is none."
+    if not sums.dense: return {}
+    figures = {f'P@{k}': float(_over(sums.surest[:k].sum() / k, sums.dense_images)) for k in SUREST}
+    return figures | dict(dense_images=sums.dense_images)
+
 def _strict_figures(sums):
     "The figures that the strict protocol adds."
     recall, mean, per_predicate = _recalls(sums)
@@ -81,7 +88,7 @@ def _strict_figures(sums):
     for k, at in enumerate(TOP):
         for name, table in tables.items():
             figures[f'{name}@{at}'], figures[f'ng-{name}@{at}'] = table[:, k].tolist()
-    return figures
+    return figures | _precisions(sums)
 
 # %% ../nbs/method/10_metrics.ipynb #evaluator
 class Evaluator:
@@ -107,18 +114,25 @@ class Evaluator:
         self.unseen_images, self.unseen = 0, np.zeros((2, 3))
         self.accurate = np.zeros(3)
         self.kept = [] if keep else None  # for each image truths (P,) and hits (2, 3, P)
+        self.dense = False  # whether any image came with its dense truth
+        # of the images in which some relation holds: how many have a true triplet at each rank
+        self.dense_images, self.surest = 0, np.zeros(SUREST[-1])
+        self.kept_surest = [] if keep else None  # for each of them `true_triplets`
 
-    def update(self, prediction:Prediction, truth:SceneGraph):
-        """Count one image.
+    def update(self, prediction:Prediction, truth:SceneGraph, dense:SceneGraph=None):
+        """Count one image; `dense` as in `record`.
 
         An image without annotated relations is skipped; one without predictions counts as nothing
         found."""
-        self.add(self.record(prediction, truth))
+        self.add(self.record(prediction, truth, dense))
 
-    def record(self, prediction:Prediction, truth:SceneGraph):
+    def record(self, prediction:Prediction, truth:SceneGraph,
+               dense:SceneGraph=None,  # every relation that holds between the objects of `truth`
+              ):
         """What counts of one image, a dictionary of small arrays: `found` (2 or 3, 3, R), as
-        `found_relations` gives it, `predicates` (R,), and with `zero_shot` which relations are
-        `unseen` (R,).
+        `found_relations` gives it, `predicates` (R,), with `zero_shot` which relations are `unseen`
+        (R,), and by the strict protocol with `dense` which of the `surest` triplets are true, as
+        `true_triplets` gives it, or (0,) where no relation holds.
 
         Nothing is counted; `add` does that, here or in another `Evaluator` of the same settings."""
         relations = np.zeros((0, 3), np.int64)
@@ -129,10 +143,15 @@ class Evaluator:
         record = dict(found=found.astype(bool), predicates=relations[:, 2].astype(np.int32))
         if self.zero_shot is not None:
             record['unseen'] = _unseen(self.zero_shot, relations, truth.labels.cpu().numpy())
+        if self.protocol == 'strict' and dense is not None:
+            record['surest'] = np.zeros(0, bool)
+            if len(dense.relations):
+                record['surest'] = true_triplets(prediction, dense, self.task, self.n_predicates)
         return record
 
     def add(self, record:dict):
         "Count the image of a `record`."
+        if 'surest' in record: self._add_surest(record['surest'])
         found = record['found'].astype(np.float64)
         if not found.size: return
         one_hot = np.eye(self.n_predicates)[record['predicates']]
@@ -150,6 +169,13 @@ class Evaluator:
             self.unseen_images += 1
             self.unseen += found[:2, :, record['unseen']].mean(2)
 
+    def _add_surest(self, right):
+        self.dense = True
+        if not len(right): return
+        self.dense_images += 1
+        self.surest += right
+        if self.kept_surest is not None: self.kept_surest.append(right)
+
     def compute(self):
         """Every figure of the images counted so far, as a dictionary of floats and lists; NaN where
         no image counted."""
@@ -161,22 +187,27 @@ def evaluate(predictions,  # `Prediction` of each image
              task:str,  # 'predcls', 'sgcls' or 'sgdet'
              zero_shot=None,  # (Z, 3) subject class, object class, predicate, 0-based; None: no zR
              protocol:str='reference',  # how predictions are ranked and matched; or 'strict'
+             dense=None,  # for P: `SceneGraph` of each image with every relation that holds
             ):
     """R, ng-R, mR, ng-mR, zR, ng-zR and A at 20, 50 and 100 as a dictionary of floats, and
     `per_predicate_recall@100`, a list.
 
-    `strict` adds microR, F, `per_predicate_recall` at every K, all three also with ng-, and
-    `truths_per_predicate`. Raises `ValueError` if there are not as many predictions as truths, or
-    if one does not fit its truth. Source: method spec 9."""
+    `strict` adds microR, F, `per_predicate_recall` at every K, all three also with ng-,
+    `truths_per_predicate`, and with `dense` truths P at 5 and 10 and the number of `dense_images`.
+    Raises `ValueError` if there are not as many predictions as truths, or if one does not fit its
+    truth. Source: method spec 9."""
     predictions, truths = list(predictions), list(truths)
-    if len(predictions) != len(truths):
-        raise ValueError(f"{len(predictions)} predictions for {len(truths)} truths")
+    dense = [None] * len(truths) if dense is None else list(dense)
+    if not len(predictions) == len(truths) == len(dense):
+        raise ValueError(f"{len(predictions)} predictions for {len(truths)} truths"
+                         + f" and {len(dense)} dense ones" * (len(dense) != len(truths)))
     n_predicates = max((p.predicates.shape[1] for p in predictions), default=0)
     if not any(len(p.pairs) for p in predictions):
-        annotated = [int(t.relations[:, 2].max()) + 1 for t in truths if len(t.relations)]
+        annotated = [int(t.relations[:, 2].max()) + 1 for t in (*truths, *filter(None, dense))
+                     if len(t.relations)]
         n_predicates = max([n_predicates, *annotated])
     evaluator = Evaluator(task, n_predicates, zero_shot, protocol)
-    for prediction, truth in zip(predictions, truths): evaluator.update(prediction, truth)
+    for image in zip(predictions, truths, dense): evaluator.update(*image)
     return evaluator.compute()
 
 # %% ../nbs/method/10_metrics.ipynb #coco
@@ -239,14 +270,19 @@ def average_precision(predictions,  # `Prediction` of each image
                         [box_table(t, t.ignore) for t in truths], n_objects)
 
 # %% ../nbs/method/10_metrics.ipynb #frequency-prior
-class FrequencyPrior:
-    """How often an ordered pair of object classes carries each predicate, learnt by counting;
-    predicts relations on true boxes (PredCls)."""
-    def __init__(self, n_objects:int, n_predicates:int):
-        # relations by subject class, object class, predicate
-        self.counts = np.zeros((n_objects, n_objects, n_predicates))
-        self.pairs = np.zeros((n_objects, n_objects))  # ordered pairs of objects in one image
-        self.predicates = np.zeros(n_predicates)  # relations by predicate
+class FrequencyPrior(PairPrior):
+    """A `PairPrior` that is learnt by counting graphs, and predicts relations on true boxes
+    (PredCls)."""
+    def __init__(self, n_objects:int, n_predicates:int, names=None):
+        super().__init__(np.zeros((n_objects, n_objects, n_predicates)),
+                         np.zeros((n_objects, n_objects)), names)
+
+    @classmethod
+    def of(cls, prior:PairPrior):
+        "The same counts, to predict with."
+        found = cls(*prior.counts.shape[1:], prior.names)
+        found.counts, found.pairs = prior.counts, prior.pairs
+        return found
 
     def fit(self, graphs):
         """Count an iterable of training `SceneGraph`s; may be called again with more.
@@ -263,14 +299,6 @@ class FrequencyPrior:
         self.pairs[np.ix_(present, present)] += np.outer(often, often) - np.diag(often)
         subject, object, predicate = relations.T
         np.add.at(self.counts, (labels[subject], labels[object], predicate), 1)
-        self.predicates += np.bincount(predicate, minlength=len(self.predicates))
-
-    def frequencies(self, subject, object):
-        """Array (Q, P): the share of the pairs of these classes that carries a predicate; `subject`
-        and `object` (Q,) are class numbers."""
-        overall = self.predicates / max(self.pairs.sum(), 1)
-        counts, pairs = self.counts[subject, object], self.pairs[subject, object]
-        return ((counts + overall) / (pairs[:, None] + 1)).astype(np.float32)
 
     def predict(self, truth:SceneGraph):
         "A `Prediction` over all ordered pairs of the objects of `truth`, best first."
@@ -293,12 +321,17 @@ def _rows(results, task, columns):
     figures = [[float(row.get(column, math.nan)) for column in columns] for row in rows.values()]
     return list(rows), np.array(figures)
 
+def _precision_columns(results):
+    "P at each K, if any model has it in SGDet."
+    return [column for column in (f'P@{k}' for k in SUREST)
+            if any(column in tasks.get('sgdet', {}) for tasks in results.values())]
+
 def _blocks(results):
     """For each task with figures: title, names of columns and models, figures as text, and which is
     the best of its column."""
     for task, title in _TITLES.items():
         columns = [f'{kind}@{k}' for kind in ('R', 'ng-R', 'mR', 'ng-mR') for k in TOP]
-        if task == 'sgdet': columns.append('AP50')
+        if task == 'sgdet': columns += ['AP50', *_precision_columns(results)]
         names, values = _rows(results, task, columns)
         if not names: continue
         best = (values == np.where(np.isnan(values), -1, values).max(0)) & (len(names) > 1)

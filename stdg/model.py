@@ -23,6 +23,7 @@ from .backbone import CONFIGURATIONS, OTHER, Backbone
 from .deform import PreHead
 from .io.files import write_json
 from .io.tensors import save_tensors
+from .reading import Reading
 
 # %% ../nbs/method/06_model.ipynb #branch
 def _branch(channels, out, norm=False, prior=None):
@@ -297,10 +298,12 @@ class STDG(nn.Module):
         """Write `path` (.safetensors) and the JSON beside it, with further entries of `record`,
         each atomically; the weights' file holds the same record.
 
-        Raises `ValueError` for another suffix."""
+        Raises `ValueError` for another suffix, and for a `reading` or `prior` that is none."""
         path = Path(path)
         if path.suffix != '.safetensors':
             raise ValueError(f"{path}: a checkpoint's name ends in .safetensors")
+        try: Reading.from_facts(record)
+        except ValueError as error: raise ValueError(f"{path}: {error}") from None
         description = dict(format='stdg', version=1, config=self.config, **record)
         description = save_tensors(path, self.state_dict(), description)
         write_json(path.with_suffix('.json'), description)

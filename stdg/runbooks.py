@@ -44,7 +44,7 @@ RUNBOOKS = dict(
         split=_split, hold_out=Whole(), limit=Whole(),
         tasks=Many(Choice(TASKS), 1, distinct=True),
         protocol=Many(Choice(PROTOCOLS), 1, distinct=True), intervals=Whole(), depth_source=_path,
-        released=Flag(), name=RunName(empty=True), batch_size=Whole(1), workers=_share,
+        prior=Flag(), released=Flag(), name=RunName(empty=True), batch_size=Whole(1), workers=_share,
         device=Device(), shard=Whole(), of_shards=Whole(1), timed=Whole(), keep_thresholds=Flag(),
         extremes=Whole()),
     predict=dict(
@@ -54,6 +54,7 @@ RUNBOOKS = dict(
         run=RunName(), checkpoints=Many(File(empty=False)), data=Text(), split=_split,
         depth_source=_path, pictures=Many(_path), number=Whole(1),
         show=Choice(('both, compared', 'prediction', 'truth')),
+        reading=Choice(('its own', 'without prior', 'unsuppressed', 'as published')),
         overlay=Choice(('nothing', 'class heat-map', 'confidence', 'vectors', 'sampling points')),
         steps=Whole(1)),
     prepare=dict(
@@ -84,6 +85,9 @@ def _evaluate(v):
     if v['keep_thresholds'] and not (asked and v['checkpoint'].endswith('.safetensors')):
         raise ValueError("keep_thresholds needs a checkpoint of this package (.safetensors), sgdet "
                          "among tasks and strict in protocol: they are found by these")
+    if v['keep_thresholds'] and not v['prior']:
+        raise ValueError("prior is False, but keep_thresholds keeps what holds for the reading in the "
+                         "file, prior and all: leave one of them out")
 
 def _study(v):
     names = ('n_train', 'n_test', 'batch_size', 'epochs')

@@ -48,7 +48,8 @@ def toy_database(folder,  # made if absent
                  scenes=6,  # how many toy scenes, or a list of (`SceneGraph`, record or None)
                  split=None,  # 0 train, 1 val, 2 test, for each scene; None: the last third tests
                  vocabulary=TOY_VOCABULARY,
-                 size=None):  # side of the canvas in pixels; None: the longest side of any picture
+                 size=None,  # side of the canvas in pixels; None: the longest side of any picture
+                 dense=None):  # all relations that hold, rows for each scene; None: it is not known
     """Write `scenes` to `folder`, and return their `Database`.
 
     Raises what `write_annotations` and `write_images` raise."""
@@ -58,7 +59,7 @@ def toy_database(folder,  # made if absent
                for i, (graph, record) in enumerate(scenes)]
     if split is None: split = [2 * (3 * i >= 2 * len(scenes)) for i in range(len(scenes))]
     size = size or max(max(graph.size) for graph in graphs)
-    write_annotations(folder, graphs, split, vocabulary, size)
+    write_annotations(folder, graphs, split, vocabulary, size, dense)
     write_images(folder, records, len(records), size)
     return Database(folder)
 

@@ -23,22 +23,28 @@ from stdg.begin_run import (  # noqa: F401  these are names of stdg.train, too
     begin,
     check_files,
     check_machine,
+    check_reading,
     check_splits,
     check_validation,
     folders,
+    is_chosen,
     judged_set,
+    judges_reading,
     network,
     prepare_run,
     read_settings,
     settings_of,
+    start_reading,
     training_set,
     validation,
     write_settings,
 )
-from .evaluation import thresholds
+from .datasets import statistics
+from .evaluation import choices, thresholds
 from .graph import TASKS
 from .io.devices import choose_device
 from .io.parameters import Choice, CommandLine, argument, mistakes_in_one_line
+from .reading import PUBLISHED
 from stdg.training.distributed import (
     by_first,
     exit_worker,
@@ -55,21 +61,37 @@ def options_of(settings):
     "The keyword arguments of `stdg.training.fit` among these `settings`, a dictionary."
     return {name: getattr(settings, name) for name in OPTIONS}
 
-def _choose_thresholds(settings, database, model, stage, most=1000):
-    """Write into the JSON of a trained network the thresholds of what to show, chosen on the first
-    `most` validation pictures; into that of the weights that were best in validation, their own.
+def _choose_reading(settings, database, model, path, dataset, device):
+    """The `Reading` of the network `model`, saved in `path`: the one in its file, or the one chosen on
+    `dataset`, which is written into it. Without a data set it is the start of these settings."""
+    if 'reading' in checkpoint.facts(path): return checkpoint.reading(path)
+    start, more = start_reading(settings), {}
+    if is_chosen(settings) and dataset is not None:
+        prior = statistics.pair_prior(database, settings.hold_out) if settings.prior else None
+        found, chosen = choices.choose_reading(model, dataset, prior, start, settings.reading,
+                                               settings.suppress, device=device)
+        start, more = found, dict(reading_chosen=chosen)
+    if start != PUBLISHED: choices.save_reading(path, start, **more)
+    return start
 
-    Not for a trial, and not where the validation split has no relations."""
-    split = 'train' if settings.overfit else 'val'
-    relations = database.relation_counts()[database.indices(split, settings.hold_out)]
-    if settings.steps or not relations.any(): return
+def _choose(settings, database, model, stage, most=1000):
+    """Write into the JSON of a trained network how its fields are read, and the thresholds of what to
+    show, both chosen on the first `most` validation pictures; into that of the weights that were best
+    in validation, their own.
+
+    For a trial, and where the validation split has no relations, nothing is chosen."""
+    split, dataset = 'train' if settings.overfit else 'val', None
     device = next(model.parameters()).device
-    dataset = judged_set(settings, database, split, model.reads, settings.validate_images or most)
+    if judges_reading(settings, database) and not settings.steps:
+        dataset = judged_set(settings, database, split, model.reads, settings.validate_images or most)
     for name in (stage, f'{stage}.best'):
         path = folders(settings)[0]/f'{name}.safetensors'
         if not path.exists() or 'thresholds' in checkpoint.facts(path): continue
         judged = model if name == stage else checkpoint.load(path)
-        found = thresholds.choose_thresholds(judged, dataset, progress=False, device=device)
+        reading = _choose_reading(settings, database, judged, path, dataset, device)
+        if dataset is None: continue
+        found = thresholds.choose_thresholds(judged, dataset, progress=False, device=device,
+                                             reading=reading)
         thresholds.save_thresholds(path, found)
 
 # %% ../nbs/commands/01_run_training.ipynb #train-stage
@@ -82,7 +104,7 @@ def train_stage(settings, stage, prepared, device=None):
     model = training.fit(model, dataset, folders(settings)[0], stage, judge,
                          settings.device if device is None else device,
                          record=dict(pretrained=pretrained, notes=notes), **options_of(settings))
-    by_first(lambda: _choose_thresholds(settings, database, model, stage))
+    by_first(lambda: _choose(settings, database, model, stage))
     return model
 
 # %% ../nbs/commands/01_run_training.ipynb #check-stages
@@ -167,8 +189,12 @@ def judged_sets(settings, database, kinds):
 def no_figures(database):
     "What `stdg.evaluation.evaluate` gives, for no pictures: every figure is NaN."
     n = len(database.vocabulary.predicates)
-    strict, reference = ({task: metrics.Evaluator(task, n, protocol=protocol).compute()
-                          for task in TASKS} for protocol in ('strict', 'reference'))
+    def nothing(task, protocol):
+        evaluator = metrics.Evaluator(task, n, protocol=protocol)
+        evaluator.dense = database.has_dense
+        return evaluator.compute()
+    strict, reference = ({task: nothing(task, protocol) for task in TASKS}
+                         for protocol in ('strict', 'reference'))
     return strict | dict(reference=reference, AP50=np.nan, AP=np.nan, images=0)
 
 def figures_of(settings, database, model, test, **options):

@@ -34,6 +34,7 @@ from stdg.explore.networks import load_network
 from stdg.explore.scene import database_scene, read_scene
 from stdg.explore.snapshot import BOTH, choose_shown
 from stdg.graph import SceneGraph, Vocabulary
+from stdg.reading import PairPrior, Reading
 from stdg.rooms import build as rooms
 
 here = Path(__file__).parent.parent
@@ -87,8 +88,11 @@ def work(tmp_path_factory):
     write_images(bad, [dict(image=scene.picture, image_id=i + 1) for i, scene in enumerate(scenes)],
                  3, 96)
     write_annotations(bad, [scene.truth for scene in scenes], np.full(3, 2), strange, 96)
+    n, p = len(strange.objects), len(strange.predicates)
+    half = PairPrior(np.full((n, n, p), 9), np.full((n, n), 18), strange.to_json())
     network.save(folder/'runs'/'strange <b>&\u202e'/'student.safetensors',
-                 vocabulary=strange.to_json(), size=96)
+                 vocabulary=strange.to_json(), size=96, prior=half.to_json(),
+                 reading=Reading(prior=1., table=half).to_json())
     return folder
 
 
@@ -320,7 +324,8 @@ def known(work):
     scene = database_scene(Database(work/'data'/'rooms'), 0)
     reading = read_scene(scene, *load_network(work/'runs'/'tests'/'student.safetensors'))
     return scene, reading, comparison_record(reading.predictions['sgdet'], reading.vocabulary,
-                                             scene.truth, scene.holds)
+                                             scene.truth, scene.holds, 'sgdet',
+                                             (reading.seen['sgdet'], reading.truth))
 
 
 # The tests, in the order of a visit
@@ -338,6 +343,11 @@ def test_shows_what_python_has_computed(open_explorer, known):
     assert page.run(
         "return document.querySelector('.stdg-image').getAttribute('aria-label')").startswith(
         f'RGB of {scene.name} with {len(objects)} predicted boxes: ')
+    judged = page.run("return [...document.querySelectorAll('td.stdg-judged')].map(e => e.textContent)")
+    assert judged == ['✓ true' if t['holds'] else '✕ not true' for t in triplets.values()]
+    assert set(judged) == {'✓ true', '✕ not true'} and page.text('.stdg-precision') == ', '.join(
+        f'P@{k} {100 * part:.0f} %' for k, part in zip((5, 10), graph['precision']))
+    assert page.control('reading', 'select').get_attribute('disabled'), 'it is read as published'
     assert not page.problems()
 
 
@@ -694,6 +704,11 @@ def test_hostile_names_are_shown_and_not_obeyed(work, lab, page):
         page.hover(css)
         page.settle()
     page.shot('hostile')
+    scores = lambda: page.run("return [...document.querySelectorAll('.stdg-score')].map(e => "
+                              "Number(e.textContent))")
+    before = scores()
+    page.choose('reading', 'as published')
+    assert max(scores()) > 1.5 * max(before) and 'another scale' in page.text('.stdg-message')
     options = page.run("return [...document.querySelectorAll('.widget-dropdown option')].map(e => "
                        "e.textContent.replaceAll('\\u00a0', ' '))")
     assert any(option.startswith('"><img src=x') for option in options)

@@ -14,13 +14,15 @@ from test_metrics import golden_cases
 from stdg import matching, metrics
 from stdg.checkpoint import _unused, facts, released_name
 from stdg.data import SceneGraphs
-from stdg.datasets.statistics import zero_shot_triplets
+from stdg.datasets.statistics import pair_prior, zero_shot_triplets
 from stdg.datasets.visual_genome import Database
 from stdg.depth.precompute import prepare_hha
 from stdg.evaluation import core as evaluation
 from stdg.evaluation import diagnostics, thresholds
+from stdg.evaluation.choices import save_reading
 from stdg.graph import TASKS, Prediction, SceneGraph, Vocabulary
 from stdg.model import STDG
+from stdg.reading import Reading
 from stdg.released import any_network
 from stdg.rooms.build import make_rooms
 from stdg.testing import loud, toy_database
@@ -375,6 +377,8 @@ def test_the_runbook(rooms, tmp_path):
     torch.manual_seed(0)
     network = loud(STDG('small', n_objects=35, n_predicates=10, pretrained=False))
     network.save(tmp_path/'some.safetensors', vocabulary=rooms.vocabulary.to_json(), size=64)
+    reading = Reading(prior=.5, table=pair_prior(rooms))
+    save_reading(tmp_path/'some.safetensors', reading)
     values = dict(checkpoint=tmp_path/'some.safetensors', data=rooms.folder, intervals=50, timed=1,
                   extremes=1, batch_size=3)
     command = [sys.executable, '-m', 'papermill', '--no-progress-bar',
@@ -388,6 +392,10 @@ def test_the_runbook(rooms, tmp_path):
                                    intervals=50, batch_size=3, progress=False)
     expected = json.loads(json.dumps(evaluation.finite(untimed(expected))))
     assert close(untimed(results['rows']['some']), expected)
+    with_prior = evaluation.evaluate(network, dataset, ('predcls',), intervals=0, progress=False,
+                                     protocol='strict', reading=reading)['predcls']['R@50']
+    assert math.isclose(results['rows']['some + prior']['predcls']['R@50'], with_prior)
+    assert with_prior != expected['predcls']['R@50'] and results['reading'] == reading.to_json()
     assert set(results['rows']['frequency prior']['predcls']) >= {'R@50', 'intervals'}
     assert set(results['calibration']) == set(diagnostics.CLAIMS.values())
     assert [len(results[end]) for end in ('worst', 'best')] == [1, 1]

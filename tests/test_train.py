@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from stdg.checkpoint import facts, load
+from stdg.checkpoint import facts, load, reading
 
 root = Path(__file__).parent.parent
 SMALL = dict(size=96, n_train=24, n_val=2, n_test=6, epochs=1, batch_size=8, pretrained=False,
@@ -60,8 +60,13 @@ def test_thresholds_are_kept_with_each_network(run):
 def test_results(run):
     results = json.loads((run/'runs'/'toy'/'results.json').read_text())
     rows = results['rows']
-    assert set(rows) == {'untrained', 'frequency prior', 'teacher (HHA)', 'control (RGB)',
-                         'student (RGB, taught)'}
+    trained = {'teacher': 'teacher (HHA)', 'control': 'control (RGB)', 'student': 'student (RGB, taught)'}
+    assert [name for name in rows if not name.endswith(' + prior')] == ['untrained', 'frequency prior',
+                                                                        *trained.values()]
+    for stage, title in trained.items():
+        chosen = reading(run/'runs'/'toy'/f'{stage}.safetensors')
+        assert results['readings'][stage] == chosen.to_json()
+        assert (f'{title} + prior' in rows) == chosen.has_prior, 'both rows, where there is a prior'
     for name, row in rows.items():
         tasks = ['predcls'] if name == 'frequency prior' else ['sgdet', 'sgcls', 'predcls']
         for task in tasks:

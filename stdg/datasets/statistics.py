@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'GROUP_COLOURS', 'annotations', 'select_relations', 'object_counts', 'predicate_counts', 'triplet_counts',
-           'predicate_groups', 'prior_tables', 'zero_shot_triplets', 'read_zero_shot', 'box_geometry',
+           'predicate_groups', 'prior_tables', 'pair_prior', 'zero_shot_triplets', 'read_zero_shot', 'box_geometry',
            'relation_distance', 'plot_predicates', 'plot_objects', 'plot_triplets', 'plot_images', 'plot_boxes',
            'report', 'write_statistics']
 
@@ -25,6 +25,7 @@ from .visual_genome import SPLITS, Database
 from ..graph import Vocabulary
 from ..io.files import atomic_path, readable_file, write_json
 from ..io.text import one_line
+from ..reading import PairPrior
 
 # %% ../../nbs/datasets/09_statistics.ipynb #annotations
 def annotations(database:Database,
@@ -91,7 +92,7 @@ def predicate_groups(counts):  # (P,) annotations of each predicate in the train
 # %% ../../nbs/datasets/09_statistics.ipynb #prior-tables
 def prior_tables(annotations):
     """Relations by subject class, object class and predicate, (C, C, P), and ordered pairs of
-    objects of an image by their classes, (C, C), as `FrequencyPrior` has them."""
+    objects of an image by their classes, (C, C), as `PairPrior` has them."""
     table, (rows, counts) = np.zeros(annotations.shape), triplet_counts(annotations)
     table[tuple(rows.T)] = counts
     n_images, n_classes = len(annotations.sizes), annotations.shape[0]
@@ -100,6 +101,12 @@ def prior_tables(annotations):
     present = csr_array((np.ones(len(labels)), (image, labels)), shape=(n_images, n_classes))
     itself = np.diag(np.bincount(labels, minlength=n_classes))
     return table, (present.T @ present).toarray() - itself
+
+def pair_prior(database:Database, n_val:int=0):
+    """The `PairPrior` of the training pictures of `database`, each relation of a picture counted
+    once, with the names of its classes; those held out (`n_val`) are not counted."""
+    trained = select_relations(annotations(database, 'train', n_val))
+    return PairPrior(*prior_tables(trained), database.vocabulary.to_json())
 
 # %% ../../nbs/datasets/09_statistics.ipynb #zero-shot
 def zero_shot_triplets(database:Database, split:str='test', n_val:int=0):

@@ -242,7 +242,7 @@ class Database(PerProcess):
     def graph(self, i, dense=False):
         """The `SceneGraph` of image `i`, boxes in pixels; with `dense` every relation that holds, not
         only the annotated ones."""
-        if dense and 'dense_predicates' not in self._data:
+        if dense and not self.has_dense:
             raise ValueError(f"{self.folder}/VG-SGG.h5 has no dense truth; only rooms have")
         data, prefix = self._data, 'dense_' if dense else ''
         objects, relations = self._rows(i, 'box'), self._rows(i, f'{prefix}rel')
@@ -271,6 +271,11 @@ class Database(PerProcess):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self._jpeg.path}: the JPEG of image {self.image_ids[i]} is damaged "
                              f"({error}). {_HINT}") from None
+
+    @property
+    def has_dense(self):
+        "Whether every relation that holds is known, not only the annotated ones."
+        return 'dense_predicates' in self._data
 
     @property
     def has_depth(self): return 'depth' in self._images()

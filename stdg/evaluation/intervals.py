@@ -10,7 +10,7 @@ import numpy as np
 
 from ..datasets.statistics import GROUPS, predicate_groups
 from ..io.text import html_table, markdown_table
-from ..matching import TOP
+from ..matching import SUREST, TOP
 from ..metrics import harmonic_mean
 
 # %% ../../nbs/evaluation/01_intervals.ipynb #group-recall
@@ -110,21 +110,31 @@ def _named(tables):
             for i, column in enumerate(_COLUMNS)}
 
 # %% ../../nbs/evaluation/01_intervals.ipynb #resample
+def _drawn(images, n, seed, figures):
+    """`figures` of `n` draws of so many `images`, {name: (n,)}; it is asked with weights (m, images),
+    a hundred draws at a time, to save memory."""
+    rng, blocks = np.random.default_rng(seed), []
+    for start in range(0, n, 100):
+        size = min(100, n - start)
+        weights = rng.multinomial(images, np.full(images, 1 / images), size).astype(np.float64)
+        blocks.append(figures(weights))
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
 def resample(evaluator,  # `stdg.metrics.Evaluator` made with keep=True
              n:int=1000, seed:int=0):
     """Figures of `n` test sets drawn with replacement from the images of `evaluator`: {'R@20': (n,)
-    array, 'ng-R@20': ..., 'F@100': ...}.
+    array, 'ng-R@20': ..., 'F@100': ...}, with 'P@5' and 'P@10' where dense truth was given.
 
     The same seed draws the same images, so figures of two models on one test set may be subtracted.
     Raises `ValueError` if no images were kept, or for `n` below one."""
     if n < 1: raise ValueError(f"n is {n}: at least one resample is needed")
     truths, hits = _counts(evaluator)
-    rng, images, blocks = np.random.default_rng(seed), len(truths), []
-    for start in range(0, n, 100):  # a hundred at a time, to save memory
-        size = min(100, n - start)
-        weights = rng.multinomial(images, np.full(images, 1 / images), size).astype(np.float64)
-        blocks.append(_named(_weighted(weights, truths, hits)))
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    figures = _drawn(len(truths), n, seed, lambda w: _named(_weighted(w, truths, hits)))
+    if not evaluator.kept_surest: return figures
+    right = np.stack(evaluator.kept_surest).astype(np.float64)
+    shares = {f'P@{k}': right[:, :k].mean(1) for k in SUREST}
+    return figures | _drawn(len(right), n, seed, lambda w: {name: w @ share / len(right)
+                                                            for name, share in shares.items()})
 
 def _percentiles(samples, level):
     if not 0 < level < 1: raise ValueError(f"level {level} is no share between 0 and 1")
@@ -133,7 +143,7 @@ def _percentiles(samples, level):
 
 def intervals(evaluator, n:int=1000, level:float=.95, seed:int=0):
     """Confidence intervals {'R@20': [low, high], ...} of R, mR, microR and F, with and without
-    constraint, by bootstrap over the images of `evaluator`.
+    constraint, and of P, by bootstrap over the images of `evaluator`.
 
     Raises `ValueError` as `resample`, or for a `level` outside 0 to 1."""
     return _percentiles(resample(evaluator, n, seed), level)
@@ -150,4 +160,5 @@ def difference(evaluator, other, n:int=1000, level:float=.95, seed:int=0):
         raise ValueError(f"the evaluators have seen other truths ({len(mine)} and {len(theirs)} "
                          "images); a difference needs the same images in the same order")
     mine, theirs = resample(evaluator, n, seed), resample(other, n, seed)
-    return _percentiles({name: mine[name] - theirs[name] for name in mine}, level)
+    return _percentiles({name: mine[name] - theirs[name] for name in mine if name in theirs},
+                        level)

@@ -18,6 +18,7 @@ from ..data import network_input
 from .core import check_fit
 from ..io.devices import choose_device, device_for
 from ..io.text import markdown_table
+from ..reading import PUBLISHED
 
 # %% ../../nbs/evaluation/05_latency.ipynb #machine
 def machine(device=None):
@@ -40,14 +41,14 @@ def _now(device):
     if torch.device(device).type == 'cuda': torch.cuda.synchronize(device)
     return time.perf_counter()
 
-def _laps(model, dataset, positions, device):
+def _laps(model, dataset, positions, device, reading=PUBLISHED):
     "Seconds of each of `LATENCY_PARTS` for one batch, and the graphs that came out."
     kind, marks = model.reads, [_now(device)]
     pictures = network_input(model, torch.stack([dataset[i][kind] for i in positions]), kind)
     marks.append(_now(device))
     fields = model(pictures)
     marks.append(_now(device))
-    graphs = decode.decode_batch(*fields, stride=model.stride)
+    graphs = decode.decode_batch(*fields, stride=model.stride, reading=reading)
     return np.diff([*marks, _now(device)]), graphs
 
 # %% ../../nbs/evaluation/05_latency.ipynb #timing
@@ -56,6 +57,7 @@ def measure_latency(model, dataset,  # as for `stdg.evaluation.predictions`
                     batches=(1, 16),  # pictures at a time
                     repeats:int=20,  # batches that count
                     warm_up:int=3,  # batches before them that do not
+                    reading=PUBLISHED,  # how fields become graphs
                     device=None):  # by default where the model lies, or a GPU if there is one
     """Time of SGDet in milliseconds a picture: a list of {'batch', 'part', 'median', 'p90'}, parts
     being load, forward, decode and whole.
@@ -69,7 +71,7 @@ def measure_latency(model, dataset,  # as for `stdg.evaluation.predictions`
         laps = []
         for batch in range(warm_up + repeats):
             positions = [(batch * size + i) % len(dataset) for i in range(size)]
-            laps.append(_laps(model, dataset, positions, device)[0])
+            laps.append(_laps(model, dataset, positions, device, reading)[0])
         seconds = np.array(laps)[warm_up:]
         times = 1000 * np.column_stack([seconds, seconds.sum(1)]) / size
         for part, t in zip((*LATENCY_PARTS, 'whole'), times.T):

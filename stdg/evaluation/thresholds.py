@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import checkpoint
 from .core import records
+from ..reading import PUBLISHED
 
 # %% ../../nbs/evaluation/04_thresholds.ipynb #operating-curve
 def operating_curve(scores, right, truths:int):
@@ -95,12 +96,12 @@ def chosen(curves:dict,  # of `curves_of`
     thresholds = {kind: round(point['threshold'], 6) for kind, point in points.items()}
     return dict(thresholds, images=images, at=at)
 
-def choose_thresholds(model, dataset, precision=None, **options):
-    """`chosen` for `model` on the pictures of `dataset` (`SceneGraphs` for evaluation); `options`
-    are those of `stdg.evaluation.predictions`.
+def choose_thresholds(model, dataset, precision=None, reading=PUBLISHED, **options):
+    """`chosen` for `model` on the pictures of `dataset` (`SceneGraphs` for evaluation), with the
+    scores that a `reading` gives; `options` are further ones of `stdg.evaluation.predictions`.
 
     Raises `ValueError` as `operating_curve`."""
-    made = records(model, dataset, ('sgdet',), protocol='strict', **options)
+    made = records(model, dataset, ('sgdet',), protocol='strict', reading=reading, **options)
     return chosen(curves_of(made), len(dataset), precision)
 
 def save_thresholds(path, thresholds:dict):

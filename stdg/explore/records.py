@@ -6,13 +6,14 @@
 __all__ = ['OFFSET_UNIT', 'known_layer', 'base_record', 'reading_record', 'Records']
 
 # %% ../../nbs/explore/06_records.ipynb #imports
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
 from .compare import comparison_record
-from .networks import load_network
-from .scene import database_scene, png_bytes, read_scene, scene_layer, votes
+from .networks import READINGS, load_network, other_reading
+from .scene import database_scene, decoded, png_bytes, read_scene, scene_layer, votes
 from ..io.text import one_line
 
 # %% ../../nbs/explore/06_records.ipynb #base-record
@@ -55,11 +56,12 @@ class Records:
 
     `checkpoints` is {name: path}, `databases` {name: `Database`}; `split` and `source` as in
     `explore`. A picture is a `place`, the name of a database or 'own', and a `number` from 1.
-    `busy` is called with True before a network computes, and with False after. All methods raise
-    `ValueError` or `OSError` naming a file that cannot be read."""
-    def __init__(self, checkpoints, databases, split, source, busy=lambda at_work: None):
+    `busy` is called with True before a network computes, and with False after; `prior` is the power
+    of the networks' priors, None for that in their files. All methods raise `ValueError` or
+    `OSError` naming a file that cannot be read."""
+    def __init__(self, checkpoints, databases, split, source, busy=lambda at_work: None, prior=None):
         self.checkpoints, self.databases, self.source = checkpoints, databases, source
-        self.busy = busy
+        self.busy, self.prior = busy, prior
         self.own = []  # scenes of a user's own pictures
         self.rows = {name: database.indices(split) for name, database in databases.items()}
         # each cache belongs to this object, and goes with it
@@ -68,6 +70,7 @@ class Records:
         self.reading = lru_cache(32)(self.reading)
         self.base_record = lru_cache(64)(self.base_record)
         self.reading_record = lru_cache(32)(self.reading_record)
+        self.graphs = lru_cache(64)(self.graphs)
         self.graph_record = lru_cache(64)(self.graph_record)
 
     def count(self, place):
@@ -75,8 +78,12 @@ class Records:
         return len(self.own if place == 'own' else self.rows[place])
 
     def network(self, name):
-        "The network of that name, as `load_network` gives it."
-        return load_network(self.checkpoints[name])
+        "The network of that name, as `load_network` gives it; its prior with the power asked for."
+        *loaded, own = load_network(self.checkpoints[name])
+        if self.prior is not None:
+            try: own = replace(own, prior=self.prior, prior_detected=None)
+            except ValueError as error: raise ValueError(f"{self.checkpoints[name]}: {error}") from None
+        return *loaded, own
 
     def scene(self, place, number):
         "The `stdg.explore.scene.Scene` of a picture."
@@ -91,6 +98,14 @@ class Records:
         try: return read_scene(scene, *loaded)
         finally: self.busy(False)
 
+    def graphs(self, place, number, network, how=READINGS[0]):
+        """Graphs of a scene by a network, {task: `Prediction`} in pixels of the picture and in those
+        of the canvas; `how`, one of `READINGS`, its fields are read."""
+        made = self.reading(place, number, network)
+        if how == READINGS[0]: return made.predictions, made.seen
+        reading = other_reading(self.network(network)[-1], how)
+        return decoded(self.scene(place, number), made.frame, made.output, made.truth, reading)
+
     def base_record(self, place, number, layer):
         "The `base` of a scene and a layer."
         return base_record(self.scene(place, number), layer)
@@ -99,11 +114,11 @@ class Records:
         "The `reading` of a scene and a network."
         return reading_record(self.reading(place, number, network))
 
-    def graph_record(self, place, number, network, task):
-        """The `graph` of a scene, network and task; without the truth, if the network does not know
-        its classes."""
-        scene, reading = self.scene(place, number), self.reading(place, number, network)
-        found = reading.predictions.get(task, reading.predictions['sgdet'])
-        known = 'predcls' in reading.predictions
-        return comparison_record(found, reading.vocabulary, scene.truth if known else None,
-                                 scene.holds if known else None)
+    def graph_record(self, place, number, network, task, how=READINGS[0]):
+        """The `graph` of a scene, network and task, read as `how` says; without the truth, if the
+        network does not know its classes."""
+        scene, made = self.scene(place, number), self.reading(place, number, network)
+        drawn, seen = self.graphs(place, number, network, how)
+        if made.truth is None: return comparison_record(drawn['sgdet'], made.vocabulary)
+        return comparison_record(drawn[task], made.vocabulary, scene.truth, scene.holds, task,
+                                 (seen[task], made.truth))

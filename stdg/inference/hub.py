@@ -20,6 +20,7 @@ from ..graph import Vocabulary
 from .predictor import SHARED, Predictor, predict
 from ..io.files import atomic_path, read_json, write_json
 from ..io.text import one_line
+from ..reading import Reading
 
 # %% ../../nbs/inference/04_hub.ipynb #escaped
 def escaped(text, longest=40):
@@ -68,6 +69,23 @@ def _figures(model):
     rows = [f'| {escaped(name)} | {value:.4g} |' for name, value in values.items()]
     return '\n'.join(['Measured in training on validation data; 1 is perfect.', '',
                       '| figure | value |', '|---|---:|', *rows])
+
+def _reading(model):
+    "How the fields become graphs, and what the prior is."
+    way = Reading.from_facts(model.facts)
+    lines = [f"Relations are read by **{way.relations}**"
+             + f' (tau = {way.tau:g} cells)' * (way.relations == 'lines')
+             + f"; suppression of boxes over all classes: {way.suppress}"
+             + f' (IoU {way.overlap:g})' * (way.suppress != 'none')
+             + f"; pairs are ranked by the object scores to the power {way.power:g}."]
+    if not way.has_prior: return lines[0] + ' No prior speaks beside what is seen.'
+    given, detected = (way.of_task(task).prior for task in ('predcls', 'sgdet'))
+    lines += [f"A **prior** speaks beside what is seen: beta = {given:g} for given boxes, {detected:g} "
+              f"for detected ones, epsilon = {way.epsilon:g}. A score becomes (score + epsilon) / (1 + epsilon) "
+              "times f to the power beta, where f is how often such an ordered pair of classes carries the "
+              "predicate in the training pictures. It buys agreement with the annotators of those "
+              "pictures, and no sight; without it (`prior=0`) the network is read alone."]
+    return '\n\n'.join(lines)
 
 def _licence(model):
     "The licence of the weights. Raises `ValueError` for one that cannot be an identifier."
@@ -122,7 +140,8 @@ def card_text(model):
     Raises `ValueError` for a licence that cannot be one."""
     title = f"# Scene graphs by STDG ({escaped(model.network.config['backbone'])})"
     sections = {'Use': _use(model), 'What it finds': _classes(model),
-                'How it was made': _training(model), 'Figures': _figures(model),
+                'How it was made': _training(model), 'How it is read': _reading(model),
+                'Figures': _figures(model),
                 'Limits': _limits(model), 'Licence': _licence(model),
                 'Citation': f'```bibtex\n{CITATION}\n```'}
     parts = [title, _opening(model)]

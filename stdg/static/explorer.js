@@ -1,10 +1,11 @@
-// The view of stdg.explore: a picture with boxes, a graph and tables, linked. The protocol is explained in nbs/explore/07_widget.ipynb.
+// The view of stdg.explore: a picture with boxes, a graph and tables, linked. The protocol is explained in nbs/explore/08_widget.ipynb.
 // Text reaches the page as text nodes and attributes only; nothing is fetched.
 
 const SVG = 'http://www.w3.org/2000/svg', HEIGHT = 24;
 const [PREDICTION, TRUTH, BOTH] = [0, 1, 2];
 const STATE = ['show', 'least_object', 'least_triplet', 'count', 'overlay', 'object_class', 'predicate', 'head'];
 const VERDICTS = { hit: ['✓', 'hit'], miss: ['○', 'missed'], wrong: ['✕', 'wrong'], unannotated: ['+', 'holds, not annotated'] };
+const SUREST = [5, 10], TRUE = { true: ['✓', 'true'], false: ['✕', 'not true'] };  // by the dense truth
 const KEYS = 'Tab goes from picture to boxes, nodes, edges and rows, arrows move within; Enter pins, Escape clears.';
 
 // Elements
@@ -19,7 +20,7 @@ function make(tag, attributes = {}, ...children) {
 
 const bytes = view => new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
 const numbers = (Kind, view) => new Kind(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
-const share = (score) => score.toFixed(2);
+const share = score => score.toFixed(score > 0 && score < .0995 ? 3 : 2);
 
 // What the sliders leave: objects and triplets to show, each with a key, and a verdict where truth and prediction are compared
 
@@ -304,14 +305,17 @@ class View {
     const head = { prediction: 'Prediction', truth: 'Truth' };
     this.tables.replaceChildren(...Object.entries(this.chosen.rows).filter(([, rows]) => rows).map(([who, rows]) => {
       const body = make('tbody', {}, ...rows.map((t, i) => this.row(t, who, i)));
-      const caption = make('caption', {}, `${head[who]}: ${rows.length} ${rows.length === 1 ? 'triplet' : 'triplets'}`);
+      const shares = who === 'prediction' ? this.precision() : '';
+      const caption = make('caption', {}, `${head[who]}: ${rows.length} ${rows.length === 1 ? 'triplet' : 'triplets'}`, ...(shares ? [make('span', { class: 'stdg-precision', title: 'of the surest triplets of this picture, how many are true' }, shares)] : []));
       return make('div', { class: 'stdg-table' }, make('table', {}, caption, body));
     }));
   }
+  precision() { return (this.graph.precision || []).map((part, i) => `P@${SUREST[i]} ${(100 * part).toFixed(0)} %`).join(', '); }
   row(t, who, i) {
     const [s, o] = [t.s, t.o].map(key => this.byKey.get(key).title), cell = (kind, ...content) => make('td', { class: kind }, ...content);
     const row = make('tr', { class: this.kind(t) }, cell('stdg-rank', String(i + 1)), cell('', s), cell('stdg-predicate', this.reading.predicates[t.p]), cell('', o));
     if (who === 'prediction') row.append(cell('stdg-score', make('span', { class: 'stdg-bar', style: `width:${(40 * t.score).toFixed(1)}px` }), share(t.score)));
+    if (!t.verdict && who === 'prediction' && this.graph.dense) row.append(cell(`stdg-judged stdg-${t.holds}`, TRUE[t.holds].join(' ')));
     if (t.verdict) row.append(cell('stdg-verdict', `${VERDICTS[t.verdict][0]} ${VERDICTS[t.verdict][1]}`));
     return this.item(row, `row ${who}`, t.key, this.sentence(t), !i);
   }

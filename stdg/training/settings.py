@@ -12,7 +12,8 @@ from importlib.resources import files
 
 from ..graph import TASKS
 from ..io.parameters import Choice, Device, Flag, Many, Real, RunName, Text, Whole, check, near
-from ..matching import TOP
+from ..matching import SUREST, TOP
+from ..reading import RELATIONS, SUPPRESS
 
 # %% ../../nbs/training/01_settings.ipynb #settings
 def _default(*values): return field(default_factory=lambda: list(values))
@@ -69,6 +70,9 @@ class Settings:
 
     # Evaluation
     validate_every: int = 0  # epochs between validations of the averaged weights; 0: none
+    reading: str = 'lines'  # how relations are read off the fields: by 'lines', by 'votes' as published, or 'chosen'
+    suppress: str = 'chosen'  # one thing, one name: 'none' as published, 'hard', 'soft'; 'chosen' in validation
+    prior: bool = True  # let the classes' frequencies speak too, as far as validation says: a second row in tables
     untrained: bool = True  # evaluate a network with its first weights as well
     pictures: bool = True  # draw what the network sees
 
@@ -94,7 +98,8 @@ class Settings:
 # %% ../../nbs/training/01_settings.ipynb #allowed
 FIGURES = ('AP50', *(f'{task}/{kind}@{k}' for task in TASKS for k in TOP
                      for kind in ('R', 'ng-R', 'mR', 'ng-mR', 'microR', 'ng-microR', 'F', 'ng-F',
-                                  *(['A'] if task != 'sgdet' else []))))
+                                  *(['A'] if task != 'sgdet' else []))),
+           *(f'{task}/P@{k}' for task in TASKS for k in SUREST))
 _range = Many(Real(0, above=True), 2, 2, rising=True)
 
 ALLOWED = dict(
@@ -117,7 +122,8 @@ ALLOWED = dict(
     devices=Whole(1), workers=Whole(0, 1024),
     precision=Choice(('float32', 'bfloat16', 'float16')), recompute=Flag(),
     # Evaluation
-    validate_every=Whole(), untrained=Flag(), pictures=Flag(),
+    validate_every=Whole(), reading=Choice((*RELATIONS, 'chosen')),
+    suppress=Choice((*SUPPRESS, 'chosen')), prior=Flag(), untrained=Flag(), pictures=Flag(),
     # Rarer options
     device=Device(), accumulate=Whole(1), compile=Flag(), sync_bn=Flag(), clip=Real(0),
     skip=Whole(), released=Flag(), validate_images=Whole(), best=Text(empty=False),
