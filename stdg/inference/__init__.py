@@ -8,7 +8,7 @@ __all__ = ['Model', 'NamedGraph', 'OnnxModel', 'PicturePrediction', 'Predictor',
            'stream', 'watch', 'write_video']
 
 # %% ../../nbs/inference/00_about_inference.ipynb #face
-from .albums import is_picture, pictures_in
+from .albums import is_picture, pictures_in, read_image, read_member
 from .display import NamedGraph, PicturePrediction
 from .export import OnnxModel, export_onnx, export_program
 from .hub import Model
@@ -17,8 +17,6 @@ from stdg.inference.predictor import (
     letterbox,
     load_predictor,
     predict,
-    read_image,
-    read_member,
     stream,
 )
 from .video import predict_video, watch, write_video
