@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOOR', 'cell_grid', 'ideal_output', 'peaks', 'detect', 'candidates', 'associate', 'relate', 'hungarian_match',
-           'peak_at', 'classify', 'decode_tasks', 'decode_batch', 'decode']
+           'peak_at', 'classify', 'decode_tasks', 'decode_batch', 'decode', 'decode_given']
 
 # %% ../nbs/method/08_decode.ipynb #imports
 import torch
@@ -13,8 +13,9 @@ from scipy.optimize import linear_sum_assignment
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_iou
 
-from .fields import field_size
+from .fields import MAX_OBJECTS, field_size
 from .graph import TASKS, Prediction
+from .reading import PUBLISHED, line_scores, suppress
 
 # %% ../nbs/method/08_decode.ipynb #ideal-output
 def cell_grid(h, w, device=None):
@@ -128,6 +129,7 @@ def relate(candidate,  # what `candidates` gives
            n_predicates:int,  # P
            filtered:bool,  # drop candidates at most half as sure as their objects
            released:bool=False,  # rank by the predicate alone
+           power:float=1.,  # of the objects' scores in the ranking
           ):  # list of (pairs (Q, 2) int64, predicates (Q, P) float32), best first, on the CPU
     "Pairs of objects and the scores of their predicates, for each image. Source: method spec 8.3."
     image, predicate, confidence, points = candidate
@@ -139,7 +141,7 @@ def relate(candidate,  # what `candidates` gives
     if filtered:
         keep &= confidence > torch.minimum(scores[image, subject], scores[image, target]) / 2
     pair = ((image * n + subject) * n + target)[keep]
-    pairs, row = _pairs(pair, confidence[keep], scores, released)
+    pairs, row = _pairs(pair, confidence[keep], scores ** power, released)
     table = scores.new_zeros(len(pairs) * n_predicates)
     table.scatter_reduce_(0, row * n_predicates + predicate[keep], confidence[keep], 'amax')
     counts = (pairs // (n * n)).bincount(minlength=len(objects)).tolist()
@@ -186,7 +188,21 @@ def classify(truth,  # `SceneGraph`
     return labels, scores
 
 # %% ../nbs/method/08_decode.ipynb #checks
-def _check(detections, relations, tasks, truths, stride):
+def _check_finite(name, fields):
+    if not fields.sum(dtype=torch.float32).isfinite():
+        raise ValueError(f"{name} fields hold NaN or infinity: the network has diverged")
+
+def _check_relations(relations, reading):
+    "Raise `ValueError` for relation fields that cannot be read, and for a prior of other predicates."
+    if relations.ndim != 5 or relations.shape[2] != 7:
+        raise ValueError(f"relation fields {tuple(relations.shape[1:])}: (P, 7, h, w) is needed")
+    _check_finite('relation', relations)
+    known = reading.table.counts.shape[2] if reading.prior else relations.shape[1]
+    if known != relations.shape[1]:
+        raise ValueError(f"reading: the prior is of {known} predicates, the fields have "
+                         f"{relations.shape[1]}; a prior goes with the network it was counted for")
+
+def _check(detections, relations, tasks, truths, stride, reading):
     "Raise `ValueError` for batches of fields that cannot be decoded."
     for task in tasks:
         if task not in TASKS:
@@ -194,14 +210,11 @@ def _check(detections, relations, tasks, truths, stride):
     if detections.ndim != 4 or detections.shape[1] < 5:
         raise ValueError(f"detection fields {tuple(detections.shape[1:])}: "
                          "(C+4, h, w) with at least one class is needed")
-    if relations.ndim != 5 or relations.shape[2] != 7:
-        raise ValueError(f"relation fields {tuple(relations.shape[1:])}: (P, 7, h, w) is needed")
+    _check_relations(relations, reading)
     if detections.shape[-2:] != relations.shape[-2:] or len(detections) != len(relations):
         raise ValueError(f"fields disagree: detection {tuple(detections.shape)}, "
                          f"relation {tuple(relations.shape)}; batch and cells must be the same")
-    for name, fields in (('detection', detections), ('relation', relations)):
-        if not fields.sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"{name} fields hold NaN or infinity: the network has diverged")
+    _check_finite('detection', detections)
     given = [task for task in tasks if task != 'sgdet']
     if given and (truths is None or len(truths) != len(detections)
                   or any(t is None for t in truths)):
@@ -216,37 +229,102 @@ def _check(detections, relations, tasks, truths, stride):
                              f"at stride {stride} {field_size(truth.size, stride)} cells; "
                              f"the fields have {tuple(detections.shape[-2:])}")
 
+# %% ../nbs/method/08_decode.ipynb #listing
+def _surest(scores, counts, most):
+    "All ordered pairs (image, subject, object) among the `most` surest of the objects of each image."
+    b, n = scores.shape
+    there = torch.arange(n, device=scores.device) < torch.tensor(counts, device=scores.device)[:, None]
+    order = scores.masked_fill(~there, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    chosen = there & (order.argsort(1) < most)
+    pairs = chosen[:, :, None] & chosen[:, None, :]
+    return pairs.logical_and_(~torch.eye(n, dtype=torch.bool, device=scores.device)).nonzero(as_tuple=True)
+
+def _ranked(image, subject, target, table, objects, reading):
+    """`table` (Q, P) weighed with the prior, pairs best first: for each image what `relate` gives.
+
+    `objects` are the boxes, labels and scores of each image."""
+    _, labels, scores = (pad_sequence(part, True).to(table.device) for part in zip(*objects))
+    table = reading.weigh(table, labels[image, subject], labels[image, target])
+    both = scores[image, subject] * scores[image, target]
+    order = (table.amax(1) * both ** reading.power).argsort(descending=True, stable=True)
+    order = order[image[order].argsort(stable=True)]
+    counts = image.bincount(minlength=len(objects)).tolist()
+    pairs = torch.stack([subject, target], 1)[order]
+    return list(zip(pairs.cpu().split(counts), table[order].cpu().split(counts)))
+
+def _by_lines(relations, objects, most, stride, reading):
+    "As `relate` gives them: all ordered pairs of the `most` surest objects, read along their lines."
+    boxes, _, scores = (pad_sequence(part, True).to(relations.device) for part in zip(*objects))
+    boxes = boxes.float() / stride
+    centres = (boxes[..., :2] + boxes[..., 2:]) / 2
+    pairs = _surest(scores, [len(s) for _, _, s in objects], most)
+    return _ranked(*pairs, line_scores(relations, centres, *pairs, reading.tau), objects, reading)
+
+def _weighed_votes(found, objects, most, reading):
+    """What `relate` gives, weighed with the prior. With `most`, pairs without votes are added: all
+    ordered ones among the `most` surest objects."""
+    pairs, tables = zip(*found)
+    image = torch.arange(len(found)).repeat_interleave(torch.tensor([len(p) for p in pairs]))
+    (subject, target), table = torch.cat(pairs).T, torch.cat(tables)
+    if most:
+        scores = pad_sequence([s for _, _, s in objects], True)
+        every = torch.zeros(len(found), *[scores.shape[1]] * 2, dtype=torch.bool)
+        every[_surest(scores, [len(s) for _, _, s in objects], most)] = True
+        every[image, subject, target] = True
+        row = (every.flatten().cumsum(0) - 1).view_as(every)[image, subject, target]
+        image, subject, target = every.nonzero(as_tuple=True)
+        table = table.new_zeros(len(image), table.shape[1]).index_copy_(0, row, table)
+    return _ranked(image, subject, target, table, objects, reading)
+
+def _relations(relations, candidate, objects, given, filtered, stride, released, reading):
+    "Pairs and scores of predicates of each image, as `reading` says; `given`: the boxes are."
+    if reading.relations == 'lines':
+        return _by_lines(relations, objects, MAX_OBJECTS if given else reading.objects, stride, reading)
+    placed = [(boxes.to(relations.device), scores.to(relations.device)) for boxes, _, scores in objects]
+    found = relate(candidate, placed, relations.shape[1], filtered, released, reading.power)
+    return _weighed_votes(found, objects, given and MAX_OBJECTS, reading) if reading.prior else found
+
 # %% ../nbs/method/08_decode.ipynb #decode-tasks
-def _objects(task, found, heatmaps, truths, stride, released):
+def _surviving(found, reading):
+    "Boxes, labels and scores of each image, of the detections `found` (B, N, ...) on the CPU."
+    if reading.suppress == 'none': return list(zip(*found))
+    boxes, labels, scores = found
+    scores, order = suppress(boxes, scores, reading.suppress, reading.overlap).sort(
+        descending=True, stable=True)
+    return [(b[i][s > 0], c[i][s > 0], s[s > 0]) for b, c, s, i in zip(boxes, labels, scores, order)]
+
+def _objects(task, found, heatmaps, truths, stride, released, reading):
     "Boxes, labels and scores of each image, on the CPU: detected or given, according to `task`."
-    if task == 'sgdet': return list(zip(*found))
+    if task == 'sgdet': return _surviving(found, reading)
     if task == 'predcls': return [(t.boxes, t.labels, torch.ones(len(t))) for t in truths]
     return [(t.boxes, *classify(t, image, heatmap, stride, released))
             for t, image, heatmap in zip(truths, zip(*found), heatmaps)]
 
 def decode_tasks(detections, relations,  # (B, C+4, h, w), (B, P, 7, h, w), on any device
                  tasks:tuple=('sgdet',), truths:list=None,  # a `SceneGraph` for each image
-                 stride:int=16, released:bool=False):  # {task: list of B `Prediction`}, on the CPU
+                 stride:int=16, released:bool=False,
+                 reading=PUBLISHED):  # {task: list of B `Prediction`}, on the CPU
     "`decode` for a batch and several tasks. Raises the same `ValueError`s."
-    _check(detections, relations, tasks, truths, stride)
+    if released: reading = PUBLISHED
+    _check(detections, relations, tasks, truths, stride, reading)
     detections, relations = detections.detach().float(), relations.detach().float()
     whole = tuple(n * stride for n in detections.shape[-2:])
     found = tuple(t.cpu() for t in detect(detections, stride))
-    candidate = candidates(relations, stride)
+    candidate = candidates(relations, stride) if reading.relations == 'votes' else None
     predictions = {}
     for task in tasks:
-        objects = _objects(task, found, detections[:, :-4], truths, stride, released)
-        placed = [(boxes.to(relations.device), scores.to(relations.device))
-                  for boxes, _, scores in objects]
-        pairs = relate(candidate, placed, relations.shape[1], task != 'predcls', released)
+        objects = _objects(task, found, detections[:, :-4], truths, stride, released, reading)
+        pairs = _relations(relations, candidate, objects, task != 'sgdet', task != 'predcls', stride,
+                           released, reading)
         sizes = [t.size or whole for t in truths] if task != 'sgdet' else [whole] * len(detections)
         predictions[task] = [Prediction(*image, *related, size)
                              for image, related, size in zip(objects, pairs, sizes)]
     return predictions
 
-def decode_batch(detections, relations, task='sgdet', truths=None, stride=16, released=False):
+def decode_batch(detections, relations, task='sgdet', truths=None, stride=16, released=False,
+                 reading=PUBLISHED):
     "`decode_tasks` for one task: a list of `Prediction`."
-    return decode_tasks(detections, relations, (task,), truths, stride, released)[task]
+    return decode_tasks(detections, relations, (task,), truths, stride, released, reading)[task]
 
 # %% ../nbs/method/08_decode.ipynb #decode-one
 def decode(detection,  # (C+4, h, w): probabilities, offset x and y, size w and h in cells
@@ -255,10 +333,36 @@ def decode(detection,  # (C+4, h, w): probabilities, offset x and y, size w and 
            truth=None,  # `SceneGraph` in pixels of the network's input, for sgcls and predcls
            stride:int=16,  # pixels per cell
            released:bool=False,  # rank by predicate alone and leak true classes into sgcls
+           reading=PUBLISHED,  # `stdg.reading.Reading`; the released code knows only the published
           ):  # `Prediction` in the same pixels, on the CPU
     """The scene graph of one image from evaluation-mode fields.
 
     `released` decodes as the released code does. Raises `ValueError` for an unknown task, a missing
     truth, shapes that disagree, NaN or infinity. Source: method spec 8."""
     detection, relation = torch.as_tensor(detection), torch.as_tensor(relation)
-    return decode_batch(detection[None], relation[None], task, [truth], stride, released)[0]
+    return decode_batch(detection[None], relation[None], task, [truth], stride, released,
+                        reading)[0]
+
+# %% ../nbs/method/08_decode.ipynb #decode-given
+def decode_given(relations,  # (B, P, 7, h, w), on any device
+                 objects:list,  # boxes (N, 4) in pixels, labels (N,), scores (N,) of each image
+                 stride:int=16,  # pixels per cell
+                 reading=PUBLISHED,  # `stdg.reading.Reading`
+                ):  # list of B `Prediction`, on the CPU
+    """How boxes from anywhere are related: as in PredCls, with the scores that they come with.
+
+    Raises `ValueError` for shapes that disagree, boxes that `Prediction` refuses, NaN or
+    infinity."""
+    _check_relations(relations, reading)
+    if len(objects) != len(relations):
+        raise ValueError(f"objects of {len(objects)} images for fields of {len(relations)}: boxes, "
+                         "labels and scores of each image are needed")
+    relations = relations.detach().float()
+    size = tuple(n * stride for n in relations.shape[-2:])
+    nothing = torch.zeros(0, 2), torch.zeros(0, relations.shape[1])
+    nodes = [Prediction(*(torch.as_tensor(part).cpu() for part in image), *nothing, size)
+             for image in objects]
+    objects = [(node.boxes, node.labels, node.scores) for node in nodes]
+    candidate = candidates(relations, stride) if reading.relations == 'votes' else None
+    found = _relations(relations, candidate, objects, True, False, stride, False, reading)
+    return [Prediction(*image, *related, size) for image, related in zip(objects, found)]
