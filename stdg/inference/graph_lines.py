@@ -48,6 +48,7 @@ def json_text(record, **how):
     return text + '\n'
 
 # %% ../../nbs/inference/09_graph_lines.ipynb #resume
+_OPTIONS = ('prior', 'suppress', 'boxes')  # are in a line only where they are given
 _BEGINNING = '{"file": "'  # of every line
 
 def _record(path, number, line):
@@ -70,7 +71,7 @@ def _kept_lines(path, made_by):
             if not line.strip(): continue
             record = _record(path, number, line)
             if record is None: return
-            asked = dict.fromkeys(('prior', 'suppress', 'boxes')) | made_by
+            asked = made_by | {name: None for name in _OPTIONS if name not in made_by}
             differ = [k for k, v in asked.items() if record.get(k) != v]
             if differ:
                 before = ', '.join(str(record.get(k)) for k in differ)

@@ -146,12 +146,15 @@ class Predictor:
         if self.model.mode == 'combine': self.model = self.model.student()
         self.model.to(device, memory_format=torch.channels_last).eval()
         self.size = size or self.facts.get('size', 512)
+        self._own = Reading.from_facts(self.facts)
         self.reading, self.changed = self._asked(prior, suppress)
 
     def _asked(self, prior, suppress):
-        own, asked = Reading.from_facts(self.facts), dict(prior=prior, suppress=suppress)
+        "The reading that is asked for, and what in it is not as in the network's file."
+        asked = dict(prior=prior, suppress=suppress)
         asked = {name: value for name, value in asked.items() if value is not None}
-        return replace(own, **asked), {k: v for k, v in asked.items() if v != getattr(own, k)}
+        other = {k: value for k, value in asked.items() if value != getattr(self._own, k)}
+        return replace(self._own, **asked), other
 
     def read_as(self, prior=None, suppress=None):
         """This network with another `prior` (0: none) or `suppress` ('none': what lies on one place
