@@ -1,8 +1,10 @@
 "Boxes of any detector become the objects of a graph: formats, places, mistakes, and the command."
 import json
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from stdg.inference.given_boxes import MOST, GivenBoxes, coco_names
 from stdg.model import STDG
 from stdg.reading import PairPrior, Reading
 
+root = Path(__file__).parent.parent
 NAMES = Vocabulary(['cup', 'table', 'traffic light'], ['on', 'near'])
 BOXES = [[12., 8, 30, 25], [40, 30, 80, 50], [60, 5, 75, 20]]
 LABELS, SCORES = ['cup', 'table', 'traffic light'], [.9, .8, .7]
@@ -345,6 +348,24 @@ def test_command_with_boxes_that_are_wrong(home, run):
     assert '--prior' in refused('album/a.png', '--prior', 'much')
 
 
+def test_runbook_with_boxes(home, monkeypatch, capsys):
+    "The cells of the runbook, in this process, with other values of its parameters."
+    (home/'settings.ini').touch()
+    network = network_of()
+    network.path = home/'net.safetensors'
+    monkeypatch.setattr('stdg.inference.load_predictor', lambda path, **how: load_predictor(network, **how))
+    cells = {cell.id: cell.source for cell in nbformat.read(root/'nbs'/'predict.ipynb', 4).cells}
+    values = {}
+    exec(cells['parameters'], values)
+    values.update(pictures='album', checkpoint='net.safetensors', boxes='found.json', out='g.jsonl', show='1',
+                  top=2, all_names='yes')
+    for name in ('check-parameters', 'setup', 'show', 'all'): exec(cells[name], values)
+    said = capsys.readouterr()
+    assert 'which are left out: c.png' in said.err and 'shows objects from 0.00' in said.out
+    assert 'cup on table' in said.out and '2 pictures done now, 0 failed' in said.out
+    assert len((home/'g.jsonl').read_text().splitlines()) == 2
+
+
 # Prior and names
 
 
@@ -356,7 +377,7 @@ def test_the_prior_can_be_switched_off_and_names_shown_again(tmp_path):
     network = network_of(reading=reading.to_json(), prior=prior.to_json())
     how = dict(boxes=BOXES, labels=LABELS)
     weighed, seen = (stdg.predict(picture(), network, prior=prior, **how) for prior in (None, 0))
-    first = lambda found: NAMES.predicates[int(found.predicates[[p == [0, 1] for p in found.pairs.tolist()]][0].argmax())]
+    first = lambda found: NAMES.predicates[found.predicates[found.pairs.tolist().index([0, 1])].argmax()]
     assert first(weighed) == 'near' and first(seen) == 'on'
     assert network.changed == {} and network.read_as(prior=0).changed == dict(prior=0)
     twice = network_of(((0, 1, 0),), reading=Reading(suppress='hard').to_json())
