@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" MPLBACKEND=agg OMP_NUM_THREADS=1 PYTHONHASHSEED=0
+export HF_HUB_OFFLINE=1  # no test asks the Hub: where there is no network each question takes minutes to fail
 
 # Graphviz draws the graphs, Chromium tests the explorer. Root on a Debian machine gets them; for others
 # those tests are skipped with a reason.

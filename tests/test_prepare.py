@@ -1,14 +1,14 @@
 "The whole way from downloaded files to a database, by the command line."
 import io
 import json
+import os
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import h5py
 import numpy as np
 import pytest
+from forked import forked
 from PIL import Image
 
 from stdg import depth
@@ -51,8 +51,7 @@ def raw(tmp_path_factory):
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, '-m', 'stdg.prepare', *map(str, arguments)],
-                          capture_output=True, text=True)
+    return forked(['-m', 'stdg.prepare', *map(str, arguments)], os.getcwd())
 
 
 def test_from_download_to_samples(raw, tmp_path):

@@ -39,7 +39,7 @@ def test_a_toy_study_of_real_runs(tmp_path, monkeypatch):
     (tmp_path/'nbs').symlink_to(root/'nbs')
     monkeypatch.chdir(tmp_path)
     runs = study.taught_or_not('toy', (0, 1), dict(low=.1), n_train=16, n_val=0, n_test=4, size=64,
-                               backbone='resnet10t.c3_in1k', pretrained=False, epochs=1, decay=[1.])
+                               backbone='test_resnet.r160_in1k', pretrained=False, epochs=1, decay=[1.])
     runs = [run for run in runs if run.seed == 0 and run.configuration in ('', 'nobody', 'depth')]
     did = study.run_study(runs, min(os.cpu_count(), 2), progress=False)
     assert len(did) == 3 and did[0] == 'toy/low-0-teacher'

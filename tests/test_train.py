@@ -102,7 +102,7 @@ def test_notebook_shows_pictures(run):
     assert pictures >= 6
 
 
-QUICK = dict(stages=['control'], untrained=False, pictures=False)
+QUICK = dict(stages=['control'], untrained=False, pictures=False, backbone='test_resnet.r160_in1k')
 
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason='one processor core')
