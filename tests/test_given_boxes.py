@@ -124,6 +124,11 @@ def test_a_batch_and_one_by_one_are_the_same():
         assert a.boxes.tolist() == b.boxes.tolist() == boxes and a.scores.tolist() == [1] * len(boxes)
         assert torch.equal(a.predicates, b.predicates) and a.thresholds == dict(objects=0, triplets=.1)
     assert len(stdg.predict(picture(), network, boxes=[], labels=[]).boxes) == 0
+    ready = GivenBoxes(BOXES, ['a'], NAMES, LABELS).on(0, (61, 94))
+    assert torch.equal(network(pixels[:1], boxes=[ready])[0].predicates, together[0].predicates)
+    for wrong, said in (([ready], '1 pictures have boxes, and 2'), ([BOXES], '2 pictures need a list'),
+                        (dict(boxes=BOXES), '2 pictures need a list')):
+        with pytest.raises(ValueError, match=said): network(pixels, boxes=wrong)
 
 
 # Formats
@@ -222,7 +227,7 @@ def test_wrong_boxes_are_one_clear_error():
             ("unknown is 'drop'; it is 'error' or 'skip'", dict(unknown='drop')),
             (r'boxes have the shape \(12,\)', dict(boxes=np.array(BOXES).ravel())),
             ('numbers are needed', dict(boxes=[['a', 'b', 'c', 'd']] * 3)),
-            ('labels and scores belong to boxes', dict(boxes=None))):
+            ('labels, scores and classes belong to boxes', dict(boxes=None))):
         refused(match, network=network, **how)
     detections = SimpleNamespace(xyxy=np.array(BOXES), confidence=None, class_id=np.array([0, 1, 2]), data={})
     refused('whose numbers these are cannot be known', network=network, boxes=detections, labels=None)

@@ -33,7 +33,7 @@ from stdg.inference.albums import (
     read_member,
 )
 from .display import DEFAULTS, PicturePrediction
-from .given_boxes import GivenBoxes, Placed
+from .given_boxes import GivenBoxes, placed_boxes
 from ..io.archives import open_sources
 from ..io.devices import choose_device, device_for
 from ..io.text import one_line
@@ -184,10 +184,8 @@ class Predictor:
         its options in `given`."""
         if not pictures: return []
         names, order = names or [''] * len(pictures), self.model.colour_order
-        if boxes is not None and not isinstance(boxes[0], Placed):
-            ready = GivenBoxes(boxes, names, self.vocabulary, several=True, **given)
-            boxes = [ready.on(i, picture.shape[1:]) for i, picture in enumerate(pictures)]
-            ready.say(boxes)
+        sizes = [tuple(picture.shape[1:]) for picture in pictures]
+        boxes = placed_boxes(boxes, sizes, names, self.vocabulary, **given)
         canvases, *places = zip(*(letterbox(picture, self.size, order) for picture in pictures))
         fields = self.model(network_input(self.model, torch.stack(canvases)))
         how = dict(stride=self.model.stride, reading=self.reading)
@@ -313,8 +311,7 @@ def predict(image,  # path of a picture, folder or archive, PIL picture, (H, W, 
     cannot be read; a depth teacher needs HHA and is refused. What cannot be read in a folder or
     archive is left out with a warning that names it (each prediction knows its own `name`), unless
     that is all."""
-    if boxes is None and not (labels is None and scores is None):
-        raise ValueError("labels and scores belong to boxes, and there are none. Give boxes")
+    if boxes is None: placed_boxes(boxes, (), (), None, labels=labels, scores=scores, classes=classes)
     path = isinstance(image, (str, Path))
     folder = path and holds_pictures(image)
     if path and not folder: check_picture(image)
