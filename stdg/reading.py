@@ -290,9 +290,9 @@ def line_scores(relations,  # (B, P, 7, h, w) float32
             ends = here * n + one[part], here * n + other[part]
             line, cell, times = line_cells(*(places[end] for end in ends), (h, w))
             times = times.float()
-            painted = times.new_zeros(2, len(here), 1).index_add_(1, line, times[..., None])
+            painted = times.new_zeros(2, len(here)).index_add_(1, line, times)
             said = ask(here, *ends, line, cell, times)
-            scores[:, part] = said.div_(painted.clamp_(min=1))
+            scores[:, part] = said.div_(painted.clamp_(min=1)[..., None])
     return scores
 
 # %% ../nbs/method/16_reading.ipynb #suppress
