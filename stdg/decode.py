@@ -231,13 +231,14 @@ def _check(detections, relations, tasks, truths, stride, reading):
 
 # %% ../nbs/method/08_decode.ipynb #listing
 def _surest(scores, counts, most):
-    "All ordered pairs (image, subject, object) among the `most` surest of the objects of each image."
-    b, n = scores.shape
-    there = torch.arange(n, device=scores.device) < torch.tensor(counts, device=scores.device)[:, None]
+    """The `most` surest objects of each image (B, M), in their own order, and all pairs of two of
+    them: image, one and other (Q,), numbers below M. Of `scores` (B, N) an image's first `counts` are objects."""
+    counts = torch.tensor(counts, device=scores.device)[:, None]
+    there = torch.arange(scores.shape[1], device=scores.device) < counts
     order = scores.masked_fill(~there, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    chosen = there & (order.argsort(1) < most)
-    pairs = chosen[:, :, None] & chosen[:, None, :]
-    return pairs.logical_and_(~torch.eye(n, dtype=torch.bool, device=scores.device)).nonzero(as_tuple=True)
+    surest = order[:, :most].sort(1).values
+    there = there.gather(1, surest)
+    return surest, (there[:, :, None] & there[:, None, :]).triu(1).nonzero(as_tuple=True)
 
 def _ranked(image, subject, target, table, objects, reading):
     """`table` (Q, P) weighed with the prior, pairs best first: for each image what `relate` gives.
@@ -252,37 +253,46 @@ def _ranked(image, subject, target, table, objects, reading):
     pairs = torch.stack([subject, target], 1)[order]
     return list(zip(pairs.cpu().split(counts), table[order].cpu().split(counts)))
 
-def _by_lines(relations, objects, most, stride, reading):
-    "As `relate` gives them: all ordered pairs of the `most` surest objects, read along their lines."
+def _by_lines(relations, objects, most, stride, reading, known):
+    """As `relate` gives them: all ordered pairs of the `most` surest objects, read along their
+    lines. What was read is kept in `known`: sgcls and predcls ask about the same boxes."""
     boxes, _, scores = (pad_sequence(part, True).to(relations.device) for part in zip(*objects))
     boxes = boxes.float() / stride
     centres = (boxes[..., :2] + boxes[..., 2:]) / 2
-    pairs = _surest(scores, [len(s) for _, _, s in objects], most)
-    return _ranked(*pairs, line_scores(relations, centres, *pairs, reading.tau), objects, reading)
+    surest, (image, one, other) = _surest(scores, [len(s) for _, _, s in objects], most)
+    centres = centres.gather(1, surest[..., None].expand(-1, -1, 2))
+    question = centres, image, one, other
+    if not known or not all(map(torch.equal, known[0], question)):
+        known[:] = question, line_scores(relations, *question, reading.tau)
+    one, other = surest[image, one], surest[image, other]
+    return _ranked(image.repeat(2), torch.cat([one, other]), torch.cat([other, one]),
+                   known[1].flatten(0, 1), objects, reading)
 
-def _weighed_votes(found, objects, most, reading):
+def _weighed(found, objects, most, reading):
     """What `relate` gives, weighed with the prior. With `most`, pairs without votes are added: all
-    ordered ones among the `most` surest objects."""
+    ordered ones of the `most` surest objects."""
     pairs, tables = zip(*found)
     image = torch.arange(len(found)).repeat_interleave(torch.tensor([len(p) for p in pairs]))
     (subject, target), table = torch.cat(pairs).T, torch.cat(tables)
     if most:
         scores = pad_sequence([s for _, _, s in objects], True)
+        surest, (place, one, other) = _surest(scores, [len(s) for _, _, s in objects], most)
+        one, other = surest[place, one], surest[place, other]
         every = torch.zeros(len(found), *[scores.shape[1]] * 2, dtype=torch.bool)
-        every[_surest(scores, [len(s) for _, _, s in objects], most)] = True
-        every[image, subject, target] = True
+        every[place, one, other] = every[place, other, one] = every[image, subject, target] = True
         row = (every.flatten().cumsum(0) - 1).view_as(every)[image, subject, target]
         image, subject, target = every.nonzero(as_tuple=True)
         table = table.new_zeros(len(image), table.shape[1]).index_copy_(0, row, table)
     return _ranked(image, subject, target, table, objects, reading)
 
-def _relations(relations, candidate, objects, given, filtered, stride, released, reading):
-    "Pairs and scores of predicates of each image, as `reading` says; `given`: the boxes are."
+def _related(relations, candidate, objects, given, filtered, stride, released, reading, known):
+    "Pairs and scores of predicates of each image, as `reading` says. `given`: the boxes are."
+    most = MAX_OBJECTS if given else reading.objects
     if reading.relations == 'lines':
-        return _by_lines(relations, objects, MAX_OBJECTS if given else reading.objects, stride, reading)
+        return _by_lines(relations, objects, most, stride, reading, known)
     placed = [(boxes.to(relations.device), scores.to(relations.device)) for boxes, _, scores in objects]
     found = relate(candidate, placed, relations.shape[1], filtered, released, reading.power)
-    return _weighed_votes(found, objects, given and MAX_OBJECTS, reading) if reading.prior else found
+    return _weighed(found, objects, given and most, reading) if reading.prior else found
 
 # %% ../nbs/method/08_decode.ipynb #decode-tasks
 def _surviving(found, reading):
@@ -311,11 +321,11 @@ def decode_tasks(detections, relations,  # (B, C+4, h, w), (B, P, 7, h, w), on a
     whole = tuple(n * stride for n in detections.shape[-2:])
     found = tuple(t.cpu() for t in detect(detections, stride))
     candidate = candidates(relations, stride) if reading.relations == 'votes' else None
-    predictions = {}
+    predictions, known = {}, []
     for task in tasks:
         objects = _objects(task, found, detections[:, :-4], truths, stride, released, reading)
-        pairs = _relations(relations, candidate, objects, task != 'sgdet', task != 'predcls', stride,
-                           released, reading)
+        pairs = _related(relations, candidate, objects, task != 'sgdet', task != 'predcls', stride,
+                         released, reading, known)
         sizes = [t.size or whole for t in truths] if task != 'sgdet' else [whole] * len(detections)
         predictions[task] = [Prediction(*image, *related, size)
                              for image, related, size in zip(objects, pairs, sizes)]
@@ -364,5 +374,5 @@ def decode_given(relations,  # (B, P, 7, h, w), on any device
              for image in objects]
     objects = [(node.boxes, node.labels, node.scores) for node in nodes]
     candidate = candidates(relations, stride) if reading.relations == 'votes' else None
-    found = _relations(relations, candidate, objects, True, False, stride, False, reading)
+    found = _related(relations, candidate, objects, True, False, stride, False, reading, [])
     return [Prediction(*image, *related, size) for image, related in zip(objects, found)]

@@ -6,10 +6,12 @@
 __all__ = ['PUBLISHED', 'PairPrior', 'Reading', 'line_cells', 'line_scores', 'suppress']
 
 # %% ../nbs/method/16_reading.ipynb #imports
+import math
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 # %% ../nbs/method/16_reading.ipynb #pair-prior
 def _rows(values, width, sizes, what):
@@ -150,70 +152,150 @@ PUBLISHED = Reading()
 
 # %% ../nbs/method/16_reading.ipynb #line-cells
 def _corners(start, step, h, w):
-    """Line (T,), column and row (T,) of the first cell of every patch near the field: the
-    arithmetic is that of `stdg.fields.relation_cells`, operation by operation."""
+    """Column and row (R, n) of the first cell of each patch along lines, whole numbers as float64,
+    and which of the n there are. What lies out of the field's reach is put beside its edge.
+
+    The arithmetic is that of `stdg.fields.relation_cells`, operation by operation."""
     length = step.double().square().sum(1).sqrt().float()
     margin = (2 / (length + torch.finfo(torch.float32).tiny)).clamp(.25, .4)
     n = length.ceil().clamp(min=2).double()
     gap = (1 - 2 * margin).double() / (n - 1)
     start, step, margin = start.double(), step.double(), margin.double()
     begin, rate = start + margin[:, None] * step, gap[:, None] * step
-    enter = (-4 - begin) / rate
-    leave = (begin.new_tensor([w, h]) + 3 - begin) / rate
-    first = torch.fmin(enter, leave).amax(1).floor().clamp(min=0).minimum(n - 1).long()
-    last = torch.fmax(enter, leave).amin(1).ceil().minimum(n - 1).clamp(min=-1).long()
-    count = (last - first + 1).clamp(min=0)
-    line = torch.arange(len(n), device=n.device).repeat_interleave(count)
-    number = torch.arange(len(line), device=n.device) + (first - count.cumsum(0) + count)[line]
-    t = margin[line] + number * gap[line]
-    return line, *((start[line, k] + t * step[line, k] - 1).round_().long() for k in (0, 1))
+    enter, leave = (-4 - begin) / rate, (begin.new_tensor([w, h]) + 3 - begin) / rate
+    first = torch.fmin(enter, leave).amax(1).floor().clamp(min=0).minimum(n - 1)
+    last = torch.fmax(enter, leave).amin(1).ceil().clamp(min=-1).minimum(n - 1)
+    number = first[:, None] + torch.arange(int((last - first).amax()) + 1, device=n.device)
+    t = (number * gap[:, None]).add_(margin[:, None])
+    corner = [(t * step[:, k, None]).add_(start[:, k, None]).sub_(1).round_().clamp_(-3, side)
+              for k, side in enumerate((w, h))]
+    return *corner, number <= last[:, None]
 
-def line_cells(start, step,  # (R, 2) float32 in cells, as `stdg.fields.relation_cells` takes them
+def _table(h, w, device):
+    """The cell row*w + column of each place in a field with three more rows and columns, of which
+    the first stand before it; -1 outside. Padded to a multiple of eight."""
+    row = torch.arange(-1, h + 2, device=device)[:, None]
+    column = torch.arange(-1, w + 2, device=device)
+    inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
+    cells = torch.where(inside, row * w + column, -1).flatten()
+    return F.pad(cells, (0, -len(cells) % 8), value=-1)
+
+def line_cells(one, other,  # (R, 2) float32 in cells: the centres of two objects
                shape:tuple,  # (rows, columns) of the field
-              ):  # line (K,), ascending, its cell row*columns + column (K,), times painted (K,)
-    "The cells of the field along lines, each once. Source: method spec 5.2."
-    (h, w), n = shape, len(start)
-    line, column, row = _corners(start, step, h, w)
-    near = (column > -3) & (column < w) & (row > -3) & (row < h)
-    corner = ((line * (h + 4) + row + 2) * (w + 4) + column + 2)[near]
-    counts = torch.zeros(n * (h + 4) * (w + 4), dtype=torch.uint8, device=start.device)
-    counts.index_add_(0, corner, counts.new_ones(1).expand(len(corner)))
-    counts = counts.view(n, h + 4, w + 4)
-    counts = counts[:, :h] + counts[:, 1:h + 1] + counts[:, 2:h + 2]
-    counts = (counts[..., :w] + counts[..., 1:w + 1] + counts[..., 2:w + 2]).flatten()
-    cell = counts.nonzero()[:, 0]
-    line = cell // (h * w)
-    return line, cell - line * (h * w), counts[cell]
+              ):  # line (K,), ascending; cell row*columns + column (K,); times painted (2, K) uint8
+    """The cells of the field along lines, each once, and how often it is painted from `one` to
+    `other` and from `other` to `one`. Source: method spec 5.2."""
+    (h, w), n, device = shape, len(one), one.device
+    table, pitch = _table(h, w, device), w + 3
+    counts = torch.zeros(n * len(table) + 2 * pitch + 2, dtype=torch.uint8, device=device)
+    if n:
+        step = other - one
+        column, row, there = _corners(torch.cat([one, other]), torch.cat([step, -step]), h, w)
+        origin = torch.arange(n, device=device).repeat(2) * len(table) + 3 * pitch + 3
+        place = row.mul_(pitch).add_(column).add_(origin[:, None])
+        for way, unit in ((slice(n), 1), (slice(n, None), 16)):
+            corner = place[way].masked_select(there[way]).int()
+            counts.index_add_(0, corner, counts.new_full((1,), unit).expand(len(corner)))
+    sums = (counts[1:-1] + counts[:-2]).add_(counts[2:])
+    sums = (sums[pitch:-pitch] + sums[:-2 * pitch]).add_(sums[2 * pitch:])
+    # most are zero, and eight of them are looked at as one number
+    field = ((table >= 0).byte() * 255).view(torch.int64)
+    words = sums.view(torch.int64).view(n, -1) & field
+    line, word = words.nonzero(as_tuple=True)
+    eight = words[line, word].view(torch.uint8)
+    place = eight.nonzero()[:, 0]
+    which, times = place >> 3, eight.index_select(0, place)
+    cell = table.index_select(0, (word << 3).index_select(0, which).add_(place & 7))
+    return line.index_select(0, which), cell, torch.stack([times & 15, times >> 4])
 
 # %% ../nbs/method/16_reading.ipynb #line-scores
-def _nearness(x, y, centres, tau):
-    "exp(-distance / tau), (B, N, cells, P), of the points x, y (B, cells, P) from `centres` (B, N, 2)."
-    dx, dy = x[:, None] - centres[..., 0, None, None], y[:, None] - centres[..., 1, None, None]
-    return dx.square_().addcmul_(dy, dy).sqrt_().mul_(-1 / tau).exp_()
+_LEAST = 1e-3  # the confidence above which a cell is looked at, where few are
 
-def line_scores(relations,  # (B, P, 7, h, w)
-                centres,  # (B, N, 2) in cells
-                image, subject, target,  # (Q,) int64: pairs, in order of images
-                tau:float=4.,  # cells
-               ):  # (Q, P) float32
-    "What the cells between two objects say of them, for each pair. 0 where no cell is in the field."
+def _exponent(x, y, centres, tau):
+    "-distance / tau, to the base 2, of points `x`, `y` from `centres` (2, ...)."
+    dx, dy = x - centres[0], y - centres[1]
+    return dx.square_().addcmul_(dy, dy).sqrt_().mul_(-1 / (tau * math.log(2)))
+
+def _ask_all(relations, sure, centres, tau):
+    """A function that sums up what cells say of objects at `centres` (b, N, 2): of the `image` (Q,)
+    of pairs, their objects `one` and `other` (Q,), image*N + number, and `line_cells`, it makes
+    (2, Q, P)."""
     b, p, _, h, w = relations.shape
-    fields = relations[:, :, :5].permute(2, 0, 3, 4, 1).reshape(5, b, h * w, p).contiguous()
-    scores = []
-    for i in range(b):
-        which = image == i
-        s, o = subject[which], target[which]
-        c, sx, sy, ox, oy = fields[:, i:i + 1]
-        from_subject = _nearness(sx, sy, centres[i:i + 1], tau).mul_(c).view(-1, p)
-        from_target = _nearness(ox, oy, centres[i:i + 1], tau).view(-1, p)
-        a, e = centres[i][s], centres[i][o]
-        line, cell, times = line_cells(a, e - a, (h, w))
-        said = from_subject[(s * h * w)[line] + cell].mul_(from_target[(o * h * w)[line] + cell])
-        said = said.mul_(times[:, None])
-        total = said.new_zeros(len(s), p).index_add_(0, line, said)
-        painted = said.new_zeros(len(s)).index_add_(0, line, times.float())
-        scores.append(total / painted.clamp_(min=1)[:, None])
-    return torch.cat(scores) if scores else relations.new_zeros(0, p)
+    ends = relations[:, :, 1:5].reshape(b, p, 2, 2, h * w).permute(3, 0, 4, 2, 1).contiguous()
+    near = _exponent(*ends[:, :, None], centres.permute(2, 0, 1)[..., None, None, None], tau)
+    weight = near.new_zeros(b, 1, h * w, 2, p)  # the confidence goes with the subject
+    weight[:, 0, :, 0] = relations[:, :, 0].clamp(min=0).flatten(2).transpose(1, 2).log2()
+    near = near.add_(weight).view(-1, 2 * p)
+    swapped = near.roll(p, 1)
+    def ask(image, one, other, line, cell, times):
+        said = near.index_select(0, (one * h * w).index_select(0, line).add_(cell))
+        said += swapped.index_select(0, (other * h * w).index_select(0, line).add_(cell))
+        rows = torch.arange(2 * len(line), device=line.device)
+        first = torch.searchsorted(line, torch.arange(len(image), device=line.device))
+        return F.embedding_bag(torch.cat([rows[::2], rows[1::2]]), said.exp2_().view(-1, p),
+                               torch.cat([first, first + len(line)]), mode='sum',
+                               per_sample_weights=times.flatten()).view(2, -1, p)
+    return ask
+
+def _ask_sure(relations, sure, centres, tau):
+    "As `_ask_all`, of the cells and predicates in `sure` (b, P, h, w) only."
+    b, p, _, h, w = relations.shape
+    image, predicate, place = sure.flatten(2).nonzero(as_tuple=True)
+    where, order = (image * h * w + place).sort(stable=True)
+    image, predicate, place = image[order], predicate[order], place[order]
+    values = relations[:, :, :5].flatten(3)[image, predicate, :, place]
+    c, sx, sy, ox, oy = values.T[..., None].contiguous()
+    many = where.bincount(minlength=b * h * w)
+    begin = many.cumsum(0) - many
+    n, centres = centres.shape[1], centres.permute(2, 0, 1)[:, image]
+    subjects = _exponent(sx, sy, centres, tau).exp2_().mul_(c).flatten()
+    targets = _exponent(ox, oy, centres, tau).exp2_().flatten()
+    def ask(image, one, other, line, cell, times):
+        spot = (image * h * w).index_select(0, line).add_(cell)
+        count = many.index_select(0, spot)
+        source = torch.arange(len(line), device=line.device).repeat_interleave(count)
+        entry = (begin.index_select(0, spot) - count.cumsum(0) + count).index_select(0, source)
+        entry += torch.arange(len(source), device=line.device)
+        line = line.index_select(0, source)
+        a, b = ((end - image * n).index_select(0, line).add_(entry * n) for end in (one, other))
+        goal = (line * p).add_(predicate.index_select(0, entry))
+        total = c.new_zeros(2, len(image) * p)
+        for sums, time, s, o in zip(total, times, (a, b), (b, a)):
+            said = subjects.index_select(0, s).mul_(targets.index_select(0, o))
+            sums.index_add_(0, goal, said.mul_(time.index_select(0, source)))
+        return total.view(2, -1, p)
+    return ask
+
+def line_scores(relations,  # (B, P, 7, h, w) float32
+                centres,  # (B, N, 2) float32 in cells
+                image, one, other,  # (Q,) int64: pairs of objects, in order of images
+                tau:float=4.,  # cells
+               ):  # (2, Q, P) float32: from `one` to `other`, and from `other` to `one`
+    """What the cells between two objects say of them: the score of each predicate, 0 where no cell
+    is in the field."""
+    b, p, _, h, w = relations.shape
+    sure = relations[:, :, 0] > _LEAST
+    few = sure.sum() * 4 < sure.numel()
+    factors = centres.shape[1] * int(sure.sum() if few else sure.numel()) // max(b, 1)  # a picture
+    much = relations.device.type == 'cuda'
+    pictures = max((2 ** 26 if much else 2 ** 18) // max(factors, 1), 1)
+    pairs = max((2 ** 28 if much else 2 ** 21) // ((h + 3) * (w + 3)), 1)
+    edges = torch.arange(0, b + pictures, pictures, device=image.device)
+    edges = torch.searchsorted(image, edges).tolist()
+    scores = relations.new_zeros(2, len(image), p)
+    for i, (first, last) in enumerate(zip(edges, edges[1:])):
+        block = slice(i * pictures, (i + 1) * pictures)
+        way, places = _ask_sure if few else _ask_all, centres[block].flatten(0, 1)
+        ask = way(relations[block], sure[block], centres[block], tau)
+        for part in (slice(k, min(k + pairs, last)) for k in range(first, last, pairs)):
+            here = image[part] - i * pictures
+            ends = [here * centres.shape[1] + end[part] for end in (one, other)]
+            line, cell, times = line_cells(*places[torch.stack(ends)], (h, w))
+            times = times.float()
+            painted = times.new_zeros(2, len(here)).index_add_(1, line, times)
+            said = ask(here, *ends, line, cell, times)
+            scores[:, part] = said.div_(painted.clamp_(min=1)[..., None])
+    return scores
 
 # %% ../nbs/method/16_reading.ipynb #suppress
 def _overlaps(boxes):
