@@ -254,8 +254,8 @@ def _parser():
     one.add_argument('-o', '--output', type=_name, help='JSON file for the graph of one picture')
     one.add_argument('--draw', type=_name, help='of one picture: .svg (picture and graph), .png or '
                      '.pdf (graph); of several: a folder for SVG files')
-    one.add_argument('--boxes', type=_name, help='JSON file with boxes of another detector, which become '
-                     'the objects; in pixels of the picture as it is shown')
+    one.add_argument('--boxes', type=_name, help='JSON file with boxes of another detector, which '
+                     'become the objects; in pixels of the picture as it is shown')
     one.add_argument('--unknown', choices=('error', 'skip'), help='boxes of classes that the network '
                      'does not know: an error (default), or left out')
     one.add_argument('--classes', type=_classes, help="what the detector's names are here: "

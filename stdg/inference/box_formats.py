@@ -40,7 +40,8 @@ def _label(value):
     "A label as text or int; numbers that libraries keep as float are whole."
     if hasattr(value, 'item'): value = value.item()  # a number of NumPy or PyTorch
     if isinstance(value, str): return value
-    if isinstance(value, Real) and not isinstance(value, bool) and value == value // 1: return int(value)
+    whole = isinstance(value, Real) and not isinstance(value, bool) and value == value // 1
+    if whole: return int(value)
     raise ValueError(f"labels: {one_line(value, 80)!r} is neither a name nor a whole number")
 
 def as_found(boxes, labels, scores=None, **how):

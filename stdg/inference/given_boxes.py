@@ -121,7 +121,8 @@ def _check_size(one, size):
     "Raise `ValueError` if the boxes were found in a picture of another size."
     if one.size in (None, size): return
     (h, w), (height, width) = one.size, size
-    turned = ("; boxes are for the picture as it is shown, upright" if (w, h) == (height, width) else '')
+    lying = (w, h) == (height, width)
+    turned = "; boxes are for the picture as it is shown, upright" if lying else ''
     raise ValueError(f"the boxes are for a picture of {w} x {h} pixels, and it has {width} x {height}"
                      f"{turned}. Give the boxes in its own pixels")
 
@@ -188,7 +189,8 @@ def place(one, numbers, size):
 def _one_each(boxes, n, what):
     "`boxes` (or labels, scores) as a list with one entry for each of `n` pictures."
     if boxes is None: return [None] * n
-    listed = hasattr(boxes, '__len__') and not isinstance(boxes, (dict, str)) and not hasattr(boxes, 'xyxy')
+    one = isinstance(boxes, (dict, str)) or hasattr(boxes, 'xyxy')
+    listed = hasattr(boxes, '__len__') and not one
     if not listed or len(boxes) != n:
         many = len(boxes) if listed else 'one'
         raise ValueError(f"{what}: {n} pictures need a list with one entry for each, or (boxes) a JSON "
@@ -243,7 +245,8 @@ class GivenBoxes:
     def _say(self, numbers, unknown):
         if numbers.coco:
             warnings.warn("class numbers are taken for COCO's category ids, 1 to 90; if they are "
-                          "others, give the names in their order: classes=[...]", BoxWarning, stacklevel=4)
+                          "others, give the names in their order: classes=[...]", BoxWarning,
+                          stacklevel=4)
         if not numbers.unknown: return
         said = f"boxes of classes that the network does not know: {numbers.told()}"
         if unknown == 'error':
@@ -280,7 +283,8 @@ def placed_boxes(boxes, sizes, names, vocabulary, **how):
     `how`. Raises `ValueError` as that does, and for labels, scores or classes without boxes."""
     if boxes is None:
         if any(value is not None for value in how.values()):
-            raise ValueError("labels, scores and classes belong to boxes, and there are none. Give boxes")
+            raise ValueError("labels, scores and classes belong to boxes, and there are none. Give "
+                             "boxes")
         return None
     if isinstance(boxes, (list, tuple)) and {Placed} == set(map(type, boxes)):
         if len(boxes) == len(sizes): return list(boxes)

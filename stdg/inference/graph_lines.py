@@ -33,7 +33,8 @@ class Writer:
             min_score=shown['triplets'] if min_score is None else min_score, top=top,
             min_object=shown['objects'] if min_object is None else min_object)
         self.made_by.update(network.changed)
-        if boxes is not None: self.made_by['boxes'] = _short_name(readable_file(boxes, 'Is the path right?'))
+        if boxes is None: return
+        self.made_by['boxes'] = _short_name(readable_file(boxes, 'Is the path right?'))
 
     def record(self, name, found):
         "What is written of a picture: its graph, or why there is none."
