@@ -224,6 +224,8 @@ def test_wrong_boxes_are_one_clear_error():
             ('does not know: number 3. ', dict(labels=[0, 1, 3])),
             ("'mug' is to be 'cupp', .* did you mean 'cup'|did you mean 'cup'",
              dict(labels=['mug', 'cup', 'cup'], classes={'mug': 'cupp'})),
+            ("labels is 'cup'; a list with one for each", dict(labels='cup')),
+            ("classes is '3'; {label of the detector", dict(classes=3)),
             ("unknown is 'drop'; it is 'error' or 'skip'", dict(unknown='drop')),
             (r'boxes have the shape \(12,\)', dict(boxes=np.array(BOXES).ravel())),
             ('numbers are needed', dict(boxes=[['a', 'b', 'c', 'd']] * 3)),

@@ -52,8 +52,10 @@ def as_found(boxes, labels, scores=None, **how):
         raise ValueError(f"boxes have the shape {boxes.shape}; (N, 4) is needed, a row for each box")
     if labels is None and len(boxes):
         raise ValueError(f"{len(boxes)} boxes have no labels: give the name of each, or its number")
-    if isinstance(labels, str): raise ValueError(f"labels is the text {labels!r}; a list is needed")
-    labels = [_label(one) for one in (labels.tolist() if hasattr(labels, 'tolist') else labels or ())]
+    labels = labels.tolist() if hasattr(labels, 'tolist') else () if labels is None else labels
+    if isinstance(labels, (str, bytes, dict)) or not hasattr(labels, '__iter__'):
+        raise ValueError(f"labels is {one_line(labels, 80)!r}; a list with one for each box is needed")
+    labels = [_label(one) for one in labels]
     scores = np.ones(len(boxes)) if scores is None else _array(scores, 'scores')
     if scores.ndim != 1 or not len(labels) == len(scores) == len(boxes):
         raise ValueError(f"there are {len(boxes)} boxes, {len(labels)} labels and "
@@ -84,7 +86,7 @@ def _of_graph(objects):
     "Boxes, names and scores of a graph's `objects`."
     try: return ([one['box'] for one in objects], [one['name'] for one in objects],
                  [one.get('score', 1.) for one in objects])
-    except (TypeError, KeyError, AttributeError):
+    except (TypeError, LookupError, AttributeError):
         raise ValueError("an object of the graph lacks its box or name") from None
 
 def read_boxes(boxes, labels=None, scores=None):
@@ -147,7 +149,7 @@ def _listed_pictures(record, where):
     try:
         named = {one['id']: one for one in images if isinstance(one['file_name'], str)}
         if categories is not None: categories = {one['id']: str(one['name']) for one in categories}
-    except (TypeError, KeyError):
+    except (TypeError, LookupError):
         raise ValueError(f"{where}: each of its images needs id and file_name, each of its categories "
                          "id and name") from None
     if not isinstance(annotations, list): raise ValueError(f"{where}: its annotations are no list")

@@ -50,13 +50,17 @@ class ClassNumbers:
         self._here = {_plain(name): i for i, name in reversed([*enumerate(self.objects)])}
         self._here.update({name: i for i, name in enumerate(self.objects)})
         own = classes if isinstance(classes, dict) else {}
+        if not isinstance(classes, (dict, list, tuple, type(None))):
+            raise ValueError(f"classes is {one_line(classes)!r}; {{label of the detector: class here}} "
+                             "or a list of the detector's names is needed")
         self._own = {_plain(label): self._class_of(label, name) for label, name in own.items()}
-        self._listed = None if classes is None or isinstance(classes, dict) else list(classes)
+        listed = classes is not None and not isinstance(classes, dict)
+        self._listed = [str(name) for name in classes] if listed else None
         self._blind = classes is None
 
     def _class_of(self, label, name):
         if type(name) is int and 0 <= name < len(self.objects): return name
-        number = self._here.get(name, self._here.get(_plain(name)))
+        number = self._here.get(str(name), self._here.get(_plain(name)))
         if number is None:
             raise ValueError(f"classes: {label!r} is to be {name!r}, and the network has no such class"
                              f"{_like(name, self.objects)}")
@@ -190,7 +194,7 @@ def _one_each(boxes, n, what):
     "`boxes` (or labels, scores) as a list with one entry for each of `n` pictures."
     if boxes is None: return [None] * n
     one = isinstance(boxes, (dict, str)) or hasattr(boxes, 'xyxy')
-    listed = hasattr(boxes, '__len__') and not one
+    listed = hasattr(boxes, '__len__') and not one and getattr(boxes, 'ndim', 1) > 0
     if not listed or len(boxes) != n:
         many = len(boxes) if listed else 'one'
         raise ValueError(f"{what}: {n} pictures need a list with one entry for each, or (boxes) a JSON "
