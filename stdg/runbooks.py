@@ -49,7 +49,9 @@ RUNBOOKS = dict(
         extremes=Whole()),
     predict=dict(
         pictures=_path, checkpoint=File(shared='model.safetensors', empty=False),
-        min_score=Real(None, 1), top=Whole(1), show=Whole(), out=Text()),
+        min_score=Real(None, 1), top=Whole(1), show=Whole(), out=Text(),
+        boxes=File(('.json',), what='a file with the boxes of a detector'),
+        unknown=Choice(('error', 'skip')), prior=Real(None, 100), all_names=Flag()),
     explore=dict(
         run=RunName(), checkpoints=Many(File(empty=False)), data=Text(), split=_split,
         depth_source=_path, pictures=Many(_path), number=Whole(1),
