@@ -148,6 +148,10 @@ class Reading:
         prior; themselves without one."""
         if not self.prior: return scores
         n = len(self.table.pairs)
+        last = max((int(t.max()) for t in (subject, object) if len(t)), default=0)
+        if last >= n:
+            raise ValueError(f"reading: the prior is of {n} classes, an object has class {last}; "
+                             "a prior goes with the network it was counted for")
         asked, row = (subject * n + object).unique(return_inverse=True)  # few pairs of classes
         shares = self.table.frequencies(*np.divmod(asked.cpu().numpy(), n))
         weights = torch.from_numpy(shares).to(scores.device) ** self.prior
@@ -233,7 +237,7 @@ def line_cells(one, other,  # (R, 2) float32 in cells: the centres of two object
     return line.index_select(0, which), cell, torch.stack([times & 15, times >> 4])
 
 # %% ../nbs/method/16_reading.ipynb #line-scores
-_LEAST = 1e-3  # the confidence above which a cell is looked at, where few are
+_LEAST = 1e-3  # the confidence above which a cell says anything
 
 def _exponent(x, y, centres, tau):
     "-distance / tau, to the base 2, of points `x`, `y` from `centres` (2, ...)."
@@ -248,7 +252,7 @@ def _ask_all(relations, sure, centres, tau):
     ends = relations[:, :, 1:5].reshape(b, p, 2, 2, h * w).permute(3, 0, 4, 2, 1).contiguous()
     near = _exponent(*ends[:, :, None], centres.permute(2, 0, 1)[..., None, None, None], tau)
     weight = near.new_zeros(b, 1, h * w, 2, p)  # the confidence goes with the subject
-    weight[:, 0, :, 0] = relations[:, :, 0].clamp(min=0).flatten(2).transpose(1, 2).log2()
+    weight[:, 0, :, 0] = (relations[:, :, 0] * sure).flatten(2).transpose(1, 2).log2()
     near = near.add_(weight).view(-1, 2 * p)
     swapped = near.roll(p, 1)
     def ask(image, one, other, line, cell, times):
