@@ -249,14 +249,14 @@ def _ask_all(relations, sure, centres, tau):
     near = _exponent(*ends[:, :, None], centres.permute(2, 0, 1)[..., None, None, None], tau)
     weight = near.new_zeros(b, 1, h * w, 2, p)  # the confidence goes with the subject
     weight[:, 0, :, 0] = relations[:, :, 0].clamp(min=0).flatten(2).transpose(1, 2).log2()
-    near = near.add_(weight).exp2_().view(-1, 2 * p)
+    near = near.add_(weight).view(-1, 2 * p)
     swapped = near.roll(p, 1)
     def ask(image, one, other, line, cell, times):
         said = near.index_select(0, (one * h * w).index_select(0, line).add_(cell))
-        said *= swapped.index_select(0, (other * h * w).index_select(0, line).add_(cell))
+        said += swapped.index_select(0, (other * h * w).index_select(0, line).add_(cell))
         rows = torch.arange(2 * len(line), device=line.device)
         first = torch.searchsorted(line, torch.arange(len(image), device=line.device))
-        return F.embedding_bag(torch.cat([rows[::2], rows[1::2]]), said.view(-1, p),
+        return F.embedding_bag(torch.cat([rows[::2], rows[1::2]]), said.exp2_().view(-1, p),
                                torch.cat([first, first + len(line)]), mode='sum',
                                per_sample_weights=times.flatten()).view(2, -1, p)
     return ask
@@ -298,25 +298,27 @@ def line_scores(relations,  # (B, P, 7, h, w) float32
     """What the cells between two objects say of them: the score of each predicate, 0 where no cell
     is in the field."""
     b, p, _, h, w = relations.shape
-    n, many = centres.shape[1], relations.device.type == 'cuda'
-    pictures = max((2 ** 26 if many else 2 ** 18) // max(n * h * w * p, 1), 1)
-    pairs = max((2 ** 28 if many else 2 ** 21) // ((h + 3) * (w + 3)), 1)
+    sure = relations[:, :, 0] > _LEAST
+    few = sure.sum() * 4 < sure.numel()
+    factors = centres.shape[1] * int(sure.sum() if few else sure.numel()) // max(b, 1)  # a picture
+    much = relations.device.type == 'cuda'
+    pictures = max((2 ** 26 if much else 2 ** 18) // max(factors, 1), 1)
+    pairs = max((2 ** 28 if much else 2 ** 21) // ((h + 3) * (w + 3)), 1)
     edges = torch.arange(0, b + pictures, pictures, device=image.device)
     edges = torch.searchsorted(image, edges).tolist()
-    sure = relations[:, :, 0] > _LEAST
-    way = _ask_all if sure.sum() * 4 > sure.numel() else _ask_sure
     scores = relations.new_zeros(2, len(image), p)
     for i, (first, last) in enumerate(zip(edges, edges[1:])):
         block = slice(i * pictures, (i + 1) * pictures)
-        ask, places = way(relations[block], sure[block], centres[block], tau), centres[block].flatten(0, 1)
+        way, places = _ask_sure if few else _ask_all, centres[block].flatten(0, 1)
+        ask = way(relations[block], sure[block], centres[block], tau)
         for part in (slice(k, min(k + pairs, last)) for k in range(first, last, pairs)):
             here = image[part] - i * pictures
-            ends = here * n + one[part], here * n + other[part]
-            line, cell, times = line_cells(*(places[end] for end in ends), (h, w))
+            ends = [here * centres.shape[1] + end[part] for end in (one, other)]
+            line, cell, times = line_cells(*places[torch.stack(ends)], (h, w))
             times = times.float()
-            painted = times.new_zeros(2, len(here), 1).index_add_(1, line, times[..., None])
+            painted = times.new_zeros(2, len(here)).index_add_(1, line, times)
             said = ask(here, *ends, line, cell, times)
-            scores[:, part] = said.div_(painted.clamp_(min=1))
+            scores[:, part] = said.div_(painted.clamp_(min=1)[..., None])
     return scores
 
 # %% ../nbs/method/16_reading.ipynb #suppress
