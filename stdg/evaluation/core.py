@@ -117,7 +117,7 @@ def dense_truth(dataset, i):
     truth, relations = dataset.truth(i), dataset.database.dense(dataset.rows[i])
     return SceneGraph(truth.boxes, truth.labels, relations, truth.size, truth.ignore)
 
-def _record(evaluators, truth, dense, found, n_predicates):
+def _record(evaluators, truth, found, n_predicates, dense=None):
     "The record of one image, {name: array}."
     record = {}
     for name, task, evaluator in _each(evaluators):
@@ -142,7 +142,7 @@ def _records(model, dataset, tasks, zero_shot, protocol, positions, options):
     for position, (truth, found) in zip(positions, answers, strict=True):
         seconds = np.array([time.perf_counter() - start])
         dense = dense_truth(dataset, position)
-        record = _record(evaluators, truth, dense, found, len(vocabulary.predicates))
+        record = _record(evaluators, truth, found, len(vocabulary.predicates), dense)
         yield record | dict(seconds=seconds)
         start = time.perf_counter()
 
