@@ -100,7 +100,17 @@ def test_through_every_file_and_back(path, tmp_path, monkeypatch):
                  'read by **lines** (tau = 2 cells)', 'soft (IoU 0.7)', 'to the power 2'):
         assert said in card, said
     written_onnx(model, tmp_path/'net.onnx', monkeypatch)
-    assert same(Reading.from_facts(export.OnnxModel(tmp_path/'net.onnx').facts), reading)
+    exported = export.OnnxModel(tmp_path/'net.onnx')
+    assert same(exported.reading, reading)
+    # its graph gives votes, for which the thresholds of that reading do not hold
+    nothing = [np.zeros(s) for s in ((1, 1, 4), (1, 1), (1, 1), 1, (1, 0), (1, 0), (1, 2, 0), (1, 2, 0))]
+    monkeypatch.setattr(export.OnnxModel, '__call__', lambda self, pictures: [
+        a.astype(int) if i in (1, 3, 4, 7) else a for i, a in enumerate(nothing)])
+    exported.facts['thresholds'] = dict(objects=.7, triplets=.6)
+    picture = np.zeros((20, 20, 3), np.uint8)
+    assert exported.predict(picture).thresholds != exported.facts['thresholds']
+    for name in ('reading', 'prior'): exported.facts.pop(name)
+    assert exported.predict(picture).thresholds == exported.facts['thresholds']
 
 
 def test_files_without_a_reading_are_read_as_published(path, tmp_path):

@@ -230,7 +230,7 @@ def test_asked_to_stop_at_any_moment(home, monkeypatch, hears_ctrl_c):
         (loop, '_checkpoint', ask, lambda run, name, **_: name == 'teacher.best', Interrupted,
          'teacher: .*after step 2 is saved', ['teacher']),
         (loop, 'mark_state', crash, lambda *given: True, Crash, None, ['teacher']),
-        (train, '_choose_thresholds', lambda: ask(signal.SIGUSR1), lambda *given: True, Interrupted,
+        (train, '_choose', lambda: ask(signal.SIGUSR1), lambda *given: True, Interrupted,
          'what was done is kept', ['teacher']),
         (train, 'begin', ask, lambda settings, *rest: rest[-1] == 'control' and
          'thresholds' in (out/'teacher.json').read_text(), Interrupted, 'what was done is kept',

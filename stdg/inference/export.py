@@ -27,6 +27,7 @@ from .hub import check_facts
 from .predictor import letterbox, on_picture, read_image
 from ..io.files import atomic_path
 from ..io.outputs import check_output
+from ..reading import PUBLISHED, Reading
 
 # %% ../../nbs/inference/05_export.ipynb #sample
 def sample_then_project(x, offsets, weight, bias):
@@ -203,6 +204,11 @@ class OnnxModel:
         self.size, self.n_predicates = self.facts['size'], self.facts['config']['n_predicates']
 
     @property
+    def reading(self):
+        "How the network is best read, a `Reading`, prior and all; this graph gives votes alone."
+        return Reading.from_facts(self.facts)
+
+    @property
     def vocabulary(self):
         "The `Vocabulary` in the facts, or None."
         if 'vocabulary' in self.facts: return Vocabulary.from_json(self.facts['vocabulary'])
@@ -217,4 +223,6 @@ class OnnxModel:
         canvas, *place = letterbox(picture, self.size, order)
         found = finish(*[array[0] for array in self(canvas[None])], n_predicates=self.n_predicates)
         name = str(image) if isinstance(image, (str, Path)) else ''
-        return on_picture(found, *place, picture, self.facts, self.facts['config'], name)
+        facts = self.facts
+        if self.reading != PUBLISHED: facts = {k: v for k, v in facts.items() if k != 'thresholds'}
+        return on_picture(found, *place, picture, facts, self.facts['config'], name)

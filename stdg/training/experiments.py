@@ -171,9 +171,11 @@ def interval(values, level=.95):
 METRICS = ('AP50', 'sgdet/R@50', 'sgdet/mR@50', 'predcls/R@50', 'predcls/mR@50')
 
 def _figure_of(run, metric):
-    "The figure `metric`, 'sgdet/R@50' for example, of the last row of the results of `run`."
+    """The figure `metric`, 'sgdet/R@50' for example, of the last row of the results of `run` that is
+    of a network alone, without a prior."""
     file = run.folder/'results.json'
-    figure = list(read_json(file, 'Run the study to its end.')['rows'].values())[-1]
+    rows = read_json(file, 'Run the study to its end.')['rows']
+    figure = [row for title, row in rows.items() if not title.endswith(' + prior')][-1]
     for part in metric.split('/'):
         if part not in figure or figure[part] is None: raise ValueError(f"{file} has no figure {metric}")
         figure = figure[part]
