@@ -16,25 +16,38 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from .catalogue import CATEGORIES, make
-from .relations import Bodies, footprints, separation
+from .relations import Bodies, clashes, footprints
+from .solids import Part
 
 # %% ../../nbs/rooms/09_layout.ipynb #solids
+def _welded(shape):
+    """The corners `(V,3)` of all parts, to 0.1 mm, the number `(V,)` of the one that each is welded
+    to, and the triangles `(F,3)` between those; parts stay apart."""
+    counts = [len(part.vertices) for part in shape.parts]
+    points = np.concatenate([part.vertices for part in shape.parts])
+    starts = np.cumsum([0, *counts])
+    faces = np.concatenate([part.faces + start for part, start in zip(shape.parts, starts)])
+    cells = np.rint(points * 1e4)
+    whole = (cells - cells.min(0)).astype(np.int64)
+    wide = whole.max(0) + 1
+    key = np.repeat(np.arange(len(counts)), counts)
+    for k in range(3): key = key * wide[k] + whole[:, k]
+    weld = np.unique(key, return_inverse=True)[1]
+    return cells / 1e4, weld, weld[faces]
+
 def room_solids(shape):
     """Boxes `(S,2,3)` that a shape fills, metres: one for each connected piece of furniture, else
     one for the whole."""
-    if not shape.support: return np.asarray(shape.bounds)[None]
-    boxes = []
-    for part in shape.parts:
-        corners, weld = np.unique(np.round(part.vertices, 4), axis=0, return_inverse=True)
-        faces = weld.reshape(-1)[part.faces]
-        edges = coo_array((np.ones(len(faces) * 2), (faces[:, :2].ravel(), faces[:, 1:].ravel())),
-                          shape=(len(corners),) * 2)
-        n, piece = connected_components(edges, directed=False)
-        low, high = np.full((n, 3), np.inf), np.full((n, 3), -np.inf)
-        np.minimum.at(low, piece, corners)
-        np.maximum.at(high, piece, corners)
-        boxes.append(np.stack([low, high], 1))
-    return np.concatenate(boxes)
+    if not shape.support: return shape.bounds[None]
+    points, weld, faces = _welded(shape)
+    ends = faces[:, :2].ravel(), faces[:, 1:].ravel()
+    edges = coo_array((np.ones(len(ends[0]), np.int8), ends), shape=(weld.max() + 1,) * 2)
+    n, piece = connected_components(edges, directed=False)
+    owner = piece[weld]
+    order = np.argsort(owner, kind='stable')
+    first = np.searchsorted(owner[order], np.arange(n))
+    ordered = points[order]
+    return np.stack([np.minimum.reduceat(ordered, first), np.maximum.reduceat(ordered, first)], 1)
 
 # %% ../../nbs/rooms/09_layout.ipynb #layout
 @dataclass
@@ -86,7 +99,8 @@ def stand(
     new = Bodies(spots.repeat(s, 0), yaws.repeat(s), np.tile(pieces, (k, 1, 1)))
     corners = footprints(new)
     free = ((np.abs(corners[..., 0]) < layout.width / 2) & (corners[..., 1] < 1e-6)).all(1)
-    free &= (separation(new, layout.solids(but)) > -.002).all(1)
+    free = free.reshape(k, s).all(1).repeat(s)
+    free[free] = ~clashes(new.chosen(free), layout.solids(but), .002)
     fits = np.flatnonzero(free.reshape(k, s).all(1))
     if not len(fits): return None
     layout.names.append(name)
@@ -116,7 +130,7 @@ def roles():
 def resized(shape, factor):
     "The same shape, larger or smaller by `factor`."
     if factor == 1: return shape
-    parts = [replace(part, vertices=part.vertices * factor) for part in shape.parts]
+    parts = [Part(part.vertices * factor, part.faces, part.material) for part in shape.parts]
     scaled = lambda rectangle: tuple(float(v) * factor for v in rectangle)
     container = None if shape.container is None else scaled(shape.container)
     return replace(shape, parts=parts, support=[scaled(s) for s in shape.support],

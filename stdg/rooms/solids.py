@@ -9,8 +9,8 @@ __all__ = ['PATTERNS', 'Material', 'Part', 'Shape', 'shift', 'turn', 'mirror', '
 
 # %% ../../nbs/rooms/01_solids.ipynb #imports
 import colorsys
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import numpy as np
 import trimesh
@@ -61,11 +61,13 @@ class Shape:
     # (z, x0, y0, x1, y1) bottom of an interior in which smaller objects can lie
     container: tuple | None = None
 
-    @property
+    @cached_property
     def bounds(self):
-        "(2,3) lowest and highest corner, metres."
-        return np.array([np.min([p.vertices.min(0) for p in self.parts], 0),
-                         np.max([p.vertices.max(0) for p in self.parts], 0)])
+        "(2,3) lowest and highest corner, metres; a shape is not changed once it is made."
+        points = np.concatenate([part.vertices for part in self.parts])
+        found = np.stack([points.min(0), points.max(0)])
+        found.flags.writeable = False
+        return found
 
     @property
     def n_faces(self): return sum(len(p.faces) for p in self.parts)
@@ -82,7 +84,7 @@ class Shape:
 # %% ../../nbs/rooms/01_solids.ipynb #moves
 def shift(parts, offset):
     "`Part`s moved by `offset` (3,), metres."
-    return [replace(p, vertices=p.vertices + np.asarray(offset, float)) for p in parts]
+    return [Part(p.vertices + np.asarray(offset, float), p.faces, p.material) for p in parts]
 
 def turn(parts, axis, degrees, about=(0, 0, 0)):
     "`Part`s turned about the axis 0, 1 or 2 (x, y, z) through the point `about`."
@@ -90,17 +92,16 @@ def turn(parts, axis, degrees, about=(0, 0, 0)):
     matrix = np.eye(3)
     matrix[[i, j, i, j], [i, j, j, i]] = np.cos(angle), np.cos(angle), -np.sin(angle), np.sin(angle)
     about = np.asarray(about, float)
-    return [replace(p, vertices=(p.vertices - about) @ matrix.T + about) for p in parts]
+    return [Part((p.vertices - about) @ matrix.T + about, p.faces, p.material) for p in parts]
 
 # %% ../../nbs/rooms/01_solids.ipynb #mirror
 def mirror(parts):
     "The parts and their mirror images on the other side of the plane `x = 0`."
-    return [*parts, *(replace(p, vertices=p.vertices * [-1, 1, 1], faces=p.faces[:, ::-1])
-                      for p in parts)]
+    return [*parts, *(Part(p.vertices * [-1, 1, 1], p.faces[:, ::-1], p.material) for p in parts)]
 
 def stretch(parts, factor):
     "`Part`s scaled about the origin by `factor`, one or (3,)."
-    return [replace(p, vertices=p.vertices * factor) for p in parts]
+    return [Part(p.vertices * factor, p.faces, p.material) for p in parts]
 
 # %% ../../nbs/rooms/01_solids.ipynb #assemble
 def assemble(category, parts, mount='floor', support=(), container=None):
