@@ -245,12 +245,19 @@ def _like(surface, part, normal, i, near):
     like = part.take(near) == surface.part[i]
     return like & (_dot(normal.take(near, 1), surface.normal.take(i, 1)) > np.float32(.9))
 
+def _offsets(samples):
+    "Points `(2,N)` of a tilted lattice over a pixel, without the one in its centre."
+    n = samples * (samples - 1) + 1
+    k = np.delete(np.arange(n), n // 2) - n // 2
+    return np.stack([k, ((samples - 1) * k + n // 2) % n - n // 2]) / n
+
 def _refine(scene, camera, light, size, edge, samples, part, normal, gathered):
-    """Radiance `(3,N)` of the pixels numbered `edge`, each the mean of samples x samples rays;
-    part, normal and light of all pixels are known."""
-    steps = (np.arange(samples) + .5) / samples - .5
-    down, right = (np.tile(a.ravel(), len(edge)) for a in np.meshgrid(steps, steps, indexing='ij'))
-    row, column = (a.repeat(samples**2) for a in np.divmod(edge, size[1]))
+    """Summed radiance `(3,N)` of the pixels numbered `edge` at the points of a lattice, mirrored
+    from pixel to pixel; part, normal and light of all pixels are known."""
+    down, right = _offsets(samples)
+    many = len(down)
+    row, column = (a.repeat(many) for a in np.divmod(edge, size[1]))
+    down, right = np.tile(down, len(edge)), np.tile(right, len(edge)) * (1 - 2 * ((row + column) % 2))
     def gather(surface, found):
         y, x = row[found], column[found]
         chosen = y * size[1] + x
@@ -266,7 +273,7 @@ def _refine(scene, camera, light, size, edge, samples, part, normal, gathered):
     rays = _rays(camera, size, column + 1 + right, row + 1 + down)
     pixel = 1 / camera.matrix(size)[0, 0] / samples
     fine = _look(scene, camera, light, rays, _cast(scene, camera, rays), pixel, gather)
-    return np.minimum(fine, 2).reshape(3, -1, samples**2).mean(2)
+    return np.minimum(fine, 2).reshape(3, -1, many).sum(2)
 
 # %% ../../nbs/rooms/07_render.ipynb #render
 def render(
@@ -274,7 +281,7 @@ def render(
     camera,  # `Camera`
     size=(192, 192),  # (height, width) in pixels
     light=None,  # `Light`
-    samples=2,  # pixels at edges are the mean of samples x samples rays
+    samples=2,  # pixels at edges are the mean of samples^2 - samples + 1 rays
     sight=None,  # `first_sight` of the same, if it is known
 ):
     """Picture, depth, instances and normals of a scene: dict of `image` (H,W,3) uint8 RGB, `depth`
@@ -299,8 +306,9 @@ def render(
                      gather)
     edge = np.flatnonzero(_edges(size, alike))
     if samples > 1 and len(edge):
-        radiance[:, edge] = _refine(scene, camera, light, size, edge, samples, part, normal,
-                                    gathered)
+        more = _refine(scene, camera, light, size, edge, samples, part, normal, gathered)
+        rays = samples * (samples - 1) + 1
+        radiance[:, edge] = (np.minimum(radiance[:, edge], 2) + more) / rays
     image = develop(np.ascontiguousarray(radiance.T), light.exposure).reshape(height, width, 3)
     return dict(image=image, depth=sight.depth, instance=sight.instance,
                 normal=np.ascontiguousarray(np.moveaxis(normals, 0, 2)))
