@@ -54,12 +54,11 @@ _CORNERS = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
 def rotation(yaw):
     "Rotation matrices `(N,2,2)` about the vertical for angles `(N,)` in radians."
     c, s = np.cos(yaw), np.sin(yaw)
-    return np.stack([np.stack([c, -s], -1), np.stack([s, c], -1)], -2)
+    return np.stack([c, -s, s, c], -1).reshape(*np.shape(yaw), 2, 2)
 
 def footprints(bodies):
     "Corners `(N,4,2)` of the footprints of `bodies` in room coordinates, metres, in order around."
-    x, y = bodies.bounds[:, :, 0], bodies.bounds[:, :, 1]
-    corners = np.stack([x[:, _CORNERS[:, 0]], y[:, _CORNERS[:, 1]]], -1)
+    corners = bodies.bounds[:, _CORNERS, [0, 1]]
     return corners @ rotation(bodies.yaw).swapaxes(1, 2) + bodies.position[:, None, :2]
 
 def heights(bodies):
