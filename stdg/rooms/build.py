@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VOCABULARY', 'FLAT', 'LEAST_PIXELS', 'LEAST_SHARE', 'LEAST_OBJECTS', 'MOST_OBJECTS', 'SHARD', 'VERSION', 'viewpoint',
-           'shell', 'prints', 'visible_boxes', 'Room', 'place_things', 'place_background', 'room', 'make_rooms']
+           'shell', 'prints', 'Room', 'place_things', 'place_background', 'room', 'make_rooms']
 
 # %% ../../nbs/rooms/11_build.ipynb #imports
 import json
@@ -29,8 +29,8 @@ from .catalogue import CATEGORIES, make
 from .layout import arrange, extent
 from .relations import PREDICATES, Bodies, annotate, footprints, heights, relations
 from .render import Light, first_sight, render
-from .scene import Camera, RayScene, amodal_pixels
-from .solids import Material, Part
+from .scene import Camera, RayScene, amodal_pixels, visible_boxes
+from .solids import Material, Part, Shape
 
 # %% ../../nbs/rooms/11_build.ipynb #vocabulary
 VOCABULARY = Vocabulary(tuple(sorted(CATEGORIES)), PREDICATES)
@@ -121,19 +121,6 @@ def prints(layout, rng, clutter, most=24):
 # %% ../../nbs/rooms/11_build.ipynb #visible
 LEAST_PIXELS, LEAST_SHARE, LEAST_OBJECTS, MOST_OBJECTS = 40, .25, 6, 20
 
-def visible_boxes(instance, n):
-    """Tight boxes `(n,4)` (xyxy, right and bottom exclusive, 0 where unseen) and pixel counts
-    `(n,)` of instances 1 to n."""
-    rows, columns = np.nonzero(instance > 0)
-    number = instance[rows, columns] - 1
-    count, sides = np.bincount(number, minlength=n), []
-    for spot, long in zip((columns, rows), instance.shape[::-1]):
-        there = np.zeros((n, long), bool)
-        there[number, spot] = True
-        sides += [there.argmax(1), long - there[:, ::-1].argmax(1)]
-    boxes = np.stack(sides, 1)[:, [0, 2, 1, 3]]
-    return np.where(count[:, None] > 0, boxes, 0).astype(np.float32), count
-
 # %% ../../nbs/rooms/11_build.ipynb #room-class
 @dataclass
 class Room:
@@ -154,10 +141,22 @@ def place_things(layout):
         scene.add(shape.parts, _pose(*pose), i + 1)
     return scene.build()
 
-def place_background(scene, layout, rng, clutter):
-    "Add floor, walls and pictures of objects to the `scene`, as instance 0."
+def _may_show(parts, place, camera):
+    "Whether parts placed by a 4x4 matrix may reach into the picture: a box around them does."
+    ends = Shape('', parts).bounds
+    corners = np.stack(np.meshgrid(*ends.T), -1).reshape(-1, 3) @ place[:3, :3].T + place[:3, 3]
+    x, y, z = ((corners - camera.position) @ camera.rotation.T).T
+    reach = z * np.tan(np.radians(camera.fov) / 2)
+    outside = [z < 0, x > reach, -x > reach, y > reach, -y > reach]
+    return not np.stack(outside).all(1).any()
+
+def place_background(scene, layout, camera, rng, clutter):
+    """Add floor, walls and pictures of objects to the `scene`, as instance 0.
+
+    A picture that `camera` cannot see casts no shadow either, since it is flat: it is left out."""
     scene.add(shell(layout, rng, clutter), np.eye(4), 0)
-    for parts, place in prints(layout, rng, clutter): scene.add(parts, place, 0)
+    for parts, place in prints(layout, rng, clutter):
+        if _may_show(parts, place, camera): scene.add(parts, place, 0)
     return scene.build()
 
 # %% ../../nbs/rooms/11_build.ipynb #describe
@@ -189,7 +188,7 @@ def _attempt(streams, size, clutter, mean_relations, samples):
     scene = place_things(layout)
     whole = amodal_pixels(scene, camera, shape)[1:]
     if np.count_nonzero(whole >= LEAST_PIXELS) < LEAST_OBJECTS: return None
-    place_background(scene, layout, streams[3], clutter)
+    place_background(scene, layout, camera, streams[3], clutter)
     sight = first_sight(scene, camera, shape)
     described = _describe(layout, camera, sight.instance, whole, streams[4], mean_relations)
     if described is None: return None
@@ -202,7 +201,7 @@ def room(
     size=192,  # side of the square picture, pixels
     clutter=.3,  # 0 to 1: how much the background imitates objects
     mean_relations=6.,  # mean number of annotated relations
-    samples=2,  # pixels at edges are averaged over samples x samples rays
+    samples=2,  # pixels at edges are the mean of samples^2 - samples + 1 rays
 ):
     """Lay out, render and annotate one `Room`.
 
@@ -217,7 +216,7 @@ def room(
                        '50 attempts')
 
 # %% ../../nbs/rooms/11_build.ipynb #shard
-SHARD, VERSION = 50, 4
+SHARD, VERSION = 50, 5
 
 def _shard_path(folder, k): return Path(folder) / 'shards' / f'{k:05d}.npz'
 
@@ -380,7 +379,7 @@ def make_rooms(
     clutter=.3,  # 0 to 1: how much the background imitates objects
     seed=0,  # rooms depend on it and on nothing else of the machine's state
     mean_relations=6.,  # annotated relations a room
-    samples=2,  # antialiasing, rays a side of a pixel
+    samples=2,  # pixels at edges are the mean of samples^2 - samples + 1 rays
     workers=None,  # processes; default one for each core
 ):
     """Render the benchmark into `folder`: `VG-SGG.h5`, `VG-SGG-dicts.json`, `imdb_<size>.h5`, for

@@ -16,7 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from .catalogue import CATEGORIES, make
-from .relations import Bodies, clashes, footprints
+from .relations import Bodies, Spans, clashes
 from .solids import Part
 
 # %% ../../nbs/rooms/10_layout.ipynb #solids
@@ -61,6 +61,7 @@ class RoomLayout:
     poses: list = field(default_factory=list)  # (x, y, z, yaw)
     fixed: list = field(default_factory=list)  # held by wall or ceiling
     pieces: list = field(default_factory=list)  # boxes (S,2,3) of each thing in its own frame
+    spans: list = field(default_factory=list)  # what these cover of the room: `Spans`
 
     def __len__(self): return len(self.names)
 
@@ -96,13 +97,15 @@ def stand(
     spots, yaws = np.asarray(spots, float).reshape(-1, 3), np.asarray(yaws, float).reshape(-1)
     if not len(spots): return None
     k, s = len(spots), len(pieces)
-    new = Bodies(spots.repeat(s, 0), yaws.repeat(s), np.tile(pieces, (k, 1, 1)))
-    corners = footprints(new)
-    free = ((np.abs(corners[..., 0]) < layout.width / 2) & (corners[..., 1] < 1e-6)).all(1)
+    new = Spans.of(Bodies(spots.repeat(s, 0), yaws.repeat(s), np.tile(pieces, (k, 1, 1))))
+    sides = np.maximum(new.high[:, 0], -new.low[:, 0])
+    free = (sides < layout.width / 2) & (new.high[:, 1] < 1e-6)
     free = free.reshape(k, s).all(1).repeat(s)
-    free[free] = ~clashes(new.chosen(free), layout.solids(but), .002)
+    others = [spans for i, spans in enumerate(layout.spans) if i not in but]
+    if others: free[free] = ~clashes(new[free], Spans.joined(others), .002)
     fits = np.flatnonzero(free.reshape(k, s).all(1))
     if not len(fits): return None
+    layout.spans.append(new[fits[0] * s:(fits[0] + 1) * s])
     layout.names.append(name)
     layout.shapes.append(shape)
     layout.pieces.append(pieces)

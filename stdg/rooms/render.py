@@ -64,6 +64,13 @@ def _smooth(scene, prim, u, v, flat):
     size = np.maximum(_length(blended), np.float32(1e-6))
     return blended * np.copysign(1 / size, _dot(blended, flat))
 
+def _local(scene, part, points):
+    "Points of the world (3,N) in the frames of their objects."
+    inverse = _columns(scene.inverse.reshape(-1, 12), part).reshape(3, 4, -1)
+    found = inverse[:, 3]
+    for k in range(3): found += inverse[:, k] * points[k]
+    return found
+
 def _surface(scene, origin, directions, hits, pixel):
     "`_Surface` of rays (3,N) that hit something; `pixel` is the width of a pixel at depth 1."
     prim, depth = hits['primID'], hits['tfar']
@@ -75,10 +82,10 @@ def _surface(scene, origin, directions, hits, pixel):
     points = origin[:, None] + directions * depth
     slant = np.maximum(np.abs(along) / _length(directions), np.float32(.25))
     width = np.float32(pixel) * depth / slant / scene.scale.take(part)
-    inverse = _columns(scene.inverse.reshape(-1, 12), part).reshape(3, 4, -1)
-    local = inverse[:, 0] * points[0]
-    for k in (1, 2): local += inverse[:, k] * points[k]
-    albedo = scene.textures(part, local + inverse[:, 3], scene.face.take(prim), width)
+    albedo = scene.textures.colors.take(part * 4, 1)
+    i = np.flatnonzero(scene.textures.patterned.take(part))
+    albedo[:, i] = scene.textures(part[i], _local(scene, part[i], points.take(i, 1)),
+                                  scene.face.take(prim[i]), width[i])
     return _Surface(part, points, normal, flat, albedo)
 
 # %% ../../nbs/rooms/07_render.ipynb #sunlit

@@ -129,6 +129,7 @@ class Textures:
     "The materials of a scene as tables; called with surface points it gives their albedo."
     def __init__(self, materials):
         self.kind = np.array([PATTERNS.index(m.kind) for m in materials])
+        self.patterned = self.kind != PATTERNS.index('plain')
         colors = np.stack([m.colors[np.arange(4) % len(m.colors)] for m in materials])
         self.colors = np.ascontiguousarray(colors.reshape(-1, 3).T, np.float32)  # (3,4P)
         numbers = [(m.scale, m.gloss, m.emission) for m in materials]
