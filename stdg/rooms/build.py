@@ -29,7 +29,7 @@ from .catalogue import CATEGORIES, make
 from .layout import arrange, extent
 from .relations import PREDICATES, Bodies, annotate, footprints, heights, relations
 from .render import Light, first_sight, render
-from .scene import Camera, RayScene, amodal_pixels, visible_boxes
+from .rays import Camera, RayScene, amodal_pixels, visible_boxes
 from .solids import Material, Part, Shape
 
 # %% ../../nbs/rooms/11_build.ipynb #vocabulary

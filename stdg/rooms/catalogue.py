@@ -13,7 +13,7 @@ from .furniture import FURNITURE
 from .kitchen import KITCHEN
 from .objects import OBJECTS
 from .render import Light, render
-from .scene import Camera, RayScene
+from .rays import Camera, RayScene
 from .solids import block, plain
 
 # %% ../../nbs/rooms/08_catalogue.ipynb #make
