@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from stdg.rooms.catalogue import make
-from stdg.rooms.render import Light, render
 from stdg.rooms.rays import Camera, RayScene, amodal_pixels
+from stdg.rooms.render import Light, render
 from stdg.rooms.solids import Material, Part, ball, block, plain
 
 GREY, EYE = plain([.5, .5, .5]), np.eye(4)

@@ -27,9 +27,9 @@ from ..io.files import atomic_path, read_json, remove_dead, remove_folder, writa
 from ..io.locks import lock_of, locked
 from .catalogue import CATEGORIES, make
 from .layout import arrange, extent
+from .rays import Camera, RayScene, amodal_pixels, visible_boxes
 from .relations import PREDICATES, Bodies, annotate, footprints, heights, relations
 from .render import Light, first_sight, render
-from .rays import Camera, RayScene, amodal_pixels, visible_boxes
 from .solids import Material, Part, Shape
 
 # %% ../../nbs/rooms/11_build.ipynb #vocabulary

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from .furniture import FURNITURE
 from .kitchen import KITCHEN
 from .objects import OBJECTS
-from .render import Light, render
 from .rays import Camera, RayScene
+from .render import Light, render
 from .solids import block, plain
 
 # %% ../../nbs/rooms/08_catalogue.ipynb #make
