@@ -51,12 +51,18 @@ class Camera:
 # %% ../../nbs/rooms/06_rays.ipynb #tables
 def _normals(vertices, faces):
     "Normals of faces (F,3), and of vertices (V,3) by the area of their faces."
-    a, b, c = (vertices[faces[:, k]] for k in range(3))
-    across, corner = np.cross(b - a, c - a), faces.T.ravel()
-    smooth = np.stack([np.bincount(corner, np.tile(across[:, k], 3), len(vertices))
-                       for k in range(3)], 1).astype(np.float32)
-    unit = lambda n: n / np.maximum(np.linalg.norm(n, axis=1, keepdims=True), 1e-12)
-    return unit(across), unit(smooth)
+    a, b, c = np.ascontiguousarray(vertices.T).take(faces.T, 1).swapaxes(0, 1)
+    (x, y, z), (p, q, r), corner = b - a, c - a, faces.T.ravel()
+    across = np.stack([y * r - z * q, z * p - x * r, x * q - y * p])
+    smooth = np.stack([np.bincount(corner, np.tile(row, 3), len(vertices)) for row in across])
+    unit = lambda n: (n / np.maximum(np.sqrt((n * n).sum(0)), np.float32(1e-12))).T
+    return unit(across), unit(smooth.astype(np.float32))
+
+def _turned(matrix, owner, vectors):
+    "Each of the `vectors` (N,3) by the `matrix` (P,3,3) of its `owner` (N,): `(N,3)`."
+    rows = np.ascontiguousarray(matrix.reshape(-1, 9).T).take(owner, 1).reshape(3, 3, -1)
+    x, y, z = vectors.T
+    return np.stack([row[0] * x + row[1] * y + row[2] * z for row in rows], 1)
 
 def _tables(parts, matrix, instances):
     """What rays and shading need to know of parts, placed by matrices (P,4,4), with instances (P,):
@@ -66,15 +72,16 @@ def _tables(parts, matrix, instances):
     faces = np.concatenate([part.faces + s for part, s in zip(parts, start)])
     of_face = np.repeat(np.arange(len(parts)), [len(part.faces) for part in parts])
     local = np.concatenate([part.vertices for part in parts]).astype(np.float32)
-    world = np.einsum('vij,vj->vi', matrix[owner, :3, :3], local) + matrix[owner, :3, 3]
+    world = _turned(matrix[:, :3, :3], owner, local) + matrix[owner, :3, 3]
     scale = np.linalg.norm(matrix[:, :3, :3], axis=1)
     rotation = (matrix[:, :3, :3] / scale[:, None]).astype(np.float32)
     flat, smooth = _normals(local, faces)
-    turned = np.einsum('nij,nj->ni', rotation[owner], smooth)
-    bent = (np.abs(smooth[faces] - flat[:, None]).max((1, 2)) > 1e-4)
-    return dict(world=world.astype(np.float32), smooth=turned,  # vertices and their normals
-                faces=faces, part=of_face, instance=instances[of_face], bent=bent,
-                facing=np.einsum('nij,nj->ni', rotation[of_face], flat),  # normals in the world
+    away = [np.abs(smooth.take(corner, 0) - flat).max(1) for corner in faces.T]
+    return dict(world=world.astype(np.float32), faces=faces, part=of_face,
+                instance=instances[of_face],
+                smooth=_turned(rotation, owner, smooth),  # normals of vertices in the world
+                bent=np.maximum.reduce(away) > 1e-4,  # whether corners have normals of their own
+                facing=_turned(rotation, of_face, flat),  # normals in the world
                 face=np.abs(flat).argmax(1),  # the axis of the object that a triangle looks along
                 # from the world to the object's frame
                 inverse=np.linalg.inv(matrix)[:, :3].astype(np.float32),
@@ -120,7 +127,7 @@ class RayScene:
         if self._tree is None:
             self._tree = EmbreeScene()
             self._mesh = TriangleMesh(self._tree, self.world.astype(float), self.faces)
-        return self._tree.run(*(np.ascontiguousarray(a, np.float32) for a in rays), **query)
+        return self._tree.run(*(np.asarray(a, np.float32) for a in rays), **query)
 
     def cast(self, origins, directions):
         """First hits of rays: dict of depth `tfar`, triangle `primID` (-1 for none) and barycentric
