@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from stdg.rooms.catalogue import make
-from stdg.rooms.render import Camera, Light, RayScene, amodal_pixels, render
+from stdg.rooms.rays import Camera, RayScene, amodal_pixels
+from stdg.rooms.render import Light, first_sight, render
 from stdg.rooms.solids import Material, Part, ball, block, plain
 
 GREY, EYE = plain([.5, .5, .5]), np.eye(4)
@@ -122,6 +123,22 @@ def test_smoothing_touches_the_picture_only():
     edges = np.diff(one['instance'], axis=1) != 0
     step = lambda r: np.abs(np.diff(r['image'].astype(int), axis=1))[edges].mean()
     assert step(two) < step(one)
+
+
+def test_what_was_seen_first_is_what_is_rendered():
+    "A scene may grow between two looks, and the first look at it may be handed on."
+    camera, box = Camera([0, -3, 1], [0, 0, .4], 50), block((.6, .6, .8), (0, 0, 0), GREY)
+    scene = RayScene().add([box], EYE, 1).build()
+    before = first_sight(scene, camera, SIZE)
+    grown = scene.add([GROUND], EYE, 0).build()
+    sight = first_sight(grown, camera, SIZE)
+    assert set(np.unique(before.instance)) == {-1, 1}
+    assert np.array_equal(sight.instance == 1, before.instance == 1)
+    assert (sight.instance == 0).any()
+    assert np.array_equal(before.depth[before.instance == 1], sight.depth[before.instance == 1])
+    at_once = RayScene().add([box], EYE, 1).add([GROUND], EYE, 0).build()
+    one, two = render(grown, camera, SIZE, sight=sight), render(at_once, camera, SIZE)
+    for name in one: assert np.array_equal(one[name], two[name]), name
 
 
 def test_textures_stay_on_a_moved_object():

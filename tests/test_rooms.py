@@ -104,6 +104,18 @@ def test_clutter_changes_the_picture_only():
     assert changed.mean() > .3
 
 
+def test_a_print_out_of_sight_is_left_out_and_not_missed(monkeypatch):
+    left, real = [], rooms._may_show
+    monkeypatch.setattr(rooms, '_may_show', lambda *a: left.append(real(*a)) or left[-1])
+    without = room(4, size=96, clutter=1)
+    assert 0 < sum(left) < len(left)
+    monkeypatch.setattr(rooms, '_may_show', lambda *a: True)
+    everything = room(4, size=96, clutter=1)
+    assert (np.abs(without.image.astype(int) - everything.image).max(-1) > 2).mean() < .001
+    assert np.allclose(without.depth, everything.depth, atol=1e-5)
+    assert np.array_equal(without.graph.boxes, everything.graph.boxes)
+
+
 def test_larger_pictures():
     r = room(3, size=512, samples=1)
     assert r.image.shape == (512, 512, 3) and r.camera[0, 2] == 256.5
@@ -218,6 +230,15 @@ def test_other_settings_are_refused(tmp_path, few):
     before = _content(tmp_path)
     with pytest.raises(ValueError, match=r'other settings: clutter 0.3 \(asked: 0.9\)'):
         make_rooms(tmp_path, **few, clutter=.9)
+    assert _content(tmp_path) == before
+
+
+def test_rooms_of_an_earlier_version_are_refused_and_still_read(tmp_path, few):
+    make_rooms(tmp_path, **few)
+    before, path = _content(tmp_path), tmp_path / 'rooms.json'
+    path.write_text(path.read_text().replace(f'"version": {rooms.VERSION}', '"version": 4'))
+    with pytest.raises(ValueError, match=rf'version 4 \(asked: {rooms.VERSION}\)'):
+        make_rooms(tmp_path, **few)
     assert _content(tmp_path) == before
 
 

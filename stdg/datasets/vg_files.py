@@ -149,10 +149,13 @@ def write_annotations(folder,  # made if absent
                        () if dense is None else dense[i])
 
 # %% ../../nbs/datasets/00_vg_files.ipynb #create-images
+_NUMBERS = ('image_ids', 'valid_idx', 'original_heights', 'original_widths', 'image_heights',
+            'image_widths')
+
 def create_images(file, n, size, rgbd):
     "The empty datasets of spec 1.2 in an open HDF5 file; with `rgbd` also depth and camera."
     file.create_dataset('images', (n, 3, size, size), np.uint8, chunks=(1, 3, size, size), compression='lzf')
-    for name in ('image_ids', 'valid_idx', 'original_heights', 'original_widths', 'image_heights', 'image_widths'):
+    for name in _NUMBERS:
         file.create_dataset(name, (n,), np.int32)
     if rgbd:
         file.create_dataset('depth', (n, size, size), np.float16, chunks=(1, size, size), compression='lzf',
@@ -177,7 +180,7 @@ def write_images(folder,
     and `camera` (3, 3).
 
     Raises `ValueError` for a wrong shape or a depth that is not finite. Source: method spec 1.2."""
-    path, count = writable_folder(folder)/f'imdb_{size}.h5', 0
+    path, rows, cameras = writable_folder(folder)/f'imdb_{size}.h5', [], np.zeros((n, 3, 3))
     with atomic_path(path) as partial, h5py.File(partial, 'w') as file:
         for i, record in enumerate(records):
             image = np.asarray(record['image'])
@@ -185,21 +188,28 @@ def write_images(folder,
             if not good or max(image.shape[:2]) > size:
                 raise ValueError(f"image {record['image_id']}: shape (H, W, 3) uint8 with H, W <= {size} is needed, "
                                  f"this is {image.shape} {image.dtype}")
-            if i == 0: create_images(file, n, size, 'depth' in record)
+            if i == 0:
+                create_images(file, n, size, 'depth' in record)
+                pictures, depths = file['images'], file.get('depth')
             h, w = image.shape[:2]
-            file['images'][i] = canvas(image, size)
-            columns = dict(image_ids=record['image_id'], valid_idx=i, original_heights=h, original_widths=w,
-                           image_heights=h, image_widths=w)
-            for name, value in columns.items(): file[name][i] = value
-            if 'depth' in record: _write_depth(file, i, record, (h, w))
-            count = i + 1
-        if count != n: raise ValueError(f"{path}: {n} records were announced, {count} came")
+            rows.append((record['image_id'], i, h, w, h, w))
+            if i >= n: continue
+            pictures[i] = canvas(image, size)
+            if 'depth' not in record: continue
+            if depths is None:
+                raise ValueError(f"image {record['image_id']}: it has depth, the first one has none: give it to the "
+                                 "first, or to none")
+            depths[i, :h, :w] = _depth_of(record, (h, w))
+            cameras[i] = record['camera']
+        if len(rows) != n: raise ValueError(f"{path}: {n} records were announced, {len(rows)} came")
+        for name, values in zip(_NUMBERS, zip(*rows)): file[name][:] = values
+        if rows and depths is not None: file['camera'][:] = cameras
 
-def _write_depth(file, i, record, shape):
+def _depth_of(record, shape):
+    "The depth of a record as float32, checked."
     depth = np.asarray(record['depth'], np.float32)
     if depth.shape != shape:
         raise ValueError(f"image {record['image_id']}: the depth is {depth.shape}, its picture {shape}")
     if not np.isfinite(depth).all():
         raise ValueError(f"image {record['image_id']}: the depth has NaN or infinity; write 0 where it is missing")
-    file['depth'][i, :shape[0], :shape[1]] = depth
-    file['camera'][i] = record['camera']
+    return depth

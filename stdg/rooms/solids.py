@@ -9,8 +9,9 @@ __all__ = ['PATTERNS', 'Material', 'Part', 'Shape', 'shift', 'turn', 'mirror', '
 
 # %% ../../nbs/rooms/01_solids.ipynb #imports
 import colorsys
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import numpy as np
 import trimesh
@@ -61,11 +62,13 @@ class Shape:
     # (z, x0, y0, x1, y1) bottom of an interior in which smaller objects can lie
     container: tuple | None = None
 
-    @property
+    @cached_property
     def bounds(self):
-        "(2,3) lowest and highest corner, metres."
-        return np.array([np.min([p.vertices.min(0) for p in self.parts], 0),
-                         np.max([p.vertices.max(0) for p in self.parts], 0)])
+        "(2,3) lowest and highest corner, metres; a shape is not changed once it is made."
+        points = np.concatenate([part.vertices for part in self.parts])
+        found = np.stack([points.min(0), points.max(0)])
+        found.flags.writeable = False
+        return found
 
     @property
     def n_faces(self): return sum(len(p.faces) for p in self.parts)
@@ -82,7 +85,7 @@ class Shape:
 # %% ../../nbs/rooms/01_solids.ipynb #moves
 def shift(parts, offset):
     "`Part`s moved by `offset` (3,), metres."
-    return [replace(p, vertices=p.vertices + np.asarray(offset, float)) for p in parts]
+    return [Part(p.vertices + np.asarray(offset, float), p.faces, p.material) for p in parts]
 
 def turn(parts, axis, degrees, about=(0, 0, 0)):
     "`Part`s turned about the axis 0, 1 or 2 (x, y, z) through the point `about`."
@@ -90,17 +93,16 @@ def turn(parts, axis, degrees, about=(0, 0, 0)):
     matrix = np.eye(3)
     matrix[[i, j, i, j], [i, j, j, i]] = np.cos(angle), np.cos(angle), -np.sin(angle), np.sin(angle)
     about = np.asarray(about, float)
-    return [replace(p, vertices=(p.vertices - about) @ matrix.T + about) for p in parts]
+    return [Part((p.vertices - about) @ matrix.T + about, p.faces, p.material) for p in parts]
 
 # %% ../../nbs/rooms/01_solids.ipynb #mirror
 def mirror(parts):
     "The parts and their mirror images on the other side of the plane `x = 0`."
-    return [*parts, *(replace(p, vertices=p.vertices * [-1, 1, 1], faces=p.faces[:, ::-1])
-                      for p in parts)]
+    return [*parts, *(Part(p.vertices * [-1, 1, 1], p.faces[:, ::-1], p.material) for p in parts)]
 
 def stretch(parts, factor):
     "`Part`s scaled about the origin by `factor`, one or (3,)."
-    return [replace(p, vertices=p.vertices * factor) for p in parts]
+    return [Part(p.vertices * factor, p.faces, p.material) for p in parts]
 
 # %% ../../nbs/rooms/01_solids.ipynb #assemble
 def assemble(category, parts, mount='floor', support=(), container=None):
@@ -139,7 +141,8 @@ def sheet(points, material, closed=False):
 
 def join(parts):
     "Several parts as one, with the material of the first."
-    start = np.cumsum([0] + [len(p.vertices) for p in parts])
+    if len(parts) == 1: return parts[0]
+    start = accumulate((len(p.vertices) for p in parts), initial=0)
     return Part(np.concatenate([p.vertices for p in parts]),
                 np.concatenate([p.faces + s for p, s in zip(parts, start)]), parts[0].material)
 
@@ -151,28 +154,35 @@ _CUBE, _CUBE_FACES = np.array(_UNIT.vertices) + [0, 0, .5], np.array(_UNIT.faces
 def block(size, at, material, taper=1.):
     "A box of `size` (x, y, z) metres; `at` is the middle of its base, `taper` scales its top."
     vertices = _CUBE * size
-    vertices[:, :2] *= 1 + (np.asarray(taper) - 1) * _CUBE[:, 2:]
+    if np.ndim(taper) or taper != 1:
+        vertices[:, :2] *= 1 + (np.asarray(taper) - 1) * _CUBE[:, 2:]
     return Part(vertices + at, _CUBE_FACES, material)
 
 # %% ../../nbs/rooms/01_solids.ipynb #lathe
 def _sharpen(profile, degrees=35):
     "Pieces of a polyline, cut where it turns by more than `degrees`."
-    steps = np.diff(profile, axis=0)
+    steps = profile[1:] - profile[:-1]
     angle = np.arctan2(steps[:, 1], steps[:, 0])
-    sharp = np.abs((np.diff(angle) + np.pi) % (2 * np.pi) - np.pi) > np.radians(degrees)
+    sharp = np.abs((angle[1:] - angle[:-1] + np.pi) % (2 * np.pi) - np.pi) > np.radians(degrees)
     cuts = [0, *(np.flatnonzero(sharp) + 1), len(profile) - 1]
     return [profile[a:b + 1] for a, b in zip(cuts, cuts[1:])]
+
+@lru_cache
+def _circle(n):
+    "Cosine and sine `(n,2)` of angles all around."
+    angle = np.arange(n) * 2 * np.pi / n
+    return np.stack([np.cos(angle), np.sin(angle)], 1)
 
 def lathe(profile, material, n=16, at=(0, 0, 0), wave=None):
     """Turn a `profile` of (radius, height) about the vertical through `at`, in `n` sections; `wave`
     (n,) scales the radius around."""
-    angle = np.arange(n) * 2 * np.pi / n
-    around = np.stack([np.cos(angle), np.sin(angle)], 1)
+    around = _circle(n)
     if wave is not None: around = around * np.asarray(wave)[:, None]
     pieces = []
     for piece in _sharpen(np.asarray(profile, float)):
-        points = np.concatenate([piece[:, None, :1] * around,
-                                 np.broadcast_to(piece[:, None, 1:], (len(piece), n, 1))], 2)
+        points = np.empty((len(piece), n, 3))
+        points[..., :2] = piece[:, None, :1] * around
+        points[..., 2] = piece[:, 1:]
         pieces.append(sheet(points + np.asarray(at, float), material, True))
     return join(pieces)
 
@@ -182,19 +192,25 @@ def arc(center, radius, start, stop, n=6):
     return np.stack([np.cos(angle), np.sin(angle)], 1) * radius + center
 
 # %% ../../nbs/rooms/01_solids.ipynb #tube
+def _cross(a, b):
+    "Cross products of vectors in rows: `np.cross`, which takes its time with few."
+    return a[..., _NEXT] * b[..., _LAST] - a[..., _LAST] * b[..., _NEXT]
+
+_NEXT, _LAST = [1, 2, 0], [2, 0, 1]
+
 def tube(path, radius, material, n=8):
     "A pipe of `radius` (one, or one for each point) along `path` `(K,3)`, with closed ends."
     path = np.asarray(path, float)
-    radius = np.broadcast_to(np.asarray(radius, float), len(path))
-    along = np.gradient(path, axis=0)
-    along /= np.linalg.norm(along, axis=1, keepdims=True)
-    side = np.cross(along, np.eye(3)[np.abs(along).mean(0).argmin()])
-    side /= np.linalg.norm(side, axis=1, keepdims=True)
-    other, angle = np.cross(along, side), np.arange(n) * 2 * np.pi / n
-    ring = np.cos(angle)[:, None] * side[:, None] + np.sin(angle)[:, None] * other[:, None]
+    radius = np.full(len(path), radius, float)
+    steps = path[1:] - path[:-1]
+    along = np.concatenate([steps[:1], (path[2:] - path[:-2]) / 2, steps[-1:]])
+    along /= np.sqrt((along * along).sum(1, keepdims=True))
+    side = _cross(along, np.eye(3)[np.abs(along).mean(0).argmin()])
+    side /= np.sqrt((side * side).sum(1, keepdims=True))
+    other, (cos, sin) = _cross(along, side), _circle(n).T[..., None]
+    ring = cos * side[:, None] + sin * other[:, None]
     points = path[:, None] + ring * radius[:, None, None]
-    ends = [sheet(np.stack([points[k], np.broadcast_to(path[k], (n, 3))]), material, True)
-            for k in (0, -1)]
+    ends = [sheet(np.stack([points[k], np.tile(path[k], (n, 1))]), material, True) for k in (0, -1)]
     return join([sheet(points, material, True), *ends])
 
 # %% ../../nbs/rooms/01_solids.ipynb #ball

@@ -7,22 +7,43 @@ __all__ = ['noise', 'Textures']
 
 # %% ../../nbs/rooms/02_textures.ipynb #imports
 import numpy as np
-from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.ndimage import gaussian_filter
 
 from .solids import PATTERNS
 
 # %% ../../nbs/rooms/02_textures.ipynb #noise
-def _lattice(n=32):
-    "A periodic cube of smooth random numbers, about 0 to 1."
-    cube = gaussian_filter(np.random.default_rng(7).random((n, n, n)), .6, mode='wrap')
-    return ((cube - cube.mean()) / cube.std() * .2 + .5).astype(np.float32)
+_SIDE = 32  # of the lattice, cells
+
+def _lattice():
+    "A periodic cube of smooth random numbers, about 0 to 1, and the steps to the next, flat `(2,N)`."
+    cube = np.random.default_rng(7).random((_SIDE,) * 3)
+    cube = gaussian_filter(cube, .6, mode='wrap')
+    cube = (cube - cube.mean()) / cube.std() * .2 + .5
+    pairs = np.empty(cube.shape, np.complex64)
+    pairs.real, pairs.imag = cube, np.roll(cube, -1, 2) - cube
+    return pairs.ravel()
 
 _LATTICE = _lattice()
 
+def _blended(p):
+    "The lattice at points `p` (3,N), linear between its numbers."
+    low = np.floor(p)
+    x, y, z = p - low
+    i, j, k = low.astype(np.int32) & (_SIDE - 1)
+    rows = i * _SIDE**2, ((i + 1) & (_SIDE - 1)) * _SIDE**2
+    columns = j * _SIDE + k, ((j + 1) & (_SIDE - 1)) * _SIDE + k
+    def along(row, column):
+        pair = _LATTICE.take(row + column)
+        return pair.real + pair.imag * z
+    one, two = (along(row, columns[0]) for row in rows)
+    one += (along(rows[0], columns[1]) - one) * y
+    two += (along(rows[1], columns[1]) - two) * y
+    return one + (two - one) * x
+
 def noise(p):
-    "Smooth noise at points `p` (N,3), one bump a unit; two octaves, about 0 to 1."
-    one, two = (map_coordinates(_LATTICE, (p * s).T, order=1, mode='grid-wrap') for s in (1, 2.3))
-    return np.clip(.65 * one + .35 * two, 0, 1)
+    "Smooth noise at points `p` (3,N) float32, one bump a unit; two octaves, about 0 to 1."
+    mixed = np.float32(.65) * _blended(p) + np.float32(.35) * _blended(p * np.float32(2.3))
+    return np.clip(mixed, 0, 1)
 
 def _hash(*cells):
     "Pseudo-random numbers between 0 and 1 for integer cells."
@@ -33,7 +54,7 @@ def _hash(*cells):
     return h / np.float32(1 << 24)
 
 # %% ../../nbs/rooms/02_textures.ipynb #ramps
-def _ramp(distance, width): return np.clip(distance / width + .5, 0, 1)
+def _ramp(distance, width): return np.clip(distance / width + np.float32(.5), 0, 1)
 
 def _wave(x, width):
     """Square wave of period 1 between 0 and 1, whose edges are ramps; a mean where a pixel covers a
@@ -41,59 +62,64 @@ def _wave(x, width):
     share = _ramp(.25 - np.abs(x - np.floor(x) - .5), width)
     return share + (.5 - share) * np.clip(width * 2 - 1, 0, 1)
 
-def _mix(c, share): return c[:, 0] + (c[:, 1] - c[:, 0]) * share[:, None]
+def _mix(c, share):
+    first = c(0)
+    return first + (c(1) - first) * share
 
-def _on_face(p, normal):
-    "The two coordinates `(N,2)` along the face that a normal looks out of."
-    axis = np.abs(normal).argmax(1)
-    rows = np.arange(len(p))
-    return np.stack([p[rows, np.array([1, 0, 0])[axis]], p[rows, np.array([2, 2, 1])[axis]]], 1)
+_ALONG = np.array([[1, 0, 0], [2, 2, 1]])
+
+def _on_face(p, face):
+    "The two coordinates `(2,N)` along a face that looks along an axis."
+    return np.take_along_axis(p, _ALONG[:, face], 0)
 
 # %% ../../nbs/rooms/02_textures.ipynb #lines
-def _wood(c, p, axis, normal, width):
-    grain = np.where(np.arange(3) == axis[:, None], .12, 1).astype(np.float32)
-    q = p * grain
-    rings = np.linalg.norm(q * (grain == 1), axis=1) * .9 + 1.6 * noise(q * .7)
+def _wood(c, p, axis, face, width):
+    across = np.arange(3)[:, None] != axis
+    q = p * np.where(across, np.float32(1), np.float32(.12))
+    x, y, z = q * across
+    rings = np.sqrt(x * x + y * y + z * z) * np.float32(.9) + 1.6 * noise(q * np.float32(.7))
     line = .75 * np.abs(2 * (rings - np.floor(rings)) - 1) * np.clip(1.5 - width, .3, 1)
-    return _mix(c, line + .25 * noise(q * 3))
+    return _mix(c, line + .25 * noise(q * np.float32(3)))
 
-def _stripes(c, p, axis, normal, width):
-    return _mix(c, _wave(np.take_along_axis(p, axis[:, None], 1)[:, 0], width))
+def _stripes(c, p, axis, face, width):
+    return _mix(c, _wave(np.take_along_axis(p, axis[None], 0)[0], width))
 
-def _checks(c, p, axis, normal, width):
-    a, b = _wave(_on_face(p, normal), width[:, None]).T
+def _checks(c, p, axis, face, width):
+    a, b = _wave(_on_face(p, face), width)
     return _mix(c, a + b - 2 * a * b)
 
-def _noise(c, p, axis, normal, width): return _mix(c, np.clip((noise(p * 2) - .5) * 1.8 + .5, 0, 1))
+def _noise(c, p, axis, face, width):
+    return _mix(c, np.clip((noise(p * np.float32(2)) - .5) * 1.8 + .5, 0, 1))
 
 # %% ../../nbs/rooms/02_textures.ipynb #fields
-def _tiles(c, p, axis, normal, width):
-    q = _on_face(p, normal)
+def _tiles(c, p, axis, face, width):
+    q = _on_face(p, face)
     cell = np.floor(q)
-    gap = (.5 - np.abs(q - cell - .5)).min(1)
-    tone = .85 + .3 * _hash(cell[:, 0], cell[:, 1])
-    return _mix(c, 1 - _ramp(gap - .04, np.maximum(width, 1e-3))) * tone[:, None]
+    gap = (.5 - np.abs(q - cell - .5)).min(0)
+    tone = np.float32(.85) + np.float32(.3) * _hash(*cell)
+    return _mix(c, 1 - _ramp(gap - .04, np.maximum(width, np.float32(1e-3)))) * tone
 
-def _dots(c, p, axis, normal, width):
-    q = _on_face(p, normal)
-    q[:, 0] += .5 * np.floor(q[:, 1])
-    return _mix(c, _ramp(.3 - np.linalg.norm(q - np.floor(q) - .5, axis=1), width))
+def _dots(c, p, axis, face, width):
+    q = _on_face(p, face)
+    q[0] += .5 * np.floor(q[1])
+    x, y = q - np.floor(q) - .5
+    return _mix(c, _ramp(.3 - np.sqrt(x * x + y * y), width))
 
-def _print(c, p, axis, normal, width):
-    q = _on_face(p, normal)
-    cell = np.floor(q * [.7, 1])
-    chosen = (_hash(cell[:, 0], cell[:, 1]) * 4).astype(int)
-    return np.take_along_axis(c, chosen[:, None, None], 1)[:, 0]
+def _print(c, p, axis, face, width):
+    q = _on_face(p, face)
+    q[0] *= .7
+    return c((_hash(*np.floor(q)) * 4).astype(int))
 
 # %% ../../nbs/rooms/02_textures.ipynb #sky
-def _sky(c, p, axis, normal, width):
-    high = np.clip(p[:, 2:3], 0, 1)
-    hill = _ramp(.28 + .14 * noise(p * 2) - high[:, 0], width)[:, None]
-    cloud = np.clip((noise(p * [3, 3, 6]) - .55) * 4, 0, 1)[:, None] * (high > .3)
-    air = c[:, 1] + (c[:, 0] - c[:, 1]) * high
-    return (air + (.95 - air) * cloud) * (1 - hill) + c[:, 2] * hill
+def _sky(c, p, axis, face, width):
+    high = np.clip(p[2], 0, 1)
+    hill = _ramp(.28 + .14 * noise(p * np.float32(2)) - high, width)
+    puffs = noise(p * np.float32([[3], [3], [6]]))
+    cloud = np.clip((puffs - .55) * 4, 0, 1) * (high > .3)
+    air = c(1) + (c(0) - c(1)) * high
+    return (air + (.95 - air) * cloud) * (1 - hill) + c(2) * hill
 
-def _plain(c, p, axis, normal, width): return c[:, 0]
+def _plain(c, p, axis, face, width): return c(0)
 
 _PATTERNS = dict(plain=_plain, wood=_wood, stripes=_stripes, checks=_checks, noise=_noise,
                  tiles=_tiles, dots=_dots, print=_print, sky=_sky)
@@ -103,25 +129,26 @@ class Textures:
     "The materials of a scene as tables; called with surface points it gives their albedo."
     def __init__(self, materials):
         self.kind = np.array([PATTERNS.index(m.kind) for m in materials])
+        self.patterned = self.kind != PATTERNS.index('plain')
         colors = np.stack([m.colors[np.arange(4) % len(m.colors)] for m in materials])
-        self.colors = colors.astype(np.float32)
+        self.colors = np.ascontiguousarray(colors.reshape(-1, 3).T, np.float32)  # (3,4P)
         numbers = [(m.scale, m.gloss, m.emission) for m in materials]
         self.scale, self.gloss, self.emission = np.array(numbers, np.float32).T
         self.axis = np.array([m.axis for m in materials])
         seed = np.array([m.seed for m in materials])
-        self.offset = np.stack([seed % 89, seed % 97, seed % 83], 1).astype(np.float32) * .731
-        self.offset[self.kind == PATTERNS.index('sky'), 2] = 0
+        self.offset = np.stack([seed % 89, seed % 97, seed % 83]).astype(np.float32) * .731
+        self.offset[2, self.kind == PATTERNS.index('sky')] = 0
 
-    def __call__(self, part, points, normals, width):
-        """Albedo `(N,3)` at points (object's frame) of parts with normals, of pixels `width` (N,)
-        metres wide."""
-        kind, albedo = self.kind[part], np.empty((len(part), 3), np.float32)
-        for k in np.unique(kind):
+    def __call__(self, part, points, face, width):
+        """Albedo `(3,N)` of `part` (N,) at `points` (3,N), in the object's frame, on faces that look
+        along the axis `face` (N,), of pixels `width` (N,) metres wide. All float32."""
+        kind, albedo = self.kind[part], np.empty((3, len(part)), np.float32)
+        for k in np.flatnonzero(np.bincount(kind, minlength=len(PATTERNS))):
             i = np.flatnonzero(kind == k)
             chosen = part[i]
             scale = self.scale[chosen]
-            at = points[i] / scale[:, None] + self.offset[chosen]
-            pattern = _PATTERNS[PATTERNS[k]]
-            albedo[i] = pattern(self.colors[chosen], at, self.axis[chosen], normals[i],
-                                np.maximum(width[i] / scale, 1e-4))
+            at = points.take(i, 1) / scale + self.offset.take(chosen, 1)
+            def color(number): return self.colors.take(chosen * 4 + number, 1)
+            smallest = np.maximum(width[i] / scale, np.float32(1e-4))
+            albedo[:, i] = _PATTERNS[PATTERNS[k]](color, at, self.axis[chosen], face[i], smallest)
         return albedo
