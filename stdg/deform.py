@@ -9,6 +9,7 @@ __all__ = ['sampling_points', 'definition', 'gather_then_project', 'project_then
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import deform_conv2d
 
@@ -51,6 +52,33 @@ def definition(x, offsets, weight, bias):
     return torch.einsum('bchwk,nck->bnhw', seen, weight.flatten(2)) + bias.view(1, -1, 1, 1)
 
 # %% ../nbs/method/04_deform.ipynb #gather
+class _GradientToCells(torch.autograd.Function):
+    """Passes `seen` (N, C) on, the weighted sums of rows of `cells`; its gradient goes back to `seen`
+    as it is, and to `cells` by the same `index` and `share`, (N, 4) each."""
+    @staticmethod
+    def forward(ctx, seen, cells, index, share):
+        ctx.save_for_backward(index, share)
+        ctx.n = len(cells)
+        return seen.view_as(seen)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        index, share = ctx.saved_tensors
+        cell, look = index.flatten().sort()  # PyTorch's order: the sums are bit for bit its own
+        first = torch.searchsorted(cell, torch.arange(ctx.n, device=cell.device))
+        to_cells = F.embedding_bag(look // index.shape[1], grad.contiguous(), first, mode='sum',
+                                   per_sample_weights=share.flatten()[look])
+        return grad, to_cells, None, None
+
+def _weighted_sums(cells, index, share):
+    "For each row of `index` and `share` (N, 4) the weighted sum (N, C) of four rows of `cells`."
+    traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    if traced or not (torch.is_grad_enabled() and cells.requires_grad):
+        return F.embedding_bag(index, cells, per_sample_weights=share, mode='sum')
+    seen = F.embedding_bag(index, cells.detach(), per_sample_weights=share, mode='sum')
+    return _GradientToCells.apply(seen, cells, index, share.detach())
+
 def gather_then_project(x, offsets, weight, bias):
     """Deformable 3x3 convolution of `x` (B, C, H, W) by one `embedding_bag` and one matrix product:
     best when channels do not shrink."""
@@ -58,8 +86,7 @@ def gather_then_project(x, offsets, weight, bias):
     index, share = _corners(sampling_points(offsets))
     index = index + (torch.arange(b, device=x.device) * h * w).view(b, 1, 1, 1, 1)
     cells = x.permute(0, 2, 3, 1).contiguous().view(b * h * w, c)
-    seen = F.embedding_bag(index.reshape(-1, 4), cells, per_sample_weights=share.reshape(-1, 4),
-                           mode='sum')
+    seen = _weighted_sums(cells, index.reshape(-1, 4), share.reshape(-1, 4))
     weight = weight.permute(2, 3, 1, 0).reshape(9 * c, -1)
     out = torch.addmm(bias, seen.view(b * h * w, 9 * c), weight)
     return out.view(b, h, w, -1).permute(0, 3, 1, 2)

@@ -14,11 +14,8 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.colors import LogNorm
-from matplotlib.ticker import MaxNLocator
 from scipy.sparse import csr_array
 
 from .visual_genome import SPLITS, Database
@@ -182,6 +179,8 @@ _BLUE, _ORANGE = GROUP_COLOURS['head'], GROUP_COLOURS['body']
 
 def _figure(width, height, columns=1, **options):
     "A figure and its axes (columns,), closed for pyplot, so that Jupyter shows it once."
+    import matplotlib.pyplot as plt  # a second, and few callers draw
+
     figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False,
                                 layout='constrained', **options)
     plt.close(figure)
@@ -246,6 +245,9 @@ def plot_triplets(annotations, predicate:str, top:int=12):
     object classes (columns).
 
     Raises `ValueError` for a name that is no predicate."""
+    from matplotlib import colormaps  # see `_figure`
+    from matplotlib.colors import LogNorm
+
     chosen = annotations.relations[:, 2] == annotations.vocabulary.predicate_index(predicate)
     n, names = annotations.shape[0], annotations.vocabulary.objects
     keys = annotations.labels[annotations.relations[chosen, :2]] @ (n, 1)
@@ -253,7 +255,7 @@ def plot_triplets(annotations, predicate:str, top:int=12):
     subjects, objects = _largest(table.sum(1), top), _largest(table.sum(0), top)
     shown, most = table[np.ix_(subjects, objects)], max(table.max(), 2)
     figure, (ax,) = _figure(2.4 + .5 * len(objects), 1.8 + .36 * len(subjects))
-    colours = plt.colormaps['cividis'].with_extremes(bad='.93')
+    colours = colormaps['cividis'].with_extremes(bad='.93')
     ax.imshow(np.ma.masked_equal(shown, 0), norm=LogNorm(1, most), cmap=colours, aspect='auto')
     for i, j in zip(*np.nonzero(shown)):
         ax.text(j, i, _short(shown[i, j]), ha='center', va='center', fontsize=8,
@@ -267,6 +269,8 @@ def plot_triplets(annotations, predicate:str, top:int=12):
 # %% ../../nbs/datasets/09_statistics.ipynb #plot-images
 def plot_images(splits:dict):  # name of a split to its `FlatGraphs`
     "A figure of how many objects, and how many relations, the images of each split have."
+    from matplotlib.ticker import MaxNLocator  # see `_figure`
+
     figure, axes = _figure(10, 2.8, 2)
     for which, (ax, title) in enumerate(zip(axes, ('objects', 'relations'))):
         numbers = {name: part.per_image()[which] for name, part in splits.items()}

@@ -13,10 +13,8 @@ import zlib
 from functools import wraps
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.colors import hsv_to_rgb, to_hex
 
 from ..io.files import atomic_path
 from ..io.text import one_line
@@ -48,6 +46,8 @@ def luminance(rgb):
 def class_colour(name):
     """The colour of a class, as '#rrggbb': always the same for the same name, and dark enough for
     white letters on it."""
+    from matplotlib.colors import hsv_to_rgb, to_hex  # half a second, and few callers draw
+
     code = zlib.crc32(str(name).encode('utf-8', 'replace'))
     saturation, most = ((.8, .17), (.6, .11), (1., .06))[code // 24 % 3]
     light, linear = luminance(hsv_to_rgb((code % 24 / 24, saturation, 1)))
@@ -67,18 +67,25 @@ def for_print(draw):
     "`draw`, with letters and lines in the sizes for print."
     @wraps(draw)
     def styled(*args, **kwargs):
+        import matplotlib.pyplot as plt  # a second, and few callers draw
+
         with plt.rc_context(_STYLE): return draw(*args, **kwargs)
     return styled
 
 # %% ../../nbs/draw/01_style.ipynb #panels
 def own_axes(ax, width=COLUMN, height=.85 * COLUMN):
     "`ax`, or new ones."
-    return ax if ax is not None else plt.subplots(figsize=(width, height), layout='constrained')[1]
+    if ax is not None: return ax
+    import matplotlib.pyplot as plt  # a second, and few callers draw
+
+    return plt.subplots(figsize=(width, height), layout='constrained')[1]
 
 def new_figure(rows, columns, width, height, **options):
     """A figure and its axes (rows, columns).
 
     The figure is closed in pyplot, so that Jupyter shows it once and it can be freed."""
+    import matplotlib.pyplot as plt  # a second, and few callers draw
+
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False,
                                 layout='constrained', **options)
     plt.close(figure)
@@ -105,6 +112,8 @@ _SAID = dict(svg={'Creator': 'stdg', 'Date': None}, pdf={'Creator': 'stdg', 'Cre
 def rendered(figure, kind, dpi=300, **options):
     """The bytes of `figure` as 'svg', 'pdf' or 'png'; `dpi` is that of pictures, `options` are
     further ones of `savefig`."""
+    import matplotlib.pyplot as plt  # a second, and few callers draw
+
     buffer = io.BytesIO()
     with plt.rc_context(_FILES):
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=_SAID[kind], **options)

@@ -9,7 +9,6 @@ __all__ = ['CLAIMS', 'reliability', 'plot_reliability', 'reliabilities', 'plot_p
 # %% ../../nbs/evaluation/03_diagnostics.ipynb #imports
 import math
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from ..datasets.statistics import GROUP_COLOURS, predicate_groups
@@ -40,6 +39,8 @@ def reliability(scores, right, bins:int=10):
 def plot_reliability(curves:dict):  # title of a panel -> what `reliability` gave
     """A figure with a panel for each of `curves`: share that is right over the mean score of each
     bin, and the number of claims."""
+    import matplotlib.pyplot as plt  # a second, and few callers draw
+
     figure, axes = plt.subplots(2, len(curves), figsize=(3.4 * len(curves), 4.2), squeeze=False,
                                 height_ratios=(3, 1), sharex=True, layout='constrained')
     plt.close(figure)
@@ -83,6 +84,8 @@ def plot_predicate_recall(figures:dict,  # of one task, of `evaluate` with proto
     """A figure of the recall of every predicate, by frequency in training.
 
     Raises `ValueError` if the lengths disagree, or for figures of the reference protocol."""
+    import matplotlib.pyplot as plt  # a second, and few callers draw
+
     if 'truths_per_predicate' not in figures:
         raise ValueError("figures lack 'truths_per_predicate'; evaluate with protocol='strict'")
     recall, truths = (np.array(figures[name])

@@ -6,7 +6,6 @@
 __all__ = ['operating_curve', 'best_threshold', 'curves_of', 'plot_curves', 'chosen', 'choose_thresholds', 'save_thresholds']
 
 # %% ../../nbs/evaluation/04_thresholds.ipynb #imports
-import matplotlib.pyplot as plt
 import numpy as np
 
 from .. import checkpoint
@@ -70,6 +69,8 @@ def curves_of(records):
 def plot_curves(curves:dict):  # kind -> `operating_curve`
     """A figure with a panel for each of `curves`: precision, recall and F1 over the threshold, and
     where F1 is largest."""
+    import matplotlib.pyplot as plt  # a second, and few callers draw
+
     figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 2.8), squeeze=False,
                                 layout='constrained')
     plt.close(figure)

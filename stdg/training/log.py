@@ -13,7 +13,6 @@ import time
 from itertools import compress
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -233,6 +232,8 @@ def read_times(path):
 
 def step_times(path):
     "A figure of where the time of a step goes, a bar for each stage. Raises as `read_times`."
+    import matplotlib.pyplot as plt  # a second, and few callers draw
+
     stages = read_times(path)
     figure, ax = plt.subplots(figsize=(8, .8 + .45 * len(stages)), layout='constrained')
     left = np.zeros(len(stages))

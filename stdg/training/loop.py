@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .. import checkpoint
 from ..data import loader
-from ..io.devices import current_device, device_for
+from ..io.devices import current_device, device_for, keep_freed_memory
 from ..model import STDG, recomputed
 from stdg.training.distributed import (
     all_gather,
@@ -374,6 +374,7 @@ def fit(model,
     (exit code 75) when the process was asked to stop. Source: method spec 7."""
     options, place = _options(options), device_for(model, device)
     check_step(options, device=place)
+    if place.type == 'cpu': keep_freed_memory()
     model.to(place, memory_format=torch.channels_last).train()
     dataset = dataset.seen_by(model)
     run = _Run(model, dataset, out, stage, options, record or {})
