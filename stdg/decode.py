@@ -129,7 +129,6 @@ def relate(candidate,  # what `candidates` gives
            n_predicates:int,  # P
            filtered:bool,  # drop candidates at most half as sure as their objects
            released:bool=False,  # rank by the predicate alone
-           power:float=1.,  # of the objects' scores in the ranking
           ):  # list of (pairs (Q, 2) int64, predicates (Q, P) float32), best first, on the CPU
     "Pairs of objects and the scores of their predicates, for each image. Source: method spec 8.3."
     image, predicate, confidence, points = candidate
@@ -141,7 +140,7 @@ def relate(candidate,  # what `candidates` gives
     if filtered:
         keep &= confidence > torch.minimum(scores[image, subject], scores[image, target]) / 2
     pair = ((image * n + subject) * n + target)[keep]
-    pairs, row = _pairs(pair, confidence[keep], scores ** power, released)
+    pairs, row = _pairs(pair, confidence[keep], scores, released)
     table = scores.new_zeros(len(pairs) * n_predicates)
     table.scatter_reduce_(0, row * n_predicates + predicate[keep], confidence[keep], 'amax')
     counts = (pairs // (n * n)).bincount(minlength=len(objects)).tolist()
@@ -241,13 +240,15 @@ def _surest(scores, counts, most):
     return surest, (there[:, :, None] & there[:, None, :]).triu(1).nonzero(as_tuple=True)
 
 def _ranked(image, subject, target, table, objects, reading):
-    """`table` (Q, P) weighed with the prior, pairs best first: for each image what `relate` gives.
+    """`table` (Q, P) weighed with the prior and the objects' scores, pairs best first: for each image what
+    `relate` gives.
 
     `objects` are the boxes, labels and scores of each image."""
     _, labels, scores = (pad_sequence(part, True).to(table.device) for part in zip(*objects))
     table = reading.weigh(table, labels[image, subject], labels[image, target])
     both = scores[image, subject] * scores[image, target]
-    order = (table.amax(1) * both ** reading.power).argsort(descending=True, stable=True)
+    if reading.power != 1: table = table * both[:, None] ** (reading.power - 1)
+    order = (table.amax(1) * both).argsort(descending=True, stable=True)
     order = order[image[order].argsort(stable=True)]
     counts = image.bincount(minlength=len(objects)).tolist()
     pairs = torch.stack([subject, target], 1)[order]
@@ -292,8 +293,9 @@ def _related(relations, candidate, objects, given, filtered, stride, released, r
     if reading.relations == 'lines':
         return _by_lines(relations, objects, most, stride, reading, known)
     placed = [(boxes.to(relations.device), scores.to(relations.device)) for boxes, _, scores in objects]
-    found = relate(candidate, placed, relations.shape[1], filtered, released, reading.power)
-    return _weighed(found, objects, given and most, reading) if reading.prior else found
+    found = relate(candidate, placed, relations.shape[1], filtered, released)
+    if not reading.prior and reading.power == 1: return found
+    return _weighed(found, objects, given and reading.prior and most, reading)
 
 # %% ../nbs/method/08_decode.ipynb #decode-tasks
 def _surviving(found, reading):

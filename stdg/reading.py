@@ -97,7 +97,7 @@ class PairPrior:
 
 # %% ../nbs/method/16_reading.ipynb #reading
 RELATIONS, SUPPRESS = ('votes', 'lines'), ('none', 'hard', 'soft')
-_REALS = dict(tau=(0, 1000), power=(0, 100), overlap=(0, 1), prior=(0, 100),
+_REALS = dict(tau=(0, 1000), power=(1, 100), overlap=(0, 1), prior=(0, 100),
               prior_detected=(0, 100), epsilon=(0, 1))
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Reading:
     relations: str = 'votes'  # or 'lines'
     tau: float = 4.  # lines: cells
     objects: int = 40  # lines: the surest detections that form pairs
-    power: float = 1.  # of the objects' scores in the order of pairs
+    power: float = 1.  # of the objects' scores in that of a triplet
     suppress: str = 'none'  # or 'hard', 'soft': boxes of one thing, over all classes
     overlap: float = .5  # the IoU from which on two boxes are one thing
     prior: float = 0.  # power of the prior; 0: none

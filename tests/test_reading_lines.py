@@ -8,7 +8,7 @@ from torchvision.ops import box_iou
 from stdg import reading as reading_module
 from stdg.decode import decode_batch, decode_given, decode_tasks, detect, ideal_output
 from stdg.fields import MAX_OBJECTS, encode, relation_cells
-from stdg.graph import TASKS, SceneGraph
+from stdg.graph import TASKS, SceneGraph, triplets
 from stdg.reading import PUBLISHED, PairPrior, Reading, line_cells, line_scores, suppress
 
 LINES = Reading('lines')
@@ -298,7 +298,7 @@ def test_a_prior_weighs_scores_and_ranks_anew(relations):
         assert relations == 'lines' or task == 'sgdet' or len(old) < every
         for (s, o), row in new.items():
             share = prior.frequencies(after.labels[[s]].numpy(), after.labels[[o]].numpy())[0]
-            assert np.allclose(row, (old.get((s, o), 0) + .01) * share ** .5, rtol=1e-4)
+            assert np.allclose(row, (old.get((s, o), 0) + .01) / 1.01 * share ** .5, rtol=1e-4)
         rank = after.predicates.amax(1) * after.scores[after.pairs].prod(1)
         assert (rank.diff() <= 1e-6).all()
 
@@ -306,10 +306,17 @@ def test_a_prior_weighs_scores_and_ranks_anew(relations):
 def test_the_power_of_the_objects_in_the_ranking():
     batch = [field[None] for field in random_fields(np.random.default_rng(0), share=.2)]
     for relations in ('votes', 'lines'):
-        for power in (0., 1., 2.):
+        plain, = decode_batch(*batch, stride=8, reading=Reading(relations))
+        told = {(*pair, predicate): score for (*pair, predicate), score
+                in zip(*(part.tolist() for part in triplets(plain, constraint=False)))}
+        for power in (1., 2., 3.):
             found, = decode_batch(*batch, stride=8, reading=Reading(relations, power=power))
-            rank = found.predicates.amax(1) * found.scores[found.pairs].prod(1) ** power
+            rows, scores = (part.tolist() for part in triplets(found))
+            rank = found.predicates.amax(1) * found.scores[found.pairs].prod(1)
             assert (rank.diff() <= 1e-6).all() and len(rank) > 20
+            for (*pair, predicate), score in zip(rows, scores):
+                objects = float(plain.scores[pair].prod()) ** (power - 1)
+                assert score == pytest.approx(told[*pair, predicate] * objects, rel=1e-5)
 
 
 def test_the_published_and_the_released_decoder_know_no_reading():
