@@ -57,9 +57,13 @@ from .training.resume import Interrupted, exclusive_run, saved_states, stop_requ
 from .training.settings import Settings, check_together, help_text
 
 # %% ../nbs/commands/01_run_training.ipynb #options
-def options_of(settings):
-    "The keyword arguments of `stdg.training.fit` among these `settings`, a dictionary."
-    return {name: getattr(settings, name) for name in OPTIONS}
+def options_of(settings, stage):
+    "The keyword arguments of `stdg.training.fit` for a `stage` of these `settings`, a dictionary."
+    options = {name: getattr(settings, name) for name in OPTIONS}
+    if stage != 'teacher' or not settings.teacher_epochs: return options
+    later = settings.epochs - settings.teacher_epochs
+    falls = [max(start - later, 0.) for start in settings.decay]
+    return options | dict(epochs=settings.teacher_epochs, decay=falls)
 
 def _choose_reading(settings, database, model, path, dataset, device):
     """The `Reading` of the network `model`, saved in `path`: the one in its file, or the one chosen on
@@ -103,7 +107,7 @@ def train_stage(settings, stage, prepared, device=None):
     judge = validation(settings, database, model.reads)
     model = training.fit(model, dataset, folders(settings)[0], stage, judge,
                          settings.device if device is None else device,
-                         record=dict(pretrained=pretrained, notes=notes), **options_of(settings))
+                         record=dict(pretrained=pretrained, notes=notes), **options_of(settings, stage))
     by_first(lambda: _choose(settings, database, model, stage))
     return model
 
@@ -141,7 +145,7 @@ def check_stages(settings, prepared, stages=None):
             if learns[0] < learns[1]: continue  # it begins when its teacher is there
         try:
             model, dataset = begin(settings, database, pretrained, stage)
-            steps = training.check_resume(model, dataset, out, stage, **options_of(settings))
+            steps = training.check_resume(model, dataset, out, stage, **options_of(settings, stage))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"stage {stage!r}: {error}") from None
         if stage == 'teacher': learns = steps
@@ -233,7 +237,7 @@ def forecasts(settings, prepared, stages=None):
         if stage == 'student' and 'teacher' in settings.stages:
             lone = replace(settings, stages=['student'], teacher='')
         model, dataset = begin(lone, database, pretrained, stage)
-        found[stage] = ahead = training.forecast(model, dataset, **options_of(settings),
+        found[stage] = ahead = training.forecast(model, dataset, **options_of(settings, stage),
                                                  device=settings.device)
         hours += ahead['hours']
         parts = ', '.join(f'{part} {share:.0%}' for part, share in ahead['parts'].items())

@@ -294,7 +294,7 @@ def test_trial_at_full_size(tmp_path):
 
 # of every number its least and its greatest value; None: any
 WHOLE = dict(seed=(0, 2**62), steps=(0, None), size=(16, 8192), n_train=(1, None), n_val=(0, None),
-             n_test=(0, None), hold_out=(0, None), overfit=(0, None), epochs=(1, None),
+             n_test=(0, None), hold_out=(0, None), overfit=(0, None), epochs=(1, None), teacher_epochs=(0, None),
              batch_size=(1, None), devices=(1, None), workers=(0, 1024), validate_every=(0, None),
              accumulate=(1, None), skip=(0, None), validate_images=(0, None), patience=(0, None),
              keep=(0, None))

@@ -248,7 +248,7 @@ with process_group('cpu') as device:
             before.append(digest(model))
             return judge(model)
         training.fit(model, samples, f'{out}/{images}', 'control', watched, device, False,
-                     **train.options_of(settings))
+                     **train.options_of(settings, 'control'))
         found[f'{images}'] = dict(judged=before, ends=digest(model))
     settings = train.Settings(stages=['control'], pretrained=False, epochs=5, batch_size=4,
                               device='cpu')

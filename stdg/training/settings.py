@@ -49,6 +49,7 @@ class Settings:
 
     # Optimisation: AdamW
     epochs: int = 2  # passes over the training pictures, in each stage
+    teacher_epochs: int = 0  # those of the teacher, whose rates fall as long before its end; 0: as the others
     batch_size: int = 8  # pictures a step, of all devices together
     lr: float = 1e-3  # learning rate of heads and neck
     lr_backbone: float = 3e-4  # learning rate of the backbone
@@ -113,7 +114,7 @@ ALLOWED = dict(
     # Network
     backbone=Text(empty=False), pretrained=Flag(), weights=Text(),
     # Optimisation
-    epochs=Whole(1), batch_size=Whole(1), lr=Real(0, above=True), lr_backbone=Real(0),
+    epochs=Whole(1), teacher_epochs=Whole(), batch_size=Whole(1), lr=Real(0, above=True), lr_backbone=Real(0),
     weight_decay=Real(0), warm_up=Real(0), decay=Many(Real(0), rising=True),
     ema=Real(0, 1, above=True),
     # Augmentation
