@@ -15,7 +15,7 @@ from stdg.checkpoint import facts, load, reading
 
 root = Path(__file__).parent.parent
 SMALL = dict(size=96, n_train=24, n_val=2, n_test=6, epochs=1, batch_size=8, pretrained=False,
-             warm_up=.5)
+             warm_up=.5, stages=['teacher', 'control', 'student'])
 
 
 def papermill(home, **values):

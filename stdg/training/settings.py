@@ -23,7 +23,7 @@ class Settings:
     "All parameters of a run, by group. Lengths are pixels, rates are per step of the optimiser, durations are epochs."
     # Run
     name: str = 'default'  # results go to runs/<name>
-    stages: list = _default('teacher', 'control', 'student')  # what is trained
+    stages: list = _default('teacher', 'student')  # what is trained; 'control' is the student without its teacher
     teacher: str = ''  # for a student without that stage: a teacher's .safetensors, or 'random'
     seed: int = 0  # everything random follows from it
     resume: bool = True  # continue a run of this name that was cut off; False: start over
@@ -48,14 +48,14 @@ class Settings:
     weights: str = ''  # a local file of ImageNet weights, for machines that cannot fetch them
 
     # Optimisation: AdamW
-    epochs: int = 2  # passes over the training pictures, in each stage
+    epochs: int = 4  # passes over the training pictures, in each stage
     teacher_epochs: int = 0  # those of the teacher, whose rates fall as long before its end; 0: as the others
     batch_size: int = 8  # pictures a step, of all devices together
     lr: float = 1e-3  # learning rate of heads and neck
     lr_backbone: float = 3e-4  # learning rate of the backbone
     weight_decay: float = 1e-4  # of all weights
     warm_up: float = 0.05  # epochs of rising rates
-    decay: list = _default(1.0)  # epochs at which the rates begin to fall to a tenth
+    decay: list = _default(3.0)  # epochs at which the rates begin to fall to a tenth
     ema: float = 0.01  # the weights kept are a moving average: share of the newest
 
     # Augmentation, beside mirroring
