@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from stdg import data, evaluation, losses, train, training
+from stdg import checkpoint, data, evaluation, losses, train, training
 from stdg.checkpoint import facts, load
 from stdg.datasets.visual_genome import Database
 from stdg.depth.precompute import prepare_hha
@@ -326,7 +326,8 @@ def judged(home, name, processes, monkeypatch):
     "Train with validation in one process or two; returns the folder."
     settings = train.Settings(name=name, data='toy', size=64, stages=['control'], pretrained=False,
                               epochs=2, batch_size=4, lr=1e-5, lr_backbone=1e-5, warm_up=0.,
-                              validate_every=1, best='predcls/ng-R@20', device='cpu')
+                              validate_every=1, best='predcls/ng-R@20', device='cpu',
+                              reading='votes', suppress='none', prior=False)  # by lines recall is 1
     train.write_settings(home/'run.yaml', settings)
     if processes == 1:
         monkeypatch.chdir(home)
@@ -373,8 +374,9 @@ def test_a_run_is_judged_on_the_validation_pictures(home, processes, monkeypatch
     assert {name: best_line[name] for name in expected} == pytest.approx(expected)
     found = facts(folder/'control.json')['thresholds']
     last = load(folder/'control.safetensors')
-    assert found == choose_thresholds(last, val, progress=False, device='cpu')
-    assert found != choose_thresholds(last, test, progress=False, device='cpu') | dict(images=4)
+    how = dict(progress=False, device='cpu', reading=checkpoint.reading(folder/'control.safetensors'))
+    assert found == choose_thresholds(last, val, **how)
+    assert found != choose_thresholds(last, test, **how) | dict(images=4)
 
 
 if __name__ == '__main__': share(*sys.argv[1:])

@@ -57,8 +57,8 @@ def measure_latency(model, dataset,  # as for `stdg.evaluation.predictions`
                     batches=(1, 16),  # pictures at a time
                     repeats:int=20,  # batches that count
                     warm_up:int=3,  # batches before them that do not
-                    reading=PUBLISHED,  # how fields become graphs
-                    device=None):  # by default where the model lies, or a GPU if there is one
+                    device=None,  # by default where the model lies, or a GPU if there is one
+                    reading=PUBLISHED):  # how fields become graphs
     """Time of SGDet in milliseconds a picture: a list of {'batch', 'part', 'median', 'p90'}, parts
     being load, forward, decode and whole.
 
