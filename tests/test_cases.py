@@ -88,7 +88,7 @@ def test_text_of_any_tool(raw, encoding, capsys):
 
 
 @pytest.mark.parametrize('data, why', [
-    (b'', 'it is empty'), (b'  \n', 'it is empty'), (gzip.compress(b'{}'), 'it is packed: unpack it first'),
+    (b'', 'it is empty'), (b'  \n', 'it is empty'), (gzip.compress(b'{}', mtime=0), 'it is packed: unpack it first'),
     (b'PK\3\4', 'unpack it first'), (b'{"images": ["caf\xe9"]}', "can't decode byte 0xe9.*save it as UTF-8"),
     (b'{"images": []}\n{"images": []}\n', 'are these JSON lines'), ('{"a": 1}'.encode('utf-16')[:-1], 'truncated'),
     (b'{"images": [', 'is not whole JSON')])
@@ -353,7 +353,7 @@ def test_streamed_files_of_other_tools(tmp_path):
     read = read_open_images(dict(train=vrd, test=again), classes)
     assert list(read.splits.values()) == ['train', 'test'] and len(read.images[1][1].relations) == 2
     assert read.report.count('rows of a picture that a file of another split has: taken to that one') == 1
-    for name in ('g.json', 'p.json', 'vrd.csv'): (tmp_path/name).write_bytes(gzip.compress(b'{}'))
+    for name in ('g.json', 'p.json', 'vrd.csv'): (tmp_path/name).write_bytes(gzip.compress(b'{}', mtime=0))
     for read in (lambda: read_gqa(dict(train=tmp_path/'g.json')), lambda: read_psg(tmp_path/'p.json'),
                  lambda: read_open_images(dict(train=vrd), classes)):
         with pytest.raises(ValueError, match='is not .*it is packed: unpack it first'): read()
