@@ -24,7 +24,7 @@ from matplotlib.transforms import Affine2D
 from .boxes import BeforeDrawing, likely_objects, nearest_free, overlap, titles
 from .style import class_colour, for_print, own_axes, rendered, save
 from ..graph import SceneGraph, Vocabulary, check_vocabulary, triplets
-from ..io.text import one_line
+from ..io.text import one_line, score_text
 
 # %% ../../nbs/draw/03_graphs.ipynb #layout
 NODE, EDGE = 9., 8.  # letters, points
@@ -293,7 +293,7 @@ def graph_picture(graph, vocabulary, edges, scores, engine='dot', names=None, no
     if not node_colours:
         node_colours = {i: class_colour(vocabulary.objects[graph.labels[i]]) for i in shown}
     labels = [one_line(vocabulary.predicates[p], 28) for p in edges[:, 2].tolist()]
-    if scores is not None: labels = [f'{label} {score:.2f}' for label, score in zip(labels, scores)]
+    if scores is not None: labels = [f'{label} {score_text(score)}' for label, score in zip(labels, scores)]
     number, colours = {i: n for n, i in enumerate(shown)}, edge_colours or ['#444444'] * len(edges)
     rows = [(number[s], number[o], label, colour)
             for (s, o, _), label, colour in zip(edges.tolist(), labels, colours)]

@@ -18,7 +18,7 @@ import torch
 from .. import draw
 from ..graph import Prediction, SceneGraph, Vocabulary, to_json, triplets
 from ..io.files import atomic_path
-from ..io.text import html_table, one_line
+from ..io.text import html_table, one_line, score_text
 
 # %% ../../nbs/inference/01_display.ipynb #named-graph
 @dataclass(repr=False)
@@ -124,7 +124,7 @@ def _table(graph, most=12):
     rows = list(zip(graph.relations.tolist(), graph.relation_scores.tolist()))[:most]
     shown = sorted({i for (s, o, _), _ in rows for i in (s, o)})
     texts = draw.titles(graph, graph.vocabulary, shown)
-    cells = [[escape(one_line(graph.vocabulary.predicates[p])), escape(texts[o]), f'{score:.2f}']
+    cells = [[escape(one_line(graph.vocabulary.predicates[p])), escape(texts[o]), score_text(score)]
              for (_, o, p), score in rows]
     left = f' ({len(graph.relations) - most} more)' if len(graph.relations) > most else ''
     return html_table('subject', ['predicate', 'object', 'score' + left],
@@ -203,7 +203,7 @@ class PicturePrediction(Prediction):
         pictures = _img(self._png(part), 'png', one_line(boxes, 200))
         pictures += _img(graph.drawing.svg().encode(), 'svg+xml', one_line(relations, 600))
         said = (f"{len(part)} objects of at least {self.thresholds['objects']:.2f}, "
-                f"{len(graph.relations)} triplets above {self.thresholds['triplets']:.2f}; "
+                f"{len(graph.relations)} triplets above {score_text(self.thresholds['triplets'])}; "
                 "more or fewer with .graph(min_score=..., top=...)")
         style = 'display:flex;gap:12px;align-items:center;flex-wrap:wrap;background:white'
         return f'<div style="{style}">{pictures}</div>{_table(graph)}<small>{said}</small>'
