@@ -238,6 +238,27 @@ def test_the_log_is_on_the_disk_before_the_state_that_counts_its_lines(dataset, 
         assert [name for name in since if name.endswith('log.jsonl')], (before, after)
 
 
+def test_only_the_same_network_and_teacher_go_on(dataset, tmp_path):
+    fitted(dataset, tmp_path, steps=1)
+    sizes = dict(n_objects=2, n_predicates=2, pretrained=False, fpn=16)
+    wider = training.build_network(2, 'small', 'combine', channels=24, **sizes)
+    another = network()
+    with torch.no_grad(): next(another.teacher.parameters()).add_(1)
+    options = {name: OPTIONS[name] for name in OPTIONS.keys() - {'device', 'progress'}}
+    assert training.check_resume(network(), dataset, tmp_path, 'student', **options)[0] == 1
+    for model, what in ((wider, 'config.channels was 16, is 24'), (another, 'was taught by another teacher')):
+        with pytest.raises(ValueError, match=what):
+            training.check_resume(model, dataset, tmp_path, 'student', **options)
+
+
+def test_a_trial_says_what_it_does_without():
+    start = ['student'], 'test_resnet.r160_in1k', False
+    assert training.check_start(*start, 'random', trial=True) == (False, [])
+    (said,) = training.check_start(*start, trial=True)[1]
+    assert said.startswith('TRIAL WITHOUT A TEACHER')
+    with pytest.raises(ValueError, match="the stage 'student' needs a teacher"): training.check_start(*start)
+
+
 def test_which_steps_can_be_taken():
     "Of batch, parts and processes the greatest that go together, and one more; and what excludes itself."
     def check(processes=1, **given):
