@@ -76,6 +76,8 @@ EQUIVALENT = [
      'only places of objects in use are looked up'),
     ('matching', 'if len(values) <= TOP[-1]', 'if (len(values) < TOP[-1])',
      'of exactly a hundred all are among the best hundred'),
+    ('training.loop', "if place.type == 'cuda': times['memory']", '', 'only a GPU has this memory'),
+    ('training.loop', 'mininterval=2', '', 'how often the bar is drawn'),
 ]
 
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,

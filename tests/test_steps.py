@@ -240,6 +240,8 @@ def test_the_log_is_on_the_disk_before_the_state_that_counts_its_lines(dataset, 
 
 def test_only_the_same_network_and_teacher_go_on(dataset, tmp_path):
     fitted(dataset, tmp_path, steps=1)
+    said = facts(tmp_path/'student.safetensors')['training']
+    assert said == dict(stage='student', step=1, epochs=1 / (len(dataset) // BATCH), seed=SEED)
     sizes = dict(n_objects=2, n_predicates=2, pretrained=False, fpn=16)
     wider = training.build_network(2, 'small', 'combine', channels=24, **sizes)
     another = network()
