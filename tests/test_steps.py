@@ -253,7 +253,7 @@ def test_only_the_same_network_and_teacher_go_on(dataset, tmp_path):
             training.check_resume(model, dataset, tmp_path, 'student', **options)
 
 
-def test_a_trial_says_what_it_does_without():
+def test_what_is_not_there_is_said():
     start = ['student'], 'test_resnet.r160_in1k', False
     assert training.check_start(*start, 'random', trial=True) == (False, [])
     (said,) = training.check_start(*start, trial=True)[1]
