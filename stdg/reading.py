@@ -28,6 +28,7 @@ def _rows(values, width, sizes, what):
 
 LARGEST = 2 ** 25  # numbers in a table that goes with a network; Visual Genome has 2 ** 20
 
+# %% ../nbs/method/16_reading.ipynb #pair-prior-class
 class PairPrior:
     """How often an ordered pair of object classes carries each predicate.
 
@@ -265,6 +266,7 @@ def _ask_all(relations, sure, centres, tau):
                                per_sample_weights=times.flatten()).view(2, -1, p)
     return ask
 
+# %% ../nbs/method/16_reading.ipynb #ask-sure
 def _ask_sure(relations, sure, centres, tau):
     "As `_ask_all`, of the cells and predicates in `sure` (b, P, h, w) only."
     b, p, _, h, w = relations.shape
@@ -294,6 +296,7 @@ def _ask_sure(relations, sure, centres, tau):
         return total.view(2, -1, p)
     return ask
 
+# %% ../nbs/method/16_reading.ipynb #score-lines
 def line_scores(relations,  # (B, P, 7, h, w) float32
                 centres,  # (B, N, 2) float32 in cells
                 image, one, other,  # (Q,) int64: pairs of objects, in order of images

@@ -161,6 +161,7 @@ def _check_scores(scores):
         raise ValueError(f"{_rows(wrong)}: the score is {scores[wrong][0]:g}; 0 to 1 is needed"
                          f"{'. Are these per cent? Divide by 100' * bool(percent)}")
 
+# %% ../../nbs/inference/07_given_boxes.ipynb #place-boxes
 def place(one, numbers, size):
     """The `Placed` of a `Found` of class `numbers` (N,), -1 to leave one out, on an upright picture
     of `size` (height, width).
@@ -209,6 +210,7 @@ def _of_file(boxes):
     first = boxes[0] if isinstance(boxes, list) and boxes else None
     return BoxFile(boxes) if data_set or isinstance(first, dict) and 'image_id' in first else None
 
+# %% ../../nbs/inference/07_given_boxes.ipynb #given-boxes
 class GivenBoxes:
     """Boxes for the pictures `names`, for a network with this `vocabulary`.
 
@@ -280,6 +282,7 @@ class GivenBoxes:
         for one in placed:
             for note in one.notes: warnings.warn(note, BoxWarning, stacklevel=2)
 
+# %% ../../nbs/inference/07_given_boxes.ipynb #placed-boxes
 def placed_boxes(boxes, sizes, names, vocabulary, **how):
     """`Placed` boxes for a batch of pictures of these `sizes` (height, width); None without boxes.
 
