@@ -10,7 +10,7 @@ parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 extras = {name: cfg[f'{name}_requirements'].split() for name in ('depth', 'tensorboard', 'wandb',
-    'video', 'onnx', 'voila')}
+    'video', 'onnx', 'voila', 'hub')}
 tested = [package for name in extras if name != 'wandb' for package in extras[name]]
 
 setup(
