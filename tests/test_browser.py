@@ -34,7 +34,7 @@ from stdg.explore.networks import load_network
 from stdg.explore.scene import database_scene, read_scene
 from stdg.explore.snapshot import BOTH, choose_shown
 from stdg.graph import SceneGraph, Vocabulary
-from stdg.reading import PairPrior, Reading
+from stdg.reading import PairPrior, Reading, line_cells
 from stdg.rooms import build as rooms
 
 here = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def work(tmp_path_factory):
     half = PairPrior(np.full((n, n, p), 9), np.full((n, n), 18), strange.to_json())
     network.save(folder/'runs'/'strange <b>&\u202e'/'student.safetensors',
                  vocabulary=strange.to_json(), size=96, prior=half.to_json(),
-                 reading=Reading(prior=1., table=half).to_json())
+                 reading=Reading('lines', prior=1., table=half).to_json())
     return folder
 
 
@@ -693,6 +693,33 @@ def test_saved_and_opened_again_it_is_a_picture(open_explorer, work, lab):
                for problem in page.problems()), 'JupyterLab alone says that the widget is gone, in its console'
 
 
+def _shows_its_lines(page, path, folder):
+    "Beside the edge that is pointed at stand the confident cells on its line, and no others."
+    scene = database_scene(Database(folder), 0)
+    reading = read_scene(scene, *load_network(path))
+    found, frame = reading.predictions['sgdet'], reading.frame
+    record = comparison_record(found, reading.vocabulary, scene.truth, scene.holds, 'sgdet',
+                               (reading.seen['sgdet'], reading.truth))
+    objects, triplets = choose_shown(record, BOTH)
+    key = next(k for k in page.keys('.stdg-edge') if k.startswith('t'))
+    page.hover(f'.stdg-edge[data-key="{key}"] text')
+    page.wait(lambda: page.find('.stdg-vote'), 'cells')
+    page.settle()
+    triplet = triplets[key]
+    boxes = torch.tensor([objects[triplet[end]]['box'] for end in 'so'])
+    scale, corner = (torch.tensor(pair) for pair in (frame.scale, frame.corner))
+    centres = ((boxes[:, :2] + boxes[:, 2:]) / 2 * scale + corner) / frame.stride
+    _, cells, times = line_cells(centres[:1].float(), centres[1:].float(), frame.cells)
+    sure = reading.confidence[triplet['p']].ravel() > .1
+    expected = {cell for cell, n in zip(cells.tolist(), times[0].tolist()) if n and sure[cell]}
+    places = page.run("return [...document.querySelectorAll('.stdg-vote .stdg-cell')].map(e => "
+                      "[e.getAttribute('cx'), e.getAttribute('cy')])")
+    pixels = np.array(places, float) / page.unit()
+    column, row = np.floor((pixels * frame.scale + frame.corner) / frame.stride).astype(int).T
+    assert set((row * frame.cells[1] + column).tolist()) == expected and len(expected) > 3
+    page.shot('lines')
+
+
 def test_hostile_names_are_shown_and_not_obeyed(work, lab, page):
     _notebook(work, 'strange.ipynb',
               checkpoints=[str(work/'runs'/'strange <b>&\u202e'/'student.safetensors')],
@@ -704,6 +731,7 @@ def test_hostile_names_are_shown_and_not_obeyed(work, lab, page):
         page.hover(css)
         page.settle()
     page.shot('hostile')
+    _shows_its_lines(page, work/'runs'/'strange <b>&\u202e'/'student.safetensors', work/'data'/'strange')
     scores = lambda: page.run("return [...document.querySelectorAll('.stdg-score')].map(e => "
                               "Number(e.textContent))")
     before = scores()

@@ -115,10 +115,13 @@ class Records:
         return reading_record(self.reading(place, number, network))
 
     def graph_record(self, place, number, network, task, how=READINGS[0]):
-        """The `graph` of a scene, network and task, read as `how` says; without the truth, if the
-        network does not know its classes."""
+        """The `graph` of a scene, network and task, read as `how` says, and whether that is by `lines`;
+        without the truth, if the network does not know its classes."""
         scene, made = self.scene(place, number), self.reading(place, number, network)
         drawn, seen = self.graphs(place, number, network, how)
-        if made.truth is None: return comparison_record(drawn['sgdet'], made.vocabulary)
-        return comparison_record(drawn[task], made.vocabulary, scene.truth, scene.holds, task,
-                                 (seen[task], made.truth))
+        if made.truth is None: graph = comparison_record(drawn['sgdet'], made.vocabulary)
+        else:
+            graph = comparison_record(drawn[task], made.vocabulary, scene.truth, scene.holds, task,
+                                      (seen[task], made.truth))
+        reading = other_reading(self.network(network)[-1], how)
+        return graph | dict(lines=reading.relations == 'lines')

@@ -67,9 +67,20 @@ class Reading {
     this.drawn = new Map();
   }
   pixels(x, y) { return [(this.stride * x - this.corner[0]) / this.scale[0], (this.stride * y - this.corner[1]) / this.scale[1]]; }
+  place(x, y) { return [(x * this.scale[0] + this.corner[0]) / this.stride, (y * this.scale[1] + this.corner[1]) / this.stride]; }
   cell(x, y) {
-    const place = [(x * this.scale[0] + this.corner[0]) / this.stride, (y * this.scale[1] + this.corner[1]) / this.stride];
+    const place = this.place(x, y);
     return [Math.floor(place[1]), Math.floor(place[0])];
+  }
+  line(subject, object) {
+    // The cells, row * columns + column, painted from the one box to the other: those of stdg.reading.line_cells.
+    const [a, b] = [subject, object].map(box => this.place((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)), step = [b[0] - a[0], b[1] - a[1]];
+    const length = Math.hypot(...step), n = Math.max(2, Math.ceil(length)), margin = Math.min(Math.max(2 / length, .25), .4), cells = new Set();
+    for (let i = 0; i < 9 * n; i++) {
+      const t = margin + Math.floor(i / 9) * (1 - 2 * margin) / (n - 1), [column, row] = [0, 1].map(k => Math.round(a[k] + t * step[k] - 1) + (k ? Math.floor(i % 9 / 3) : i % 3));
+      if (row >= 0 && column >= 0 && row < this.rows && column < this.columns) cells.add(row * this.columns + column);
+    }
+    return cells;
   }
   field(kind, index, palette) {
     // A PNG of one field, or of the strongest of all (index -1); each is drawn once.
@@ -362,7 +373,7 @@ class View {
   overlay() {
     const state = this.state(), reading = this.reading, item = this.focus, marks = [];
     let field = null;
-    if (item && 'p' in item) { field = ['confidence', item.p]; marks.push(...this.voteMarks(v => this.belongs(v, item))); }
+    if (item && 'p' in item) { field = ['confidence', item.p]; marks.push(...this.voteMarks(this.graph.lines ? this.onLine(item) : v => this.belongs(v, item))); }
     else if (item) field = ['heat', item.c];
     else if (state.overlay === 1) field = ['heat', state.object_class];
     else if (state.overlay === 2) field = ['confidence', state.predicate];
@@ -381,6 +392,11 @@ class View {
   belongs(vote, t) {
     const inside = (x, y, b) => x >= b[0] && x <= b[2] && y >= b[1] && y <= b[3];
     return vote[0] === t.p && inside(vote[4], vote[5], this.byKey.get(t.s).box) && inside(vote[6], vote[7], this.byKey.get(t.o).box);
+  }
+  onLine(t) {
+    // Whether a confident cell lies where a reading by lines looks for the triplet.
+    const r = this.reading, line = r.line(...[t.s, t.o].map(key => this.byKey.get(key).box));
+    return vote => { const [row, column] = r.cell(vote[2], vote[3]); return vote[0] === t.p && line.has(row * r.columns + column); };
   }
   voteMarks(wanted) {
     const marks = [], all = this.reading.votes, u = this.unit;
