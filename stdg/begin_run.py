@@ -126,14 +126,14 @@ def check_splits(settings, database):
     _check_training(settings, database, counts)
     check_validation(settings, database)
     if settings.overfit: return []
-    rows = database.indices('test')
+    rows, split = database.indices(settings.split), settings.split.upper()
     if not len(rows):
-        return [f"NO TEST PICTURES: {database.folder} has none. Nothing is evaluated, and the "
+        return [f"NO {split} PICTURES: {database.folder} has none. Nothing is evaluated, and the "
                 "figures in the results are null"]
     if counts[rows].any(): return []
     boxes = 'only boxes are judged' if len(database.flat(rows).labels) else (
         'nor has any an object, so nothing is judged')
-    return [f"NO TEST RELATIONS: no test picture of {database.folder} has a relation; {boxes}. The "
+    return [f"NO {split} RELATIONS: no {settings.split} picture of {database.folder} has a relation; {boxes}. The "
             "other figures in the results are null"]
 
 # %% ../nbs/commands/05_begin_run.ipynb #start-reading
@@ -259,7 +259,7 @@ def training_set(settings, database, model):
                        source=settings.depth_source, n_val=settings.hold_out,
                        overlap=settings.overlap, limit=settings.overfit or None,
                        augment=not settings.overfit, colour=settings.colour, scale=settings.scale,
-                       stretch=settings.stretch)
+                       stretch=settings.stretch, unlabelled=settings.unlabelled)
 
 def judged_set(settings, database, split, kind, limit=None):
     """`SceneGraphs` of `split` for evaluation of a network that reads `kind`; with `overfit`, the

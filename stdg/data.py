@@ -58,8 +58,8 @@ class SceneGraphs(Dataset):
     `inputs` names what the network reads: 'rgb', 'hha' or both; `limit` keeps the first so many
     images, `relations=False` also those without a relation, to judge boxes alone. `augment=False`
     turns all augmentation off, `colour=False` that of colours; `scale`, `stretch` and `flip` go to
-    `stdg.augmentation.geometry`. A database opened with `released=True` is augmented as in the
-    released code.
+    `stdg.augmentation.geometry`, `unlabelled` to `stdg.fields.encode`. A database opened with
+    `released=True` is augmented as in the released code.
 
     A sample is a dictionary: 'rgb' and 'hha', as in `inputs`, (3, canvas, canvas) uint8; 'index',
     its number; in training 'targets', what `stdg.fields.encode` gives.
@@ -67,10 +67,10 @@ class SceneGraphs(Dataset):
     Raises `ValueError` when nothing is left. Source: method spec 1.4 to 1.6."""
     def __init__(self, database, split='train', inputs=('rgb',), train=False, stride=16,
                  source='metric', n_val=0, limit=None, overlap=False, relations=True,
-                 augment=True, colour=True, **augmentation):
+                 augment=True, colour=True, unlabelled=0., **augmentation):
         self.database, self.inputs, self.training = database, tuple(inputs), train
         self.stride, self.source, self.released = stride, source, database.released
-        self.overlap = overlap and train
+        self.overlap, self.unlabelled = overlap and train, unlabelled
         self.augment, self.colour = augment and train, augment and colour and train
         self.augmentation = augmentation
         self.order = self._stored_order = 'BGR' if self.released else 'RGB'
@@ -133,7 +133,7 @@ class SceneGraphs(Dataset):
         if self.training:
             names = self.database.vocabulary
             sample['targets'] = fields.encode(graph, len(names.objects), len(names.predicates),
-                                              (canvas, canvas), self.stride, valid)
+                                              (canvas, canvas), self.stride, valid, self.unlabelled)
         return sample
 
     def truth(self, i):
@@ -156,6 +156,7 @@ class SceneGraphs(Dataset):
                    self.released, sorted(self.augmentation.items()), database.size, files,
                    database.vocabulary.to_json()]
         if self.order != self._stored_order: options.append(self.order)
+        if self.unlabelled: options.append(['unlabelled', self.unlabelled])
         digest = hashlib.sha256(json.dumps(options).encode())
         flat = database.flat(self.rows)
         for array in (database.image_ids[self.rows], flat.sizes, flat.image, flat.labels,

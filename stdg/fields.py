@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_OBJECTS', 'field_size', 'gaussian_radius', 'paint_peaks', 'detection_fields', 'relation_cells',
-           'nearest_relation', 'relation_fields', 'blank_padding', 'encode']
+           'nearest_relation', 'relation_fields', 'soften_negatives', 'blank_padding', 'encode']
 
 # %% ../nbs/method/03_fields.ipynb #imports
 import warnings
@@ -151,6 +151,21 @@ def relation_fields(boxes,  # (N, 4) float32 in cells
     fields[taken // (h * w), :, place] = np.concatenate(values, 1)
     return fields.reshape(p, 9, h, w)
 
+# %% ../nbs/method/03_fields.ipynb #soften-negatives
+def soften_negatives(fields,  # (predicates, 9, rows, columns) of `relation_fields`, changed in place
+                     boxes,  # (N, 4) float32 in cells
+                     unlabelled:float,  # share of their weight that these negatives lose, 0 to 1
+                    ):
+    "Let cells between any two objects count less as negatives, unless a relation is painted there."
+    h, w = fields.shape[-2:]
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    one, other = np.nonzero(~np.eye(len(boxes), dtype=bool))
+    _, cell = relation_cells(centre[one], centre[other] - centre[one])
+    column, row = cell[((cell >= 0) & (cell < (w, h))).all(1)].T
+    between = np.zeros((h, w), np.float32)
+    between[row, column] = 1 - (1 - unlabelled) ** .25
+    np.maximum(fields[:, 0], between, out=fields[:, 0])
+
 # %% ../nbs/method/03_fields.ipynb #blank-padding
 def blank_padding(fields,  # (..., rows, columns) array, changed in place
                   valid_area,  # (x, y, width, height) in cells
@@ -180,6 +195,7 @@ def encode(graph,  # `SceneGraph`, boxes in pixels of the picture that the netwo
            size:tuple=(512, 512),  # (height, width) of that picture in pixels
            stride:int=16,  # pixels a cell
            valid_area:tuple=None,  # (x, y, width, height) in pixels; no relations outside it
+           unlabelled:float=0.,  # share of their weight that `soften_negatives` takes
           ):  # dict of tensors
     """The fields that a perfect network would predict for `graph`, `h` rows and `w` columns of
     cells:
@@ -200,6 +216,7 @@ def encode(graph,  # `SceneGraph`, boxes in pixels of the picture that the netwo
     relations = relations[~ignore[relations[:, :2]].any(1) & (relations[:, 0] != relations[:, 1])]
     fields = detection_fields(boxes[~ignore], labels[~ignore], (n_objects, h, w))
     fields['relation'] = relation_fields(boxes, relations, (n_predicates, h, w), stride)
+    if unlabelled: soften_negatives(fields['relation'], boxes[~ignore], unlabelled)
     if valid_area is not None:
         blank_padding(fields['relation'], np.asarray(valid_area, np.float64) / stride)
     return {name: torch.from_numpy(values) for name, values in fields.items()}

@@ -185,10 +185,10 @@ def run_stage(settings, stage, prepared):
 
 # %% ../nbs/commands/01_run_training.ipynb #figures
 def judged_sets(settings, database, kinds):
-    "{kind: `judged_set` of the test pictures} for each of `kinds` of input; {} if there are none."
-    split = 'train' if settings.overfit else 'test'
+    "{kind: `judged_set` of the pictures that count} for each of `kinds` of input; {} if there are none."
+    split = 'train' if settings.overfit else settings.split
     if not len(database.indices(split, settings.hold_out)): return {}
-    return {kind: judged_set(settings, database, 'test', kind) for kind in kinds}
+    return {kind: judged_set(settings, database, split, kind) for kind in kinds}
 
 def no_figures(database):
     "What `stdg.evaluation.evaluate` gives, for no pictures: every figure is NaN."

@@ -27,6 +27,7 @@ from stdg.evaluation.thresholds import choose_thresholds
 from stdg.graph import TASKS, SceneGraph
 from stdg.testing import loud, toy_database, toy_scene
 from stdg.training.resume import load_state, saved_states
+from stdg.training.settings import TERMS
 from stdg.training.step import Average, check_step, optimiser
 
 PICTURES, BATCH, EPOCHS = 10, 2, 2
@@ -251,6 +252,38 @@ def test_only_the_same_network_and_teacher_go_on(dataset, tmp_path):
     for model, what in ((wider, 'config.channels was 16, is 24'), (another, 'was taught by another teacher')):
         with pytest.raises(ValueError, match=what):
             training.check_resume(model, dataset, tmp_path, 'student', **options)
+
+
+def test_weights_of_the_terms_and_a_cosine(dataset, plain, tmp_path):
+    weights = dict(relation_subject=.25, relation_object_scale=0, teaching=3)
+    changed = dict(loss_weights=weights, schedule='cosine', steps=3)
+    rates = fitted(dataset, tmp_path, **changed)[1]
+    expected = [HEADS * (.001 ** (1 - e / WARM_UP) if e < WARM_UP else
+                         .5 + .5 * np.cos(np.pi * (e - WARM_UP) / (EPOCHS - WARM_UP)))
+                for e in (0, .2, .4)]
+    np.testing.assert_allclose([heads for heads, _ in rates], expected, rtol=1e-9)
+    line, before = logged(tmp_path)[0], plain[0][0]
+    for name in TERMS:
+        assert line[name] == pytest.approx(before[name] * weights.get(name, 1), rel=1e-5), name
+    assert line['loss'] == pytest.approx(sum(line[name] for name in TERMS), rel=1e-5)
+    model = network().to(memory_format=torch.channels_last).train()
+    terms, _ = terms_of(model, next(iter(data.loader(dataset, BATCH, SEED))))
+    sum(term * weights.get(name, 1) for name, term in terms.items()).backward()
+    norm = sum(p.grad.double().square().sum() for p in model.parameters() if p.grad is not None).sqrt()
+    assert line['grad_norm'] == pytest.approx(float(norm), rel=1e-5)
+    later = dict({**OPTIONS, **changed}, steps=0)
+    for name in ('device', 'progress'): del later[name]
+    ready = lambda **more: training.check_resume(network(), dataset, tmp_path, 'student',
+                                                 **{**later, **more})
+    assert ready() == (3, 2 * STEPS)
+    for more, what in (dict(epochs=3), 'epochs was 2, is 3'), (dict(loss_weights={}), 'teaching was 3.0, is not set'):
+        with pytest.raises(ValueError, match=what): ready(**more)
+
+
+def test_states_say_of_new_parameters_only_what_is_not_as_before(dataset, tmp_path):
+    fitted(dataset, tmp_path, steps=1)
+    said = load_state(saved_states(tmp_path/'states', 'student')[-1])[1]['settings']
+    assert not {'schedule', 'loss_weights', 'epochs'} & said.keys() and said['ema'] == EMA
 
 
 def test_what_is_not_there_is_said():

@@ -261,14 +261,22 @@ class Many:
 
 @dataclass(frozen=True)
 class Table:
-    "Further parameters by name."
-    needed = 'names with values, such as {clip: 1.0},'
+    "Values by name: any, or each an `entry` and each name one of `names`."
+    entry: object = None
+    names: tuple = ()
+
+    @property
+    def needed(self):
+        if self.entry is None: return 'names with values, such as {clip: 1.0},'
+        return f'names with values, such as {{{self.names[0]}: 1}}, each {self.entry.needed},'
 
     def read(self, value):
-        "`value` as a dict. Raises `ValueError` for anything else."
-        if isinstance(value, str): value = parse_yaml(value)
+        "`value` as a dict. Raises `ValueError` for anything else, and says which entry is wrong."
+        if isinstance(value, str): value = parse_yaml(value or '{}')
         if not isinstance(value, dict): raise ValueError
-        return value
+        if self.entry is None: return value
+        try: return check(value, dict.fromkeys(self.names, self.entry))
+        except ValueError as error: raise ValueError(f' ({error})') from None
 
 # %% ../../nbs/io/09_parameters.ipynb #check
 _brief = Repr()

@@ -83,8 +83,8 @@ def check_start(stages, backbone, pretrained=True, teacher='', trial=False):
     return pretrained, notes
 
 # %% ../../nbs/training/06_loop.ipynb #options
-_FIXED = ('batch_size', 'lr', 'lr_backbone', 'weight_decay', 'warm_up', 'decay', 'ema', 'clip',
-          'precision', 'released', 'seed')
+_FIXED = ('batch_size', 'lr', 'lr_backbone', 'weight_decay', 'warm_up', 'schedule', 'decay', 'ema',
+          'loss_weights', 'clip', 'precision', 'released', 'seed')
 _FREE = ('epochs', 'steps', 'accumulate', 'recompute', 'compile', 'sync_bn', 'workers',
          'validate_every', 'best', 'patience', 'keep', 'save_minutes', 'skip', 'trackers')
 OPTIONS = _FIXED + _FREE  # the parameters in `Settings` that `fit` takes
@@ -101,13 +101,17 @@ def _options(values):
     return Settings(**values)
 
 # %% ../../nbs/training/06_loop.ipynb #expected
+_EARLIER = ('schedule', 'steps'), ('loss_weights', {})  # so it was before there was a choice
+
 def _expected(model, dataset, options):
     "What a state must agree on with the run that is resumed from it: dict(data, settings)."
     teacher = model.teacher
     if teacher is not None:
         weights = [v.cpu().contiguous().numpy().tobytes() for v in teacher.state_dict().values()]
         teacher = hashlib.sha256(b''.join(weights)).hexdigest()[:16]
-    settings = {name: value for name, value in asdict(options).items() if name in _FIXED}
+    fixed = _FIXED + ('epochs',) * (options.schedule == 'cosine')
+    settings = {name: value for name, value in asdict(options).items() if name in fixed
+                and (name, value) not in _EARLIER}
     settings |= dict(config=model.config, teacher=teacher)
     return dict(data=dataset.fingerprint(), settings=json.loads(json.dumps(settings)))
 
@@ -145,7 +149,7 @@ class _Run:
         self.optimiser = optimiser(model, options.lr, options.lr_backbone, options.weight_decay,
                                    options.released)
         self.step = TrainStep(model, self.optimiser, options.accumulate, options.precision,
-                              options.clip, options.sync_bn)
+                              options.clip, options.sync_bn, options.loss_weights)
         self.average = Average(model, options.ema)
         self.done = self.skipped = self.stale = 0
         self.best, self.judged, self.begun, self.saved = None, True, False, time.monotonic()
@@ -261,7 +265,8 @@ def _one_step(run, batch, log):
     "Take one step; returns the terms."
     options, network = run.options, run.model.network
     run.begun &= run.done % run.per_epoch > 0
-    scale = schedule(run.done / run.per_epoch, options.warm_up, options.decay)
+    cosine = options.epochs * (options.schedule == 'cosine')
+    scale = schedule(run.done / run.per_epoch, options.warm_up, options.decay, cosine)
     for group in run.optimiser.param_groups: group['lr'] = group['base'] * scale
     seed_step(options.seed, run.done)
     buffers = [b.clone() for b in network.buffers()] if options.skip else None

@@ -80,7 +80,8 @@ def _compare(path, facts, expected):
         raise ValueError(f"{path} was taught by another teacher: the teacher's weights have "
                          f"changed since. {_ANEW}")
     if differ:
-        said = '; '.join(f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}"
+        value = lambda settings, name: repr(settings[name]) if name in settings else 'not set'
+        said = '; '.join(f"{name} was {value(theirs, name)}, is {value(ours, name)}"
                          for name in differ[:4])
         raise ValueError(f"{path} was written by a run with other settings: {said}. {_ANEW}")
 

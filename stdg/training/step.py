@@ -54,10 +54,13 @@ def optimiser(model, lr, lr_backbone, weight_decay, released=False):
 
 # %% ../../nbs/training/05_step.ipynb #schedule
 def schedule(epoch:float,  # epochs done, with fraction
-             warm_up=1., decay=()):  # epochs of warm-up; epochs at which a fall begins
-    "Factor of the learning rate. Source: method spec 7."
+             warm_up=1., decay=(),  # epochs of warm-up; epochs at which a fall begins
+             cosine=0.):  # epochs in which the rate falls to nothing by a cosine; 0: it does not
+    "Factor of the learning rate. Source: method spec 7; the cosine is ours."
     rise = .001 ** max(1 - epoch / warm_up, 0) if warm_up else 1.
-    return rise * math.prod(.1 ** min(max(epoch - start, 0), 1) for start in decay)
+    if not cosine: return rise * math.prod(.1 ** min(max(epoch - start, 0), 1) for start in decay)
+    left = 1 - min(max(epoch - warm_up, 0) / max(cosine - warm_up, 1e-9), 1)
+    return rise * (1 - math.cos(math.pi * left)) / 2
 
 # %% ../../nbs/training/05_step.ipynb #average
 class Average:
@@ -175,12 +178,15 @@ class TrainStep:
 
     `gradient(batch)` adds the gradient of a batch to the parameters; then `apply()` takes the
     optimiser's step, or `drop()` leaves it out. `watch` is the `Stopwatch` of the parts. `clip` is
-    the largest norm of the gradient, 0 for any.
+    the largest norm of the gradient, 0 for any; `weights` are factors of the terms of the loss by
+    name, 1 where there is none.
 
     Raises `ValueError` for an unknown precision, `sync_bn` of several processes on CPUs, or a batch
     of fewer pictures than parts."""
-    def __init__(self, model, optimiser, accumulate=1, precision='float32', clip=0., sync_bn=False):
+    def __init__(self, model, optimiser, accumulate=1, precision='float32', clip=0., sync_bn=False,
+                 weights=None):
         _check_precision(precision)
+        self.weights = weights or {}
         self.model, self.optimiser, self.parts, self.clip = model, optimiser, accumulate, clip
         device = next(model.parameters()).device
         self.device, self.dtype = device, PRECISIONS[precision]
@@ -195,7 +201,7 @@ class TrainStep:
     def gradient(self, batch):
         """(terms, facts) of a batch of `SceneGraphs`, over all parts and processes.
 
-        `terms` are those of `terms_of`, as floats; `facts` are `loss`, their sum, `grad_norm`
+        `terms` are those of `terms_of` times their weights, as floats; `facts` are `loss`, their sum, `grad_norm`
         before clipping and, with a teacher, `taught_share`, the share of its offsets that is worth
         copying. The gradients stand in `.grad` of the parameters, clipped."""
         own, other, targets = network_inputs(self.model, batch)
@@ -212,6 +218,7 @@ class TrainStep:
             with self.network.no_sync() if world > 1 and not last else nullcontext():
                 with self.autocast(): fields = self.network(_part(own, i, self.parts))
                 terms = terms_of(fields, _part(targets, i, self.parts), taught[i], counts)
+                terms |= {name: terms[name] * k for name, k in self.weights.items() if name in terms}
                 self.watch.lap('student')
                 self.scaler.scale(sum(terms.values()) * world).backward()
                 self.watch.lap('backward')
