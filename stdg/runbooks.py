@@ -70,6 +70,9 @@ RUNBOOKS = dict(
                   'batch_size', 'workers'),
         seeds=Many(ALLOWED['seed'], 2, distinct=True), clutters=Many(Real(0, 1), 2, 2),
         processes=Whole(1)),
+    levers=dict(
+        _of_a_run('name', 'data', 'n_train', 'n_val', 'n_test', 'size', 'backbone', 'epochs', 'decay'),
+        seeds=Many(ALLOWED['seed'], 1, distinct=True), processes=Whole(1)),
     benchmark=dict(
         repeats=Whole(1), side=_side, n_objects=Whole(1), n_predicates=Whole(1),
         loader_workers=_share, networks=_networks, exported=_networks, compiled=Flag(), out=Text()),
