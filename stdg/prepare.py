@@ -121,6 +121,14 @@ def _compare(path, n):
 def _amounts(images, objects, relations):
     return f'{images:,} images, {objects:,} objects, {relations:,} relations'
 
+def _left_out(counts):
+    "What of Visual Genome's lists is not in the database, and why, as the end of a line."
+    lost = {kind.removeprefix('dropped '): n for kind, n in counts.items() if n and
+            (kind.startswith('dropped') or kind in ('objects too small', 'objects without a class'))}
+    told = ', '.join(f'{n:,} x {kind}' for kind, n in sorted(lost.items()))
+    objects = counts['objects listed'] + counts['objects added by relations']
+    return told and f"; left out of {objects:,} objects and {counts['relations listed']:,} relations: {told}"
+
 def _visual_genome(job, listing):
     other = job.folder/'VG-SGG-with-attri.h5'
     if other.exists() and not (job.folder/'VG-SGG.h5').exists():
@@ -134,8 +142,13 @@ def _visual_genome(job, listing):
     found = _amounts(counts['images listed'], counts['objects kept'], counts['relations kept'])
     absent = [name for name, said in summary['lists'].items()
               if 'alias' in name and said.startswith('absent')]
-    if not absent: return f'{found}; aliases were read'
-    return f"{found}; absent, so names stand for themselves: {', '.join(absent)}"
+    if not absent: found += '; aliases were read'
+    else: found += f"; absent, so names stand for themselves: {', '.join(absent)}"
+    # all releases have the same pictures, so nothing else tells lists of two of them apart
+    if counts['relations listed'] and not counts.get('ends of relations among the objects listed', 1):
+        found += ('; no relation has its subject or object in objects.json: are objects.json and '
+                  'relationships.json of one release?')
+    return found + _left_out(counts)
 
 def _database(job):
     path = job.folder/'VG-SGG.h5'

@@ -249,10 +249,11 @@ def first_pass(image_id, objects, relationships,  # of the lists
         raise ValueError(f"image {image_id} has {len(objects)} objects and {len(relationships)} "
                          f"relations, more than {MAX_RECORDS}: these are not Visual Genome's lists")
     records, table, place = _objects(objects, tally, image_id)
-    tally['objects listed'] += len(records)
+    tally['objects listed'] += (n := len(records))
     records = list(records)
     ends, texts, added = _sync(relationships, records, place, tally, image_id)
     tally['objects added by relations'] += len(added)
+    tally['ends of relations among the objects listed'] += int(((ends >= 0) & (ends < n)).sum())
     tally['relations listed'] += len(texts)
     table = np.concatenate([table, added])
     large = _large(table, size, tally, records, image_id)
