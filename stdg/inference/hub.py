@@ -238,9 +238,11 @@ class Model(ModelHubMixin, library_name='stdg', pipeline_tag='object-detection',
     @property
     def size(self): return self.facts.get('size', 512)
 
-    def predict(self, image, size=None):
-        "The `PicturePrediction` for a picture, or a list of them for several, as `stdg.predict`."
-        return predict(image, Predictor(self.network, size, facts=self.facts))
+    def predict(self, image, size=None, prior=None, suppress=None, **how):
+        """The `PicturePrediction` for a picture, or a list of them for several, as `stdg.predict`, whose
+        further arguments, `boxes` of a detector among them, are in `how`."""
+        ready = Predictor(self.network, size, facts=self.facts, prior=prior, suppress=suppress)
+        return predict(image, ready, **how)
 
     def generate_model_card(self):
         "The card of this model, from its facts."
