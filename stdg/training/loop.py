@@ -88,6 +88,7 @@ _FIXED = ('batch_size', 'lr', 'lr_backbone', 'weight_decay', 'warm_up', 'schedul
 _FREE = ('epochs', 'steps', 'accumulate', 'recompute', 'compile', 'sync_bn', 'workers',
          'validate_every', 'best', 'patience', 'keep', 'save_minutes', 'skip', 'trackers')
 OPTIONS = _FIXED + _FREE  # the parameters in `Settings` that `fit` takes
+_EARLIER = ('schedule', 'steps'), ('loss_weights', {})  # so it was before there was a choice
 
 def _options(values):
     """`Settings` with these `values`.
@@ -101,8 +102,6 @@ def _options(values):
     return Settings(**values)
 
 # %% ../../nbs/training/06_loop.ipynb #expected
-_EARLIER = ('schedule', 'steps'), ('loss_weights', {})  # so it was before there was a choice
-
 def _expected(model, dataset, options):
     "What a state must agree on with the run that is resumed from it: dict(data, settings)."
     teacher = model.teacher
@@ -110,8 +109,7 @@ def _expected(model, dataset, options):
         weights = [v.cpu().contiguous().numpy().tobytes() for v in teacher.state_dict().values()]
         teacher = hashlib.sha256(b''.join(weights)).hexdigest()[:16]
     fixed = _FIXED + ('epochs',) * (options.schedule == 'cosine')
-    settings = {name: value for name, value in asdict(options).items() if name in fixed
-                and (name, value) not in _EARLIER}
+    settings = {k: v for k, v in asdict(options).items() if k in fixed and (k, v) not in _EARLIER}
     settings |= dict(config=model.config, teacher=teacher)
     return dict(data=dataset.fingerprint(), settings=json.loads(json.dumps(settings)))
 
@@ -139,23 +137,20 @@ class _Run:
     Raises `ValueError` if the data make no batch."""
     def __init__(self, model, dataset, out, stage, options, record):
         self.model, self.dataset, self.out = model, dataset, Path(out)
-        self.stage, self.options = stage, options
+        self.stage, self.options = stage, (o := options)
         self.record = dict(vocabulary=dataset.database.vocabulary.to_json(),
                            size=dataset.database.size, **record)
         self.rank, self.world = rank_and_world()
         self.first = self.rank == 0
         self.per_epoch, self.total = _steps(dataset, options, stage)
         if options.compile: model.network.compile()
-        self.optimiser = optimiser(model, options.lr, options.lr_backbone, options.weight_decay,
-                                   options.released)
-        self.step = TrainStep(model, self.optimiser, options.accumulate, options.precision,
-                              options.clip, options.sync_bn, options.loss_weights)
+        self.optimiser = optimiser(model, o.lr, o.lr_backbone, o.weight_decay, o.released)
+        self.step = TrainStep(model, self.optimiser, o.accumulate, o.precision, o.clip, o.sync_bn, o.loss_weights)
         self.average = Average(model, options.ema)
         self.done = self.skipped = self.stale = 0
         self.best, self.judged, self.begun, self.saved = None, True, False, time.monotonic()
 
-    def learnt(self):
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+    def learnt(self): return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def state(self, log):
         "(tensors, facts) from which the run can be resumed."
