@@ -255,7 +255,11 @@ def _student(settings, database, pretrained):
 # %% ../nbs/commands/05_begin_run.ipynb #datasets
 def training_set(settings, database, model):
     "`SceneGraphs` for training `model`; with `overfit`, the first so many pictures as they are."
-    return SceneGraphs(database, 'train', model.training_inputs, train=True, stride=model.stride,
+    inputs, other = model.training_inputs, None
+    if settings.teacher_pictures and model.mode == 'combine' and model.teacher_reads == 'rgb':
+        folder = project_folder()/'data'/settings.teacher_pictures
+        inputs, other = (*inputs, 'seen'), Database(folder, settings.size)
+    return SceneGraphs(database, 'train', inputs, train=True, stride=model.stride, seen_in=other,
                        source=settings.depth_source, n_val=settings.hold_out,
                        overlap=settings.overlap, limit=settings.overfit or None,
                        augment=not settings.overfit, colour=settings.colour, scale=settings.scale,

@@ -52,10 +52,20 @@ def _generator(*key):
     "A `torch.Generator` that follows from whole numbers, none negative."
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
+def _picture_file(database): return database.folder/f'imdb_{database.size}.h5'
+
+def _same_pictures(other, database):
+    "`other`, if its rows are pictures of the same ids and sizes. Raises `ValueError` naming both."
+    same = other.size == database.size and np.array_equal(other.image_ids, database.image_ids)
+    if same and np.array_equal(other.flat().sizes, database.flat().sizes): return other
+    raise ValueError(f"{other.folder} and {database.folder} are not of the same pictures: ids and sizes "
+                     "must agree, row by row. Make both with the same numbers of pictures")
+
 class SceneGraphs(Dataset):
     """The pictures of one split that have a relation, as samples for training or evaluation.
 
-    `inputs` names what the network reads: 'rgb', 'hha' or both; `limit` keeps the first so many
+    `inputs` names what the network reads: 'rgb', 'hha' or both; with `seen_in`, a `Database` of the
+    same pictures rendered otherwise, also 'seen', its colours, for a teacher; `limit` keeps the first so many
     images, `relations=False` also those without a relation, to judge boxes alone. `augment=False`
     turns all augmentation off, `colour=False` that of colours; `scale`, `stretch` and `flip` go to
     `stdg.augmentation.geometry`, `unlabelled` to `stdg.fields.encode`. A database opened with
@@ -67,15 +77,16 @@ class SceneGraphs(Dataset):
     Raises `ValueError` when nothing is left. Source: method spec 1.4 to 1.6."""
     def __init__(self, database, split='train', inputs=('rgb',), train=False, stride=16,
                  source='metric', n_val=0, limit=None, overlap=False, relations=True,
-                 augment=True, colour=True, unlabelled=0., **augmentation):
+                 augment=True, colour=True, unlabelled=0., seen_in=None, **augmentation):
         self.database, self.inputs, self.training = database, tuple(inputs), train
         self.stride, self.source, self.released = stride, source, database.released
         self.overlap, self.unlabelled = overlap and train, unlabelled
         self.augment, self.colour = augment and train, augment and colour and train
         self.augmentation = augmentation
         self.order = self._stored_order = 'BGR' if self.released else 'RGB'
-        if set(inputs) - {'rgb', 'hha'} or not inputs:
+        if set(inputs) - {'rgb', 'hha', *['seen'] * (seen_in is not None)} or not inputs:
             raise ValueError(f"inputs {inputs} must be 'rgb', 'hha' or both")
+        self.seen_in = seen_in and _same_pictures(seen_in, database)
         self._hha = None
         if 'hha' in inputs:
             # of metric and relative depth there is only one kind
@@ -150,13 +161,14 @@ class SceneGraphs(Dataset):
         """16 hexadecimal letters that change when the samples do: images, annotations, classes,
         size of the picture files, filters, augmentation."""
         database = self.database
-        files = [(database.folder/f'imdb_{database.size}.h5').stat().st_size]
+        files = [_picture_file(database).stat().st_size]
         if self._hha: files.append(self._hha.path.stat().st_size)
         options = [self.inputs, self.training, self.source, self.overlap, self.augment, self.colour,
                    self.released, sorted(self.augmentation.items()), database.size, files,
                    database.vocabulary.to_json()]
         if self.order != self._stored_order: options.append(self.order)
         if self.unlabelled: options.append(['unlabelled', self.unlabelled])
+        if self.seen_in: options.append(['seen', _picture_file(self.seen_in).stat().st_size])
         digest = hashlib.sha256(json.dumps(options).encode())
         flat = database.flat(self.rows)
         for array in (database.image_ids[self.rows], flat.sizes, flat.image, flat.labels,
@@ -166,7 +178,7 @@ class SceneGraphs(Dataset):
 
     def _fill(self, kind):
         "The colour outside a picture of this kind, whose channels are in the order of the database."
-        return FILL[::-1] if kind == 'rgb' and self.order != self._stored_order else FILL
+        return FILL[::-1] if kind in ('rgb', 'seen') and self.order != self._stored_order else FILL
 
     def _graph(self, row):
         return filter_relations(self.database.graph(row), self.overlap, self.training)
@@ -186,6 +198,7 @@ class SceneGraphs(Dataset):
         if 'rgb' in kinds:
             pictures['rgb'] = self.database.image(row)[..., ::-1 if self.released else 1]
         if 'hha' in kinds: pictures['hha'] = self._hha_picture(row, size)
+        if 'seen' in kinds: pictures['seen'] = self.seen_in.image(row)
         return {kind: torch.from_numpy(np.array(picture, order='C')).permute(2, 0, 1)
                 for kind, picture in pictures.items()}
 

@@ -52,7 +52,8 @@ from stdg.training.distributed import (
     process_group,
     rank_and_world,
 )
-from .training.loop import OPTIONS, STAGES
+from .training.loop import STAGES
+from .training.options import OPTIONS
 from .training.resume import Interrupted, exclusive_run, saved_states, stop_requested
 from .training.settings import Settings, check_together, help_text
 

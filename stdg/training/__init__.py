@@ -9,7 +9,8 @@ __all__ = ['Average', 'Log', 'OPTIONS', 'Run', 'STAGES', 'Settings', 'TrainStep'
 # %% ../../nbs/training/00_about_training.ipynb #face
 from .experiments import Run, run_study
 from .log import Log, step_times
-from .loop import OPTIONS, STAGES, check_resume, check_start, fit
+from .loop import STAGES, check_resume, check_start, fit
+from .options import OPTIONS
 from .resume import start_over
 from .settings import Settings
 from .step import Average, TrainStep, build_network, loss_terms, optimiser, replay, schedule

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'build_network', 'seed_step', 'optimiser', 'schedule', 'Average', 'network_inputs', 'terms_of',
-           'loss_terms', 'check_step', 'TrainStep', 'keep_batch', 'replay', 'replay_path']
+           'loss_terms', 'features_loss', 'Lesson', 'check_step', 'TrainStep', 'keep_batch', 'replay', 'replay_path']
 
 # %% ../../nbs/training/05_step.ipynb #imports
 import math
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from ..io.tensors import TensorFile, save_tensors
 from ..model import STDG
 from .distributed import all_reduce, rank_and_world
 from .log import Stopwatch
+from .settings import PARTS
 
 # %% ../../nbs/training/05_step.ipynb #seed
 def build_network(seed, *args, **kwargs):
@@ -89,6 +90,7 @@ def network_inputs(model, batch):
     the device of `model`."""
     own = network_input(model, batch[model.reads], model.reads)
     if model.teacher is None: other = None
+    elif 'seen' in batch: other = network_input(model, batch['seen'], 'rgb')
     elif model.teacher_reads == 'rgb': other = own
     else: other = network_input(model, batch['hha'], 'hha')
     return own, other, {k: v.to(own.device) for k, v in batch['targets'].items()}
@@ -115,6 +117,62 @@ def loss_terms(model, batch):
     if other is None: return terms_of(model.network(own), targets)
     *fields, taught = model.taught(own, other)
     return terms_of(fields, targets, taught)
+
+# %% ../../nbs/training/05_step.ipynb #lesson
+_FAR = 1e6  # cells, which no student copies
+
+def features_loss(own, theirs,  # features (B, C, h, w) of each head
+                  pictures:int):  # of the whole batch
+    "Squared distance of the features relative to the length of the teacher's, the mean over heads and pictures."
+    apart = [(s.float() - t.float()).square().sum((1, 2, 3)) / t.float().square().sum((1, 2, 3)).clamp(min=1e-12)
+             for s, t in zip(own, theirs)]
+    return torch.stack(apart).sum() / (len(apart) * pictures)
+
+class Lesson:
+    """What a student copies of its frozen `teacher`: called with the pictures that the teacher sees, it
+    returns a tensor for each head.
+
+    `kind` is 'offsets' (B, 36, h, w) as published, 'mean', the same field for every picture, or
+    'features' (B, C, h, w) of the pre-heads; `parts` are some of `PARTS`, of features only the heads
+    count. The mean is over `pictures`, an iterable of batches that the teacher reads.
+
+    Raises `ValueError` for a mean of no pictures."""
+    def __init__(self, teacher, kind='offsets', parts=PARTS, pictures=()):
+        self.teacher, self.kind, self.field = teacher, kind, None
+        self.heads = [name for name in ('detection', 'relation') if any(part.startswith(name) for part in parts)]
+        self.left_out = [(head, slice(18 * (2 - number), 18 * (3 - number))) for head, name in
+                         enumerate(('detection', 'relation')) for number in (1, 2) if f'{name} {number}' not in parts]
+        if kind == 'mean' and teacher is not None: self.field = self._mean(pictures)
+
+    @torch.no_grad()
+    def _mean(self, pictures):
+        total, n = None, 0
+        for batch in pictures:
+            sums = [offsets.float().sum(0, keepdim=True) for offsets in self.teacher.offsets(batch)]
+            total, n = sums if total is None else [a + b for a, b in zip(total, sums)], n + len(batch)
+        if not n: raise ValueError('the mean of a teacher needs pictures that it reads, and there are none')
+        return [part / n for part in total]
+
+    def __call__(self, pictures):
+        if self.kind == 'features':
+            with self.listening(self.teacher) as heard: self.teacher(pictures)
+            return heard
+        if self.field is None: offsets = self.teacher.offsets(pictures)
+        else: offsets = [part.expand(len(pictures), -1, -1, -1).clone() for part in self.field]
+        for head, channels in self.left_out: offsets[head][:, channels] = _FAR
+        return offsets
+
+    @contextmanager
+    def listening(self, network):
+        "Within it the list that it gives fills with the features of the heads, where they are taught."
+        heard, hooks = [], []
+        if self.kind == 'features' and self.teacher is not None:
+            for name in self.heads:
+                pre_head = getattr(network, name).pre_head
+                hooks.append(pre_head.register_forward_hook(lambda _, given, out: heard.append(out[0])))
+        try: yield heard
+        finally:
+            for hook in hooks: hook.remove()
 
 # %% ../../nbs/training/05_step.ipynb #amp
 PRECISIONS = dict(float32=None, bfloat16=torch.bfloat16, float16=torch.float16)
@@ -179,14 +237,15 @@ class TrainStep:
     `gradient(batch)` adds the gradient of a batch to the parameters; then `apply()` takes the
     optimiser's step, or `drop()` leaves it out. `watch` is the `Stopwatch` of the parts. `clip` is
     the largest norm of the gradient, 0 for any; `weights` are factors of the terms of the loss by
-    name, 1 where there is none.
+    name, 1 where there is none; `lesson` is the `Lesson` that a student is given, None for the
+    teacher's offsets.
 
     Raises `ValueError` for an unknown precision, `sync_bn` of several processes on CPUs, or a batch
     of fewer pictures than parts."""
     def __init__(self, model, optimiser, accumulate=1, precision='float32', clip=0., sync_bn=False,
-                 weights=None):
+                 weights=None, lesson=None):
         _check_precision(precision)
-        self.weights = weights or {}
+        self.weights, self.lesson = weights or {}, lesson or Lesson(model.teacher)
         self.model, self.optimiser, self.parts, self.clip = model, optimiser, accumulate, clip
         device = next(model.parameters()).device
         self.device, self.dtype = device, PRECISIONS[precision]
@@ -201,23 +260,27 @@ class TrainStep:
     def gradient(self, batch):
         """(terms, facts) of a batch of `SceneGraphs`, over all parts and processes.
 
-        `terms` are those of `terms_of` times their weights, as floats; `facts` are `loss`, their sum, `grad_norm`
-        before clipping and, with a teacher, `taught_share`, the share of its offsets that is worth
-        copying. The gradients stand in `.grad` of the parameters, clipped."""
+        `terms` are those of `terms_of` times their weights, as floats; `facts` are `loss`, their
+        sum, `grad_norm` before clipping and, with a teacher of offsets, `taught_share`, the share of
+        its offsets that is worth copying. The gradients stand in `.grad` of the parameters, clipped."""
         own, other, targets = network_inputs(self.model, batch)
         if len(own) < self.parts:
             raise ValueError(f"accumulate={self.parts}: this batch has {len(own)} pictures, fewer "
                              "than parts. Lower accumulate, or take a larger batch")
         self.watch.lap('data')
         taught = self._teach(other)
-        counts, share = _whole_counts(targets, taught)
+        by_offsets = self.lesson.kind != 'features'
+        counts, share = _whole_counts(targets, taught if by_offsets else [None])
         self.watch.lap('teacher')
         world, totals = rank_and_world()[1], 0
+        pictures = len(own) * world
         for i in range(self.parts):
             last = i + 1 == self.parts
             with self.network.no_sync() if world > 1 and not last else nullcontext():
-                with self.autocast(): fields = self.network(_part(own, i, self.parts))
-                terms = terms_of(fields, _part(targets, i, self.parts), taught[i], counts)
+                with self.autocast(), self.lesson.listening(self.model.network) as heard:
+                    fields = self.network(_part(own, i, self.parts))
+                terms = terms_of(fields, _part(targets, i, self.parts), taught[i] if by_offsets else None, counts)
+                if heard: terms['teaching'] = features_loss(heard, taught[i], pictures)
                 terms |= {name: terms[name] * k for name, k in self.weights.items() if name in terms}
                 self.watch.lap('student')
                 self.scaler.scale(sum(terms.values()) * world).backward()
@@ -229,15 +292,14 @@ class TrainStep:
         numbers = torch.cat([totals, torch.stack([norm, share]).to(totals)])
         *sums, norm, share = numbers.tolist()
         facts = dict(loss=sum(sums), grad_norm=norm)
-        if other is not None: facts['taught_share'] = share
+        if other is not None and by_offsets: facts['taught_share'] = share
         return dict(zip(terms, sums)), facts
 
     def _teach(self, other):
-        "The teacher's offsets for each part of its input; None for each without a teacher."
+        "What the teacher teaches, for each part of its input; None for each without a teacher."
         if other is None: return [None] * self.parts
         with torch.no_grad(), self.autocast():
-            return [self.model.teacher.offsets(_part(other, i, self.parts))
-                    for i in range(self.parts)]
+            return [self.lesson(_part(other, i, self.parts)) for i in range(self.parts)]
 
     def apply(self):
         "Take the optimiser's step, and clear the gradient."
