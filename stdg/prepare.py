@@ -367,7 +367,7 @@ def main(arguments=None):
         prepare(options.folder, options.raw, (), **settings)  # no step: only the settings are checked
     for step in steps:
         with mistakes_in_one_line(step, status=1):
-            (step, done), = prepare(options.folder, options.raw, (step,), **settings).items()
+            done = prepare(options.folder, options.raw, (step,), **settings)[step]
         join = 'run: python -m stdg.prepare merge, then' if step != 'fetch' else 'give'
         waiting = f'this share is done; when all are, {join} this command again for the steps that follow'
         print(f"{step}: {done['result'] or waiting} ({done['seconds']} s)", flush=True)

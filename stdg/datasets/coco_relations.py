@@ -53,31 +53,32 @@ def relation_files(raw):
     if 'train' not in found:
         raise ValueError(f"{raw}: {', '.join(found)} without train: nothing would be there to learn from. Is "
                          f"train/{FILE} missing? If it tells no splits, give it alone")
-    return found
+    return {split: found[split] for split in SPLITS if split in found}
 
 # %% ../../nbs/datasets/13_coco_relations.ipynb #relations
 class _Relations(Collector):
     """Takes the records of one file after the other, list by list.
 
-    `names` has the numbers of categories and predicates of this file by their ids, `pictures` the key
-    of each picture by split and id, `owner` that of the picture of each object id of this file, None
-    where two pictures share it."""
+    Of this file, `names` has the numbers of categories and predicates by their ids, `pictures` the
+    key of each picture by its id, `owner` the key of the picture of each object id, None where two
+    pictures share it. `seen` has split and id of all pictures of all files."""
     def __init__(self, what, strict):
         super().__init__(what, strict)
-        self.pictures = {}
+        self.seen = set()
 
     def begin(self, path, split):
         "What comes is of the file at `path`, for `split` or None."
-        self.at, self.split, self.owner, self.shared = path.parent.name, split, {}, 0
+        self.at, self.split, self.pictures, self.owner, self.shared = path.parent.name, split, {}, {}, 0
         self.names = dict(categories={}, rel_categories={})
 
     def take_images(self, r):
-        key = image_key(r['id'])
-        if (self.split, key) in self.pictures: raise ValueError('an id twice')
-        if not isinstance(r['file_name'], str) or not r['file_name']: raise ValueError('the file name is not text')
+        key, name = image_key(r['id']), r['file_name']
+        if (self.split, key) in self.seen: raise ValueError('an id twice')
+        if not isinstance(name, str) or not name: raise ValueError('the file name is not text')
         own = key if key not in self.images else f'{key} of {self.split}'
-        self.image(own, f"{self.at}/{r['file_name']}", size_of(r), self.split)
-        self.pictures[self.split, key] = own
+        self.image(own, f"{self.at}/{name}", size_of(r), self.split)
+        self.pictures[key] = own
+        self.seen.add((self.split, key))
 
     def take_categories(self, r): self._name(r, 'categories', self.classes)
     def take_rel_categories(self, r): self._name(r, 'rel_categories', self.predicates)
@@ -92,9 +93,9 @@ class _Relations(Collector):
         return self.names[kind][key]
 
     def _picture(self, key):
-        if (self.split, key := image_key(key)) not in self.pictures:
+        if (key := image_key(key)) not in self.pictures:
             raise ValueError('no such picture, or it was left out')
-        return self.pictures[self.split, key]
+        return self.pictures[key]
 
     def take_annotations(self, r):
         image, key = self._picture(r['image_id']), image_key(r['id'])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .annotations import ReadReport
+from .annotations import ReadReport, image_key
 from .splits import split_name
 from .vg_files import SPLITS
 from ..io.archives import MAX_BYTES, picture_size
@@ -82,15 +82,13 @@ def _quiet(library):
 
 def _refusal(place, error):
     "The `OSError` that says why the Hub, or the network, does not give the data set."
-    errors, said = import_module('huggingface_hub.errors'), one_line(error, 160)
+    errors, said = import_module('huggingface_hub.errors'), one_line(str(error).split('\n')[0], 160)
     status = getattr(getattr(error, 'response', None), 'status_code', None)
     if isinstance(error, errors.GatedRepoError):
-        page = f'https://huggingface.co/datasets/{place.source}'
-        return PermissionError(f"{place}: its owners ask for consent ({said}). Accept their terms "
-                               f"at {page} and set HF_TOKEN to a token of yours")
+        return PermissionError(f"{place}: its owners ask for consent ({said}). Accept their terms on "
+                               "the page of the data set, and set HF_TOKEN to a token of yours")
     if isinstance(error, errors.RevisionNotFoundError):
-        return FileNotFoundError(f"{place}: the data set has no such revision ({said}). Is it spelt "
-                                 "right?")
+        return FileNotFoundError(f"{place}: there is no such revision ({said}). Is it spelt right?")
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
         return FileNotFoundError(f"{place}: no folder has this name here, and the Hub shows no such "
                                  f"data set ({said}). Is the name right? If it is private, set "
@@ -131,9 +129,8 @@ LISTS_OF_NAMES = ('categories', 'rel_categories')
 def _listed(names):
     "Names as a list of records, whatever form they have; None if that is not one."
     if isinstance(names, dict): names = [dict(id=key, name=name) for key, name in names.items()]
-    if not isinstance(names, list) or not names: return None
-    if not all(isinstance(one, dict) and {'id', 'name'} <= {*one} for one in names): return None
-    return [dict(id=one['id'], name=one['name']) for one in names]
+    try: return [dict(id=one['id'], name=one['name']) for one in names] or None
+    except (TypeError, KeyError): return None
 
 def _names(place, path, description):
     """The two lists of names, of the file at `path` or of the `description` of the data set.
@@ -179,7 +176,7 @@ def _check_schema(where, features):
         if lost: raise other(f'its column {name!r} has no {lost[0]!r}', there)
 
 def _streams(place, commit):
-    """{name of a split: stream of its rows} as the library gives them, and the description.
+    """{name of a split: stream of its rows, in pieces} as the library gives it, and the description.
 
     Raises `OSError` or `ValueError` for a data set that cannot be read, or is not Parquet."""
     at = {} if place.local else dict(revision=commit)
@@ -187,8 +184,10 @@ def _streams(place, commit):
         builder = _library().load_dataset_builder(place.source, **at)
         parquet = type(builder).__module__.rsplit('.', 1)[-1] == 'parquet'
         found = builder.as_streaming_dataset() if parquet else {}
+        found = {name: table.reshard() for name, table in found.items()}
     except Exception as error:  # of any library below
-        if not place.local: raise _refusal(place, error) from None
+        of_files = isinstance(error, (ValueError, FileNotFoundError))
+        if not place.local and not of_files: raise _refusal(place, error) from None
         raise ValueError(f"{place}: it is no data set that can be read ({type(error).__name__}: "
                          f"{one_line(error, 160)}). Parquet files of the splits are needed, as "
                          "data/train-00000-of-00001.parquet") from None
@@ -198,7 +197,7 @@ def _streams(place, commit):
     return found, builder.info.description
 
 def _tables(place, commit):
-    """{split: stream of rows} of a data set at `commit`, in pieces, and its description.
+    """{split: stream of rows} of a data set at `commit`, and its description.
 
     Raises what `_streams` does, and `ValueError` for one of another form or without train."""
     (found, description), picture, tables = _streams(place, commit), _library().Image, {}
@@ -207,12 +206,11 @@ def _tables(place, commit):
         except ValueError: continue  # neither for training nor for tests
         _check_schema(f'{place}, split {name}', table.features)
         if split in tables:
-            raise ValueError(f"{place}: two of its splits are {split} ({', '.join(found)}). Leave "
-                             "one out")
+            raise ValueError(f"{place}: two of its splits are {split}: {', '.join(found)}. Leave one out")
         wanted = [column for column in (*_COLUMNS, *_MORE) if column in table.features]
         if isinstance(table.features['image'], picture):
             table = table.cast_column('image', picture(decode=False))
-        tables[split] = table.select_columns(wanted).reshard()
+        tables[split] = table.select_columns(wanted)
     if 'train' not in tables:
         raise ValueError(f"{place}: it has no split train (it has {', '.join(found)}): nothing would "
                          "be there to learn from. Is this the whole data set?")
@@ -329,7 +327,8 @@ class HubParts:
 
 # %% ../../nbs/datasets/12_hub_data.ipynb #fetch
 def _begin(parts):
-    "Write the plan of `parts`, unless there is one; then compare it. Others wait."
+    """The tables of `parts` after their plan is written; None if there was one, which is compared.
+    Others wait."""
     with locked(lock_of(parts.folder), what=f'the plan of {parts.folder}'):
         if parts.record.exists(): return parts.compare()
         commit, named = _ask(parts.place)
@@ -339,6 +338,7 @@ def _begin(parts):
                   for split, table in tables.items()}
         write_json(parts.record, dict(source=parts.place.source, revision=parts.place.revision,
                                       commit=commit, splits=splits, names=names))
+        return tables
 
 def _same_tables(parts):
     "The tables that the plan of `parts` was made for. Raises `ValueError` if they have changed."
@@ -358,16 +358,19 @@ def _rows(parts, part, table):
                          f"({type(error).__name__}: {one_line(error, 160)}). Is the network there, and "
                          "the file whole? The same command goes on where it stopped") from None
 
-def _write(parts, part, rows):
+def _write(parts, part, rows, bar):
     "Write one part, whole or not at all, of `rows` as `_checked` gives them."
-    report, lists = ReadReport(''), dict(images=[], annotations=[], rel_annotations=[])
+    report, lists, seen = ReadReport(''), dict(images=[], annotations=[], rel_annotations=[]), set()
     with atomic_path(parts.path(part, 'zip')) as partial, zipfile.ZipFile(partial, 'w') as archive:
         for k, (row, data, size) in enumerate(rows):
+            bar.update()
             try:
                 if data is None: raise size
+                if (key := image_key(row['image_id'])) in seen: raise ValueError('an id twice')
+                seen.add(key)
                 records = _records(row, _member(part, k, row), size)
             except (ValueError, TypeError, AttributeError) as error:
-                kind = 'pictures that cannot be read' if data is None else 'rows of another form'
+                kind = 'pictures that cannot be read' if data is None else 'rows that cannot be used'
                 report.note(kind, f"image {one_line(row['image_id'], 40)}: {one_line(error, 120)}")
                 continue
             archive.writestr(zipfile.ZipInfo(records['images'][0]['file_name']), data)
@@ -383,12 +386,13 @@ def fetch_parts(parts, shard=(0, 1), workers=None, progress=True):
     Raises `ImportError` if the library is missing, else `OSError` or `ValueError` naming the data set
     or the file, and why."""
     with _quiet(_library()):
-        _begin(parts)
+        tables = _begin(parts)
         remove_dead(parts.folder)
         share = lock_of(parts.folder, f'-{shard[0]}-of-{shard[1]}')
-        with locked(share, what=parts.folder), tqdm(desc='fetch', unit=' pictures', disable=not progress) as bar:
+        bar = tqdm(desc='fetch', unit=' pictures', disable=not progress)
+        with locked(share, what=parts.folder), bar:
             todo = parts.todo(shard)
-            tables = _same_tables(parts) if todo else {}
+            if todo and not tables: tables = _same_tables(parts)
             for part in todo:
                 rows = ahead(_checked, _rows(parts, part, tables[part[0]]), workers)
-                _write(parts, part, (bar.update() or row for row in rows))
+                _write(parts, part, rows, bar)
