@@ -79,7 +79,7 @@ def _class_names(job):
 
 def _of_the_hub(job):
     "The annotations of a data set of the Hub, all of whose parts are there."
-    job.read = read_coco_relations(job.hub.files(), what=str(job.hub.place))
+    job.read = read_coco_relations(job.hub.files(), parts_of=str(job.hub.place))
     job.read.report.take(job.hub.counts()[1])
     return job.read
 

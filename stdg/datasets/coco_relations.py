@@ -57,36 +57,38 @@ def relation_files(raw):
 
 # %% ../../nbs/datasets/13_coco_relations.ipynb #relations
 class _Relations(Collector):
-    """Takes the records of one file after the other, list by list.
-
-    Of this file, `names` has the numbers of categories and predicates by their ids, `pictures` the
+    """Takes the records of one file after the other, list by list. Of this file, `names` has the numbers of categories and predicates by their ids, `pictures` the
     key of each picture by its id, `owner` the key of the picture of each object id, None where two
-    pictures share it. `seen` has split and id of all pictures of all files."""
+    pictures share it. `seen` has the ids of all pictures of one numbering, `where` the file that has a
+    picture file first."""
     def __init__(self, what, strict):
         super().__init__(what, strict)
-        self.seen = set()
+        self.seen, self.where = set(), {}
 
-    def begin(self, path, split):
-        "What comes is of the file at `path`, for `split` or None."
-        self.at, self.split, self.pictures, self.owner, self.shared = path.parent.name, split, {}, {}, 0
-        self.names = dict(categories={}, rel_categories={})
+    def begin(self, path, split, parts):
+        "What comes is of the file at `path`, for `split` or None; with `parts`, one of many of that split."
+        self.path, self.split, self.shared = path, split, 0
+        self.scope = split if parts else f'{path.parent.name}/{path.stem}'
+        self.pictures, self.owner, self.names = {}, {}, dict(categories={}, rel_categories={})
+        if not parts: self.seen = set()
 
     def take_images(self, r):
-        key, name = image_key(r['id']), r['file_name']
+        key, name, folder = image_key(r['id']), r['file_name'], self.path.parent
         if (self.split, key) in self.seen: raise ValueError('an id twice')
         if not isinstance(name, str) or not name: raise ValueError('the file name is not text')
-        own = key if key not in self.images else f'{key} of {self.split}'
-        self.image(own, f"{self.at}/{name}", size_of(r), self.split)
+        if self.where.setdefault((folder, name), self.path) != self.path:
+            raise ValueError('a picture that another file has, too: taken from that one')
+        own = key if key not in self.images else f'{key} of {self.scope}'
+        while own in self.images: own += "'"  # of two folders that have one name
+        self.image(own, f'{folder.name}/{name}', size_of(r), self.split)
         self.pictures[key] = own
         self.seen.add((self.split, key))
 
     def take_categories(self, r): self._name(r, 'categories', self.classes)
     def take_rel_categories(self, r): self._name(r, 'rel_categories', self.predicates)
-
     def _name(self, r, kind, index):
         if (key := image_key(r['id'])) in self.names[kind]: raise ValueError('an id twice')
         self.names[kind][key] = index(r['name'])
-
     def _number(self, key, kind):
         if (key := image_key(key)) not in self.names[kind]:
             raise ValueError(f'an id that is not among the {kind}')
@@ -99,8 +101,7 @@ class _Relations(Collector):
 
     def take_annotations(self, r):
         image, key = self._picture(r['image_id']), image_key(r['id'])
-        x, y, w, h = numbers(r['bbox'], 'the box')
-        number = self._number(r['category_id'], 'categories')
+        (x, y, w, h), number = numbers(r['bbox'], 'the box'), self._number(r['category_id'], 'categories')
         self.object(image, (image, key), number, (x, y, x + w, y + h), is_crowd(r))
         if self.owner.setdefault(key, image) != image:
             self.shared += 1
@@ -126,10 +127,10 @@ class _Relations(Collector):
 # %% ../../nbs/datasets/13_coco_relations.ipynb #read-coco-relations
 _HINT = (f"It should be a JSON file of COCO kind with {', '.join(LISTS)}, see nbs/datasets/13_coco_relations.ipynb.")
 
-def _read_file(collector, path, split):
+def _read_file(collector, path, split, parts):
     "Let `collector` take all lists of one file."
     record = read_json(path, _HINT)
-    collector.begin(path, split)
+    collector.begin(path, split, parts)
     for name in LISTS:
         records = record.get(name) if isinstance(record, dict) else None
         if not isinstance(records, list): raise ValueError(f"{path} has no list '{name}'. {_HINT}")
@@ -140,16 +141,16 @@ def _read_file(collector, path, split):
 
 def read_coco_relations(files,  # path of a file, paths, or a dictionary of split to path or paths
                         strict=False, shares=SHARES, seed=0,
-                        what=None):  # what the files are together, for messages; None: their paths
+                        parts_of=None):  # what they are parts of, 'hub:owner/name' say: one numbering a split
     """`Annotations` of `_annotations.coco.json` files, all of `files` as one. If they tell no split,
-    `shares` are drawn by `seed`.
+    `shares` are drawn by `seed`. Each file numbers its pictures by itself, except for `parts_of` one.
 
     Raises `FileNotFoundError` or `ValueError` naming the file that is missing, cut off or of another
     kind, or of which nothing is left; with `strict` also for the first wrong record."""
     files = split_files(files)
     told = {split for split, _ in files}
-    collector = _Relations(what or ', '.join(str(path) for _, path in files), strict)
-    for split, path in files: _read_file(collector, path, split)
+    collector = _Relations(parts_of or ', '.join(str(path) for _, path in files), strict)
+    for split, path in files: _read_file(collector, path, split, parts_of is not None)
     read = collector.finish()
     for split in SPLITS:
         if told != {None} and split not in told: read.report.note('splits that are missing', split)

@@ -327,8 +327,7 @@ class HubParts:
 
 # %% ../../nbs/datasets/12_hub_data.ipynb #fetch
 def _begin(parts):
-    """The tables of `parts` after their plan is written; None if there was one, which is compared.
-    Others wait."""
+    "The tables of `parts` after their plan is written; None if there was one, which is compared."
     with locked(lock_of(parts.folder), what=f'the plan of {parts.folder}'):
         if parts.record.exists(): return parts.compare()
         commit, named = _ask(parts.place)
@@ -380,11 +379,10 @@ def _write(parts, part, rows, bar):
     write_json(parts.path(part, 'counts.json'), counts)  # last: now it is there
 
 def fetch_parts(parts, shard=(0, 1), workers=None, progress=True):
-    """Fetch those of `parts`, `HubParts`, of worker `shard` = (i, n) that are not there; another
+    """Fetch those of `parts` (`HubParts`) of worker `shard` = (i, n) that are not there; another
     process with this share is waited for.
 
-    Raises `ImportError` if the library is missing, else `OSError` or `ValueError` naming the data set
-    or the file, and why."""
+    Raises `ImportError` without the library, `OSError` or `ValueError` naming data set or file."""
     with _quiet(_library()):
         tables = _begin(parts)
         remove_dead(parts.folder)
