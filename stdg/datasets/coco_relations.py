@@ -57,10 +57,10 @@ def relation_files(raw):
 
 # %% ../../nbs/datasets/13_coco_relations.ipynb #relations
 class _Relations(Collector):
-    """Takes the records of one file after the other, list by list. Of this file, `names` has the numbers of categories and predicates by their ids, `pictures` the
-    key of each picture by its id, `owner` the key of the picture of each object id, None where two
-    pictures share it. `seen` has the ids of all pictures of one numbering, `where` the file that has a
-    picture file first."""
+    """Takes the records of one file after the other, list by list. Of this file, `names` has the numbers
+    of categories and predicates by their ids, `pictures` the key of each picture by its id, `owner`
+    the key of the picture of each object id, None where two pictures share it. `seen` has the ids of
+    all pictures of one numbering, `where` the file that has a picture file first."""
     def __init__(self, what, strict):
         super().__init__(what, strict)
         self.seen, self.where = set(), {}
