@@ -41,6 +41,7 @@ from stdg.begin_run import (  # noqa: F401  these are names of stdg.train, too
 )
 from .datasets import statistics
 from .evaluation import choices, thresholds
+from .evaluation.predicates import predicate_precision
 from .graph import TASKS
 from .io.devices import choose_device
 from .io.parameters import Choice, CommandLine, argument, mistakes_in_one_line
@@ -204,9 +205,16 @@ def no_figures(database):
 
 def figures_of(settings, database, model, test, **options):
     """Figures of `model` on its of the `judged_sets`, computed on the device of the run; `no_figures`
-    without them. `options` are those of `stdg.evaluation.evaluate`."""
+    without them. `options` are those of `stdg.evaluation.evaluate`; with `told` among the `settings`
+    an entry of this name holds what `stdg.evaluation.predicates.predicate_precision` gives.
+
+    Raises `ValueError` if that is asked for and the database has no dense truth."""
     if not test: return no_figures(database)
-    return evaluation.evaluate(model, test[model.reads], device=settings.device or None, **options)
+    place = settings.device or None
+    found = evaluation.evaluate(model, test[model.reads], device=place, **options)
+    if not settings.told or options.get('released'): return found
+    way = options.get('reading', PUBLISHED)
+    return found | dict(told=predicate_precision(model, test[model.reads], way, device=place, progress=False))
 
 def prior_figures(settings, database, test):
     "Figures of the frequency prior, which looks at no picture, on the `judged_sets`."

@@ -338,7 +338,7 @@ def test_the_rarer_defaults():
     rare = dict(loss_weights={}, teach='offsets', taught_parts=list(settings.PARTS), teacher_pictures='',
                 unlabelled=0., device='', accumulate=1, compile=False, sync_bn=False, clip=0., skip=0,
                 released=False, validate_images=0, best='sgdet/R@50', patience=0, keep=2,
-                save_minutes=10., trackers=[])
+                save_minutes=10., trackers=[], told=False)
     assert list(rare) == list(list(settings.parameter_help().values())[-1])
     declared = asdict(settings.Settings())
     assert {name: declared[name] for name in rare} == rare

@@ -102,6 +102,7 @@ class Settings:
     keep: int = 2  # states kept to resume from; 0: none is written
     save_minutes: float = 10.0  # how often one is written, beside the end of each epoch
     trackers: list = _default()  # 'tensorboard', 'wandb'
+    told: bool = False  # tables also tell how well each predicate is told on given boxes, by the dense truth
 
     def __post_init__(self):
         "Convert and check every value; raises `ValueError`."
@@ -148,7 +149,7 @@ ALLOWED = dict(
     accumulate=Whole(1), compile=Flag(), sync_bn=Flag(), clip=Real(0),
     skip=Whole(), released=Flag(), validate_images=Whole(), best=Text(empty=False),
     patience=Whole(), keep=Whole(), save_minutes=Real(0),
-    trackers=Many(Choice(('tensorboard', 'wandb')), distinct=True))
+    trackers=Many(Choice(('tensorboard', 'wandb')), distinct=True), told=Flag())
 
 # %% ../../nbs/training/01_settings.ipynb #help
 def parameter_help():
