@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from .datasets import coco as formats
+from .datasets import exports, public, statistics
 from .datasets import listing as pictures
-from .datasets import public, statistics
 from .datasets import vg_raw as raw_lists
 from .datasets.images import make_images
 from .datasets.splits import annotation_files
@@ -32,7 +32,7 @@ from .io.parameters import CommandLine, Device, Real, Whole, argument, mistakes_
 
 # %% ../nbs/commands/02_prepare_data.ipynb #job
 STEPS = ('check', 'database', 'images', 'depth', 'hha', 'statistics')
-KINDS = ('visual_genome', 'own', 'psg', 'gqa', 'open_images')
+KINDS = ('visual_genome', 'own', 'psg', 'gqa', 'open_images', 'vrd', 'label_studio')
 
 def _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device,
          workers, remake, progress, unit, most, originals, pfm):
@@ -69,6 +69,8 @@ def _annotations(job):
     if job.kind == 'own': job.read = formats.read_own(files)
     elif job.kind == 'psg': job.read = public.read_psg(files)
     elif job.kind == 'gqa': job.read = public.read_gqa(files, most=job.most)
+    elif job.kind == 'vrd': job.read = exports.read_vrd(files, _sources(job))
+    elif job.kind == 'label_studio': job.read = exports.read_label_studio(files)
     else: job.read = public.read_open_images(files, _class_names(job))
     return job.read
 
