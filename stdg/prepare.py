@@ -120,13 +120,19 @@ def _compare(path, n):
                          f"there, or remove {path.name} to make the annotations again")
     return f'{path.name} by others is kept: {rows:,} images'
 
+def _by_others(job):
+    "The annotation file in the folder that another program wrote, or None; ours tells its names, or what it is from."
+    path, other = job.folder/'VG-SGG.h5', job.folder/'VG-SGG-with-attri.h5'
+    if not path.exists(): return other if other.exists() else None
+    if job.remake or (job.folder/'database.json').exists(): return None
+    with open_h5(path, {}) as file: ours = 'names' in file.attrs or 'made_from' in file.attrs
+    return None if ours else path
+
 def _amounts(images, objects, relations):
     return f'{images:,} images, {objects:,} objects, {relations:,} relations'
 
 def _visual_genome(job, listing):
-    other = job.folder/'VG-SGG-with-attri.h5'
-    if other.exists() and not (job.folder/'VG-SGG.h5').exists():
-        return _compare(other, len(listing))
+    if other := _by_others(job): return _compare(other, len(listing))
     summary = raw_lists.make_database(job.folder, job.raw, job.sizes, remake=job.remake,
                                       progress=job.progress)
     counts = summary['counts']

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stdg.data import SceneGraphs
 from stdg.datasets import vg_forms
@@ -238,6 +239,31 @@ def test_the_command_reads_them(ours, tmp_path, capsys):
     with pytest.raises(SystemExit): main(command)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and 'VG-SGG.h5: labels row 0 is 0, outside 1..3' in lines[0] and 'room' not in lines[0]
+
+
+def test_prepare_keeps_annotations_of_others(ours, tmp_path, capsys):
+    "Those in the folder are kept, the pictures are made for them, and their boxes are scaled."
+    raw, folder = tmp_path/'raw', tmp_path/'theirs'
+    folder.mkdir()
+    raw.mkdir()
+    with h5py.File(ours/'VG-SGG.h5') as file, h5py.File(folder/'VG-SGG.h5', 'w') as other:
+        for name in file: other[name.replace('boxes_64', 'boxes_1024')] = file[name][:] * (16 if 'boxes' in name else 1)
+    shutil.copy(ours/'VG-SGG-dicts.json', folder)
+    sides = [(96, 96), (96, 72), (96, 96)]
+    for i, side in enumerate(sides, 1): Image.new('RGB', side).save(raw/f'{i}.jpg')
+    records = [dict(image_id=i, width=w, height=h) for i, (w, h) in enumerate(sides, 1)]
+    (raw/'image_data.json').write_text(json.dumps(records))
+    command = ['--raw', str(raw), '--folder', str(folder), '--size', str(SIZE), '--depth', 'none']
+    with pytest.warns(UserWarning, match='boxes_1024 is scaled to 64 pixels'): main(['all', *command])
+    assert 'database: VG-SGG.h5 by others is kept: 3 images' in capsys.readouterr().out
+    with pytest.warns(UserWarning): database = Database(folder)
+    moved = np.abs(database.flat().boxes - Database(ours).flat().boxes)
+    assert moved.max() <= 1 and database.graph(0).relations.tolist() == [[0, 1, 1], [2, 0, 0]]
+    with pytest.raises(SystemExit): main(['database', *command, '--remake'])
+    assert 'has no objects.json' in capsys.readouterr().err, 'asked for, it is made from the lists'
+    with h5py.File(folder/'VG-SGG.h5', 'r+') as file: file.attrs['names'] = 'ours'
+    with pytest.raises(SystemExit): main(['database', *command])
+    assert 'has no objects.json' in capsys.readouterr().err, 'what is ours is not by others'
 
 
 def texts_said(source):

@@ -282,3 +282,54 @@ def test_a_turned_rectangle_lies_in_its_upright_box(tmp_path, angle):
     bounds = [f(p[k] for p in points) for f in (min, max) for k in (0, 1)]
     assert read.images[1][1].boxes[1].tolist() == pytest.approx(bounds, abs=1e-4)
     assert read.report.count('turned rectangles: the upright box around them is taken') == (angle > 0)
+
+
+def places(value, path=()):
+    "The path of every value within a JSON value."
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner: yield from places(one, (*path, key))
+
+
+def spoilt(record, path, value):
+    "A copy of `record` with `value` at `path`."
+    made = json.loads(json.dumps(record))
+    if not path: return value
+    at = made
+    for key in path[:-1]: at = at[key]
+    at[path[-1]] = value
+    return made
+
+
+NONSENSE = [None, True, -1, 2.5, NAN, float('inf'), 10**400, '', 'x', [], {}, [1], {'x': 1}, '\ud800', [[]]]
+
+
+@pytest.mark.parametrize('kind', ['vrd', 'label_studio', 'objects.json'])
+def test_nonsense_anywhere_is_counted_or_one_error(raw, kind):
+    """Every value of a good file, one after the other, is replaced: the rest is read, and is sound,
+    or one line names the file."""
+    vrd(raw)
+    for file in ('1.jpg', '2 b.jpg'): put(raw/file)
+    sources, good = open_sources(raw), json.loads((raw/'annotations_train.json').read_text())
+    if kind == 'objects.json': good, path = ['person', 'horse', 'tree'], raw/kind
+    elif kind == 'vrd': path = raw/'annotations_train.json'
+    else:
+        path = raw/'export.json'
+        good = [task(1, '1.jpg', [CUP, TABLE, arrow('a', 'b', 'on', direction='bi')]), task(2, '2.jpg', [CUP], [TABLE])]
+    def read():
+        if kind == 'label_studio': return read_label_studio(path)
+        return read_vrd(raw/'annotations_train.json', sources)
+    counted = refused = 0
+    for i, place in enumerate(places(good)):
+        for value in NONSENSE[i % 3::3]:
+            path.write_text(json.dumps(spoilt(good, place, value)))
+            try: annotations = read()
+            except ValueError as error:
+                assert str(raw) in str(error) and '\n' not in str(error), (place, value)
+                refused += 1
+                continue
+            counted += bool(annotations.report.found)
+            for _, _, graph in annotations:
+                bounds = [*graph.size[::-1]] * 2 if graph.size else [1] * 4
+                assert all(0 <= side <= bound for box in graph.boxes.tolist() for side, bound in zip(box, bounds))
+    assert counted and refused
