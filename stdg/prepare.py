@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from .datasets import coco as formats
+from .datasets import exports, public, statistics
 from .datasets import listing as pictures
-from .datasets import public, statistics
 from .datasets import vg_raw as raw_lists
 from .datasets.coco_relations import read_coco_relations, relation_files
 from .datasets.hub_data import HubParts, fetch_parts, is_hub, place_of
@@ -34,7 +34,7 @@ from .io.parameters import CommandLine, Device, Real, Whole, argument, mistakes_
 
 # %% ../nbs/commands/02_prepare_data.ipynb #job
 STEPS = ('check', 'database', 'images', 'depth', 'hha', 'statistics')
-KINDS = ('visual_genome', 'own', 'psg', 'gqa', 'open_images', 'coco_relations')
+KINDS = ('visual_genome', 'own', 'psg', 'gqa', 'open_images', 'coco_relations', 'vrd', 'label_studio')
 
 def _hub(folder, raw, kind, annotations):
     "The parts of the data set of the Hub that `raw` is, or None."
@@ -92,6 +92,8 @@ def _annotations(job):
     elif job.kind == 'coco_relations': job.read = read_coco_relations(files)
     elif job.kind == 'psg': job.read = public.read_psg(files)
     elif job.kind == 'gqa': job.read = public.read_gqa(files, most=job.most)
+    elif job.kind == 'vrd': job.read = exports.read_vrd(files, _sources(job))
+    elif job.kind == 'label_studio': job.read = exports.read_label_studio(files)
     else: job.read = public.read_open_images(files, _class_names(job))
     return job.read
 
@@ -158,6 +160,14 @@ def _compare(path, n):
                          f"there, or remove {path.name} to make the annotations again")
     return f'{path.name} by others is kept: {rows:,} images'
 
+def _by_others(job):
+    "The annotation file in the folder that another program wrote, or None; ours tells its names, or what it is from."
+    path, other = job.folder/'VG-SGG.h5', job.folder/'VG-SGG-with-attri.h5'
+    if not path.exists(): return other if other.exists() else None
+    if job.remake or (job.folder/'database.json').exists(): return None
+    with open_h5(path, {}) as file: ours = 'names' in file.attrs or 'made_from' in file.attrs
+    return None if ours else path
+
 def _amounts(images, objects, relations):
     return f'{images:,} images, {objects:,} objects, {relations:,} relations'
 
@@ -170,9 +180,7 @@ def _left_out(counts):
     return told and f"; left out of {objects:,} objects and {counts['relations listed']:,} relations: {told}"
 
 def _visual_genome(job, listing):
-    other = job.folder/'VG-SGG-with-attri.h5'
-    if other.exists() and not (job.folder/'VG-SGG.h5').exists():
-        return _compare(other, len(listing))
+    if other := _by_others(job): return _compare(other, len(listing))
     summary = raw_lists.make_database(job.folder, job.raw, job.sizes, remake=job.remake,
                                       progress=job.progress)
     counts = summary['counts']

@@ -45,7 +45,7 @@ def edit(path, name, row, value):
 def test_missing_file(folder, name):
     (folder/name).unlink()
     with pytest.raises(FileNotFoundError,
-                       match=r'(imdb_<size>|VG-SGG.*)\.\w+ is missing.*make_rooms'):
+                       match=r'(imdb_<size>|VG-SGG.*)\.\w+ is missing.*python -m stdg.prepare'):
         Database(folder)
 
 

@@ -16,6 +16,8 @@ def _folded(name):
     "`name` without what differs between systems and tools: case, URL escapes, the way accents are written."
     return unicodedata.normalize('NFC', unquote(name)).casefold().strip()
 
+_UPLOADED = re.compile('^[0-9a-f]{8}-(?=.)')  # Label Studio writes it before the names of files that are uploaded
+
 def _spellings(file):
     "`file`, and how else it may be written: a path of Windows, an address."
     whole = re.sub(r'[\\/]+', '/', file)
@@ -62,7 +64,9 @@ class MemberIndex:
         well they agree with it; [] and None if there is none."""
         for spelling in _spellings(file):
             if found := self._exact.get(spelling.rsplit('/', 1)[-1]): break
-        else: found = self._by_folded().get(_folded(spelling.rsplit('/', 1)[-1]))
+        else:
+            base = _folded(spelling.rsplit('/', 1)[-1])
+            found = self._by_folded().get(base) or self._by_folded().get(_UPLOADED.sub('', base))
         if not found: return [], None
         members = list(zip(found[::2], found[1::2]))
         scores = [max(_fits(name, spelling) for spelling in _spellings(file)) for _, name in members]

@@ -78,7 +78,7 @@ def annotation_files(raw, names, kind):
     if alone and splits:
         raise ValueError(f"annotations: {typed} without a split beside {splits[0]}={found[splits[0]][0].name}. "
                          "Write a split for all of them, as train=file, or for none")
-    if len(alone) > 1 and kind in ('gqa', 'open_images'):
+    if len(alone) > 1 and kind in ('gqa', 'open_images', 'vrd'):
         raise ValueError(f"annotations: {typed} without a split; files of kind {kind} do not tell it. "
                          "Write train=file, val=file, test=file")
     if splits and 'train' not in splits:

@@ -7,27 +7,23 @@ __all__ = ['boxes_overlap', 'FlatGraphs', 'Database', 'SPLITS', 'write_annotatio
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #imports
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 from PIL import Image
 
 from .vg_files import SPLITS, names_digest, to_corners, write_annotations, write_images  # noqa: F401
+from .vg_forms import ANNOTATIONS, DENSE, HINT, IMAGES, box_sizes, centre_boxes, column, read_vocabulary
 from ..graph import SceneGraph, Vocabulary
-from ..io.files import PerProcess, open_h5, read_json
+from ..io.files import PerProcess, open_h5
 from ..io.packed import Packed
 
 _all_ = ['SPLITS', 'write_annotations', 'write_images']  # who reads a database often writes one
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #check-annotations
-_ANNOTATIONS = dict(labels=2, split=1, img_to_first_box=1, img_to_last_box=1, predicates=2,
-                    relationships=2, img_to_first_rel=1, img_to_last_rel=1)
-_DENSE = dict(dense_predicates=2, dense_relationships=2, img_to_first_dense_rel=1, img_to_last_dense_rel=1)
-_IMAGES = dict(image_ids=1, image_heights=1, image_widths=1)
-_WIDTHS = dict(labels=1, predicates=1, relationships=2, dense_predicates=1, dense_relationships=2)
-_HINT = 'Make rooms with stdg.rooms.make_rooms, or fetch the database again.'
-
 def _all_rows(first, counts):
     "The row numbers of all ranges, end to end; each begins at `first` (I,) and has `counts` (I,) rows."
     return np.arange(counts.sum()) + np.repeat(first - (counts.cumsum() - counts), counts)
@@ -37,20 +33,13 @@ def _rows_of(first, last, n, path, what):
     has = first >= 0
     start, end = first[has], last[has]
     if (end < start).any() or (end >= n).any() or (start[1:] <= end[:-1]).any():
-        raise ValueError(f"{path}: the row ranges of {what} overlap or leave the {n} rows. {_HINT}")
+        raise ValueError(f"{path}: the row ranges of {what} overlap or leave the {n} rows. {HINT}")
     image, counts = np.full(n, -1), end - start + 1
     image[_all_rows(start, counts)] = np.repeat(np.flatnonzero(has), counts)
     return image
 
 def _check_shapes(data, path):
-    "Raise `ValueError` for a type, a width or a number of rows that is not that of the format."
-    for name, values in data.items():
-        boxes = name.startswith('boxes_')
-        numbers = values.dtype.kind in ('iuf' if boxes else 'iu') and np.isfinite(values).all()
-        width = 4 if boxes else _WIDTHS.get(name)
-        if not numbers or values.ndim == 2 and values.shape[1] != width:
-            raise ValueError(f"{path}: {name} holds {values.dtype} {values.shape}, whole numbers"
-                             f"{f' (N, {width})' if width else ''} are needed. {_HINT}")
+    "Raise `ValueError` for a number of rows that is not that of the format."
     size = next(name for name in data if name.startswith('boxes_'))
     groups = [('split', [name for name in data if name.startswith('img_to_')]), ('labels', [size]),
               ('relationships', ['predicates'])]
@@ -59,15 +48,19 @@ def _check_shapes(data, path):
         for name in others:
             if len(data[name]) != len(data[first]):
                 raise ValueError(f"{path}: {name} has {len(data[name])} rows, {first} has "
-                                 f"{len(data[first])}. {_HINT}")
+                                 f"{len(data[first])}. {HINT}")
 
 def _check_rows(data, vocabulary, path, prefix=''):
     "Raise `ValueError` for a label or predicate without a name, or a relation that leaves its image."
+    wrong = np.flatnonzero(~np.isin(data['split'], list(SPLITS.values())))
+    if len(wrong):
+        raise ValueError(f"{path}: split row {wrong[0]} is {data['split'][wrong[0]]}; 0 is train, 1 val, "
+                         f"2 test. {HINT}")
     for name, names in (('labels', vocabulary.objects), (prefix + 'predicates', vocabulary.predicates)):
         wrong = np.flatnonzero((data[name] < 1) | (data[name] > len(names)))
         if len(wrong):
             raise ValueError(f"{path}: {name} row {wrong[0]} is {data[name].flat[wrong[0]]}, "
-                             f"outside 1..{len(names)} of VG-SGG-dicts.json. {_HINT}")
+                             f"outside 1..{len(names)} of VG-SGG-dicts.json. {HINT}")
     pairs, n = data[prefix + 'relationships'], len(data['labels'])
     box_image = _rows_of(data['img_to_first_box'], data['img_to_last_box'], n, path, 'boxes')
     rel_image = _rows_of(data[f'img_to_first_{prefix}rel'], data[f'img_to_last_{prefix}rel'], len(pairs), path,
@@ -79,7 +72,7 @@ def _check_rows(data, vocabulary, path, prefix=''):
     if wrong.any():
         row = wrong.argmax()
         raise ValueError(f"{path}: {prefix}relationships row {row} {pairs[row].tolist()} "
-                         f"points to an object that is not in its image. {_HINT}")
+                         f"points to an object that is not in its image. {HINT}")
 
 # %% ../../nbs/datasets/01_visual_genome.ipynb #database-parts
 def _find(folder, name, ending):
@@ -87,23 +80,15 @@ def _find(folder, name, ending):
     path, other = folder/f'{name}{ending}', folder/f'{name}-with-attri{ending}'
     return other if other.exists() and not path.exists() else path
 
-def _read_vocabulary(path):
-    "The `Vocabulary` of a names file of spec 1.3."
-    record = read_json(path, _HINT)
-    try:
-        return Vocabulary(*[[record[key][str(i)] for i in range(1, len(record[key]) + 1)]
-                            for key in ('idx_to_label', 'idx_to_predicate')])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a names file of this format: {error} is missing. {_HINT}") from None
-
 def _find_size(folder, file):
-    "The largest size of which both boxes (in the open annotation `file`) and pictures are there."
-    sizes = [int(name[6:]) for name in file if name.startswith('boxes_') and name[6:].isdigit()]
-    there = [s for s in sizes if (folder/f'imdb_{s}.h5').exists()]
+    """The largest size of which both boxes (in the open annotation `file`) and pictures are there;
+    the largest of the pictures if they share none."""
+    sizes, named = box_sizes(file), [path.stem[5:] for path in folder.glob('imdb_*.h5')]
+    there = [int(size) for size in named if size.isdigit()]
     if not there:
         raise FileNotFoundError(f"{folder}/imdb_<size>.h5 is missing; {Path(file.filename).name} "
-                                f"has boxes for size {sizes}. {_HINT}")
-    return max(there)
+                                f"has boxes for size {sizes}. {HINT}")
+    return max({*there} & {*sizes} or there)
 
 def _check_names(file, vocabulary):
     "Raise `ValueError` if the open annotation `file` was written with other names."
@@ -113,16 +98,17 @@ def _check_names(file, vocabulary):
                          "was the writing cut off between the two? Make the annotations again, or "
                          "fetch both files again")
 
-def _read_annotations(folder, size, path, vocabulary):
+def _read_annotations(folder, size, path, vocabulary, notes):
     "Side of the pictures, and the annotations as arrays by name, of the file `path`."
-    with open_h5(path, _ANNOTATIONS, _HINT) as file:
+    with open_h5(path, {}, HINT) as file:
+        needs = {**ANNOTATIONS, **(DENSE if 'dense_predicates' in file else {})}
+        data = {name: column(file, name, width, notes) for name, width in needs.items()}
         _check_names(file, vocabulary)
         size = int(size or _find_size(folder, file))
-        if f'boxes_{size}' not in file:
-            there = [name for name in file if name.startswith('boxes_')]
-            raise ValueError(f"{path} has no boxes_{size}; it has {there}")
-        needs = {**_ANNOTATIONS, f'boxes_{size}': 2, **(_DENSE if 'dense_predicates' in file else {})}
-    with open_h5(path, needs, _HINT) as file: data = {name: file[name][:] for name in needs}
+        data[f'boxes_{size}'] = centre_boxes(file, size, notes)
+        own = isinstance(file.get('attributes', getlink=True), h5py.HardLink)
+        if own and not getattr(file['attributes'], 'size', 1):
+            notes.append('attributes is empty, and not needed')
     _check_shapes(data, path)
     return size, data
 
@@ -167,47 +153,51 @@ class Database(PerProcess):
     """The files of one folder as scene graphs, pictures and depth maps, by position 0..N-1.
 
     `size` picks one of several picture files, the largest if None. `released=True` reads boxes as the
-    released code does (see `to_corners`). Raises `FileNotFoundError` or `ValueError` naming the file
+    released code does (see `to_corners`). `notes` are sentences on what is not as the format has it, of
+    which there is a warning. Raises `FileNotFoundError` or `ValueError` naming the file
     when one is missing, cut off, of another format or inconsistent. Source: method spec 1.2 to 1.4."""
     def __init__(self, folder, size=None, released=False):
         self.folder, self.released = Path(folder), released
         path = _find(self.folder, 'VG-SGG', '.h5')
-        self.vocabulary = _read_vocabulary(_find(self.folder, 'VG-SGG-dicts', '.json'))
-        self.size, self._data = _read_annotations(self.folder, size, path, self.vocabulary)
+        self.vocabulary = read_vocabulary(_find(self.folder, 'VG-SGG-dicts', '.json'))
+        notes = []
+        self.size, self._data = _read_annotations(self.folder, size, path, self.vocabulary, notes)
         self._corners = to_corners(self._data[f'boxes_{self.size}'], released)
         for prefix in ('', 'dense_')[:1 + ('dense_predicates' in self._data)]:
             _check_rows(self._data, self.vocabulary, path, prefix)
         images = self._images()
-        self._jpeg = Packed(images.filename, 'jpeg', _HINT) if 'jpeg' in images else None
-        self.image_ids, self._heights, self._widths = (images[name][:] for name in _IMAGES)
+        self._jpeg = Packed(images.filename, 'jpeg', HINT) if 'jpeg' in images else None
+        self.image_ids, self._heights, self._widths = (column(images, name, 0, notes, 'iuf') for name in IMAGES)
         if len(self.image_ids) != len(self):
-            raise ValueError(f"{images.filename} has {len(self.image_ids)} images, {path} has {len(self)}. {_HINT}")
+            raise ValueError(f"{images.filename} has {len(self.image_ids)} images, {path} has {len(self)}. {HINT}")
         self._check_images(images)
+        self.notes = tuple(notes)
+        if notes: warnings.warn(f"{self.folder}, in the form of another program: {'; '.join(notes)}", stacklevel=2)
 
     def _check_images(self, file):
         "Raise `ValueError` if the columns of the open picture `file` do not fit together."
-        rows = {name: len(file[name]) for name in (*_IMAGES, 'images', 'depth', 'camera') if name in file}
+        rows = {name: len(file[name]) for name in (*IMAGES, 'images', 'depth', 'camera') if name in file}
         if self._jpeg: rows['jpeg'] = len(self._jpeg)
         for name, count in rows.items():
             if count != len(self):
-                raise ValueError(f"{file.filename}: {name} has {count} rows for {len(self)} images. {_HINT}")
+                raise ValueError(f"{file.filename}: {name} has {count} rows for {len(self)} images. {HINT}")
         sides = np.stack([self._heights, self._widths])
         if sides.dtype.kind not in 'iu' or ((sides < 1) | (sides > self.size)).any():
             raise ValueError(f"{file.filename}: heights and widths are whole numbers from 1 to {self.size}, "
-                             f"these go from {sides.min()} to {sides.max()}. {_HINT}")
+                             f"these go from {sides.min()} to {sides.max()}. {HINT}")
         if self._jpeg: return
         data, shape = file['images'], (len(self), 3, self.size, self.size)
         if data.dtype != np.uint8 or data.shape != shape:
-            raise ValueError(f"{file.filename}: images is {data.dtype} {data.shape}, uint8 {shape} is needed. {_HINT}")
+            raise ValueError(f"{file.filename}: images is {data.dtype} {data.shape}, uint8 {shape} is needed. {HINT}")
 
     def _images(self): return self._opened(self._open_images)
 
     def _open_images(self):
         path = self.folder/f'imdb_{self.size}.h5'
-        with open_h5(path, _IMAGES, _HINT) as file: there = set(file)
+        with open_h5(path, {}, HINT) as file: there = set(file)
         pictures = dict(jpeg=1, jpeg_end=1) if 'jpeg' in there else dict(images=4)
         depth = dict(depth=3, camera=3) if 'depth' in there else {}
-        return open_h5(path, _IMAGES | pictures | depth, _HINT)
+        return open_h5(path, pictures | depth, HINT)
 
     def __len__(self): return len(self._data['split'])
     def __repr__(self):
@@ -243,7 +233,7 @@ class Database(PerProcess):
         """The `SceneGraph` of image `i`, boxes in pixels; with `dense` every relation that holds, not
         only the annotated ones."""
         if dense and not self.has_dense:
-            raise ValueError(f"{self.folder}/VG-SGG.h5 has no dense truth; only rooms have")
+            raise ValueError(f"{self.folder}/VG-SGG.h5 has no dense truth (dense_relationships)")
         data, prefix = self._data, 'dense_' if dense else ''
         objects, relations = self._rows(i, 'box'), self._rows(i, f'{prefix}rel')
         pairs = data[f'{prefix}relationships'][relations] - objects.start
@@ -270,7 +260,7 @@ class Database(PerProcess):
                 return np.array(picture.convert('RGB'))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self._jpeg.path}: the JPEG of image {self.image_ids[i]} is damaged "
-                             f"({error}). {_HINT}") from None
+                             f"({error}). {HINT}") from None
 
     @property
     def has_dense(self):

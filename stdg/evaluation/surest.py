@@ -104,7 +104,8 @@ def surest_table(model, dataset, images:int=6, top:int=SUREST[0], task='sgdet', 
     database = dataset.database
     if not database.has_dense:
         raise ValueError(f"{database.folder} has no dense truth, so it is not known which triplets "
-                         "are true: take rooms")
+                         "are true. Name a database whose files tell every relation that holds "
+                         "(dense_relationships)")
     if images < 1 or top < 1:
         raise ValueError(f"images is {images} and top is {top}; at least one of each is needed")
     positions, pictures = range(min(images, len(dataset))), []

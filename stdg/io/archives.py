@@ -307,13 +307,16 @@ def upright_rgb(picture, max_pixels=MAX_PIXELS):
     except Exception as error: raise _not_read(error) from None
 
 # %% ../../nbs/io/03_archives.ipynb #picture-size
-def picture_size(data, max_pixels=MAX_PIXELS):  # -> (height, width), pixels, after turning
-    "The size of a picture that is whole. Raises `ValueError` when `read_picture` would."
+def picture_size(data, max_pixels=MAX_PIXELS,
+                 whole=True):  # False: only its head is read, not whether the rest is there
+    """(height, width) in pixels, after turning, of a picture that is whole.
+
+    Raises `ValueError` when `read_picture` would."""
     try:
         picture = _open_picture(data, max_pixels)
         w, h = picture.size
         if picture.format == 'JPEG': picture.draft('L', (1, 1))
-        picture.load()
+        if whole: picture.load()
         turn = upright_turn(picture)
     except Exception as error: raise _not_read(error) from None
     return (w, h) if turn in _SIDEWAYS else (h, w)

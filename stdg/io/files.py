@@ -239,9 +239,9 @@ def _size_problem(file, data):
     if data.chunks and chunk > LARGEST_CHUNK:
         return f"has chunks of {chunk:,} bytes, at most {LARGEST_CHUNK:,} are read"
 
-def dataset_problem(file, name, dims=None):
+def dataset_problem(file, name, dims=None, text=False):
     """What is wrong with dataset `name` of an open HDF5 file, or None; `dims` is the number of
-    dimensions that it should have."""
+    dimensions that it should have. `text` allows text of any length: read a few rows at a time."""
     if name not in file and file.get(name, getlink=True) is None:
         there = [other[:40] for other in sorted(file)[:12]]
         return f" has no dataset '{name}' (it has {there}): it is another kind of file"
@@ -250,11 +250,13 @@ def dataset_problem(file, name, dims=None):
     data = file[name]
     if not isinstance(data, h5py.Dataset):
         return f" has no dataset '{name}' (it is a group): it is another kind of file"
-    if data.dtype.hasobject:
+    if data.shape is None: return f": dataset '{name}' is empty"
+    if text and h5py.check_string_dtype(data.dtype): pass
+    elif data.dtype.hasobject:
         kind = h5py.check_string_dtype(data.dtype) or h5py.check_vlen_dtype(data.dtype)
         return (f": dataset '{name}' holds objects ({kind or data.dtype}); "
                 "plain numbers are needed")
-    if data.dtype.kind not in 'biufS' or data.dtype.kind == 'f' and data.dtype.itemsize > 8:
+    elif data.dtype.kind not in 'biufS' or data.dtype.kind == 'f' and data.dtype.itemsize > 8:
         return f": dataset '{name}' holds {str(data.dtype)[:80]}; plain numbers are needed"
     if data.external or data.is_virtual:
         return f": dataset '{name}' has its numbers in another file; they are not followed"
