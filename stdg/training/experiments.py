@@ -328,7 +328,16 @@ LEVERS = {
     'no scales': dict(loss_weights=dict.fromkeys(_SCALES, 0.)),
     'vectors x .3, no scales': dict(loss_weights=dict.fromkeys(_VECTORS, .3) | dict.fromkeys(_SCALES, 0.)),
     'heat-map x 2': dict(loss_weights=dict(detection_heatmap=2.)),
-    'unlabelled .75': dict(unlabelled=.75)}
+    'heat-map x 4': dict(loss_weights=dict(detection_heatmap=4.)),
+    'unlabelled .75': dict(unlabelled=.75),
+    'batch of 4, heat-map x 2': dict(batch_size=4, loss_weights=dict(detection_heatmap=2.)),
+    'batch of 4, heat-map x 2, no scales': dict(
+        batch_size=4, loss_weights=dict(detection_heatmap=2.) | dict.fromkeys(_SCALES, 0.)),
+    'batch of 4, heat-map x 4': dict(batch_size=4, loss_weights=dict(detection_heatmap=4.)),
+    'batch of 4, heat-map x 8': dict(batch_size=4, loss_weights=dict(detection_heatmap=8.)),
+    'batch of 4, heat-map and confidence x 4': dict(
+        batch_size=4, loss_weights=dict(detection_heatmap=4., relation_confidence=4.)),
+    'batch of 2, heat-map x 4': dict(batch_size=2, loss_weights=dict(detection_heatmap=4.))}
 FIGURES = ('AP50', 'sgdet/R@50', 'sgdet/P@5', 'predcls/R@50', 'predcls/mR@50', 'predcls/P@5')
 
 def lever_runs(study, seeds=(0,), levers=None, **parameters):
