@@ -15,6 +15,8 @@ from .datasets import coco as formats
 from .datasets import listing as pictures
 from .datasets import public, statistics
 from .datasets import vg_raw as raw_lists
+from .datasets.coco_relations import read_coco_relations, relation_files
+from .datasets.hub_data import HubParts, fetch_parts, is_hub, place_of
 from .datasets.images import make_images
 from .datasets.splits import annotation_files
 from .datasets.vg_rules import record_id, whole_number
@@ -32,7 +34,15 @@ from .io.parameters import CommandLine, Device, Real, Whole, argument, mistakes_
 
 # %% ../nbs/commands/02_prepare_data.ipynb #job
 STEPS = ('check', 'database', 'images', 'depth', 'hha', 'statistics')
-KINDS = ('visual_genome', 'own', 'psg', 'gqa', 'open_images')
+KINDS = ('visual_genome', 'own', 'psg', 'gqa', 'open_images', 'coco_relations')
+
+def _hub(folder, raw, kind, annotations):
+    "The parts of the data set of the Hub that `raw` is, or None."
+    if not is_hub(raw): return None
+    if kind not in ('visual_genome', 'coco_relations') or annotations:
+        raise ValueError(f"raw {str(raw)!r}: a data set of the Hub brings its annotations and tells their form. Leave "
+                         "kind and annotations out")
+    return HubParts(place_of(raw), Path(folder)/'hub')
 
 def _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device,
          workers, remake, progress, unit, most, originals, pfm):
@@ -45,12 +55,17 @@ def _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, sh
     if str(depth) == 'own' and kind != 'own':
         raise ValueError("depth 'own': only annotations of kind 'own' name the depth maps of "
                          "their pictures")
-    if not Path(raw).is_dir():
+    hub = _hub(folder, raw, kind, annotations)
+    if hub: raw, kind = hub.folder, 'coco_relations'
+    elif not Path(raw).is_dir():
         raise FileNotFoundError(f"{raw} is not a folder. Put the downloaded files there, or name "
                                 "the folder that holds them")
-    files = {} if kind == 'visual_genome' else annotation_files(raw, annotations, kind)
+    files = {}
+    if not hub and kind == 'coco_relations' and not annotations: files = relation_files(raw)
+    elif not hub and kind != 'visual_genome': files = annotation_files(raw, annotations, kind)
     return SimpleNamespace(
-        folder=writable_folder(folder), raw=Path(raw), kind=kind, files=files, sizes=tuple(sizes), layout=layout,
+        folder=writable_folder(folder), raw=Path(raw), hub=hub, kind=kind, files=files,
+        sizes=tuple(sizes), layout=layout,
         depth=str(depth), metric=metric, batch=batch, shard=tuple(shard), device=device,
         workers=workers, remake=remake, progress=progress, unit=unit, most=tuple(most),
         originals=originals, pfm=pfm)
@@ -62,11 +77,19 @@ def _class_names(job):
     found = sorted(job.raw.glob('*class-descriptions*.csv'), key=lambda path: 'boxable' not in path.name)
     return usual if usual.is_file() or not found else found[0]
 
+def _of_the_hub(job):
+    "The annotations of a data set of the Hub, all of whose parts are there."
+    job.read = read_coco_relations(job.hub.files(), what=str(job.hub.place))
+    job.read.report.take(job.hub.counts()[1])
+    return job.read
+
 def _annotations(job):
     "The annotations of the other kinds, read once."
     if hasattr(job, 'read'): return job.read
+    if job.hub: return _of_the_hub(job)
     files = {split: paths for split, paths in job.files.items() if split != 'classes'}
     if job.kind == 'own': job.read = formats.read_own(files)
+    elif job.kind == 'coco_relations': job.read = read_coco_relations(files)
     elif job.kind == 'psg': job.read = public.read_psg(files)
     elif job.kind == 'gqa': job.read = public.read_gqa(files, most=job.most)
     else: job.read = public.read_open_images(files, _class_names(job))
@@ -95,6 +118,23 @@ def _entries(job):
     for record in raw_lists.read_records(job.raw, 'image_data'):
         image_id = record_id(record, 'image_id')
         yield image_id, f'{image_id}.jpg', _side(record, 'width'), _side(record, 'height')
+
+# %% ../nbs/commands/02_prepare_data.ipynb #step-fetch
+def _fetch(job):
+    if not job.hub:
+        raise ValueError(f"step fetch: {job.raw} is a folder, and only data sets of the Hub are "
+                         "fetched. Leave the step out, or give --raw hub:owner/name")
+    if not job.hub.complete: fetch_parts(job.hub, job.shard, job.workers, job.progress)
+    if not job.hub.complete: return None
+    pictures, report = job.hub.counts()
+    found = ', '.join(f'{split} {n:,}' for split, n in pictures.items())
+    told = report.told()
+    commit = job.hub.plan['commit'][:12]
+    return f'{job.hub.place} at {commit}: {found} pictures' + (told and f'; left out: {told}')
+
+def _with_fetch(raw, steps):
+    "`steps`, and before them `fetch`, where a data set of the Hub is to be checked."
+    return ('fetch', *steps) if is_hub(raw) and 'check' in steps and 'fetch' not in steps else tuple(steps)
 
 # %% ../nbs/commands/02_prepare_data.ipynb #step-check
 def _check(job):
@@ -222,11 +262,11 @@ def _statistics_or_why(job):
 
 # %% ../nbs/commands/02_prepare_data.ipynb #prepare
 _DO = dict(check=_check, database=_database, images=_images, depth=_depth, hha=_hha,
-           statistics=_statistics_or_why, merge=_merge)
+           statistics=_statistics_or_why, merge=_merge, fetch=_fetch)
 
 def prepare(folder,  # where the database goes
-            raw,  # folder of the downloaded files
-            steps=STEPS,  # some of them, or 'merge'
+            raw,  # folder of the downloaded files, or a data set of the Hub: 'hub:owner/name'
+            steps=STEPS,  # some of them, or 'merge'; `fetch` goes before `check` where `raw` is on the Hub
             kind='visual_genome',  # what the lists are, one of `KINDS`
             annotations=(),  # files of the lists, for other kinds than Visual Genome
             sizes=(512,),  # long side of the scaled pictures, pixels
@@ -252,7 +292,7 @@ def prepare(folder,  # where the database goes
     job = _job(folder, raw, kind, annotations, sizes, layout, depth, metric, batch, shard, device,
                workers, remake, progress, unit, most, originals, pfm)
     done = {}
-    for step in steps:
+    for step in _with_fetch(raw, steps):
         if step not in _DO:
             raise ValueError(f"step {step!r} is unknown; there are {', '.join(_DO)}")
         began = time.perf_counter()
@@ -281,7 +321,8 @@ def _parser():
     add = parser.add_argument
     add('steps', nargs='+', choices=('all', *_DO), metavar='step',
         help=f"all, or of {', '.join(_DO)}")
-    add('--raw', required=True, help='folder of the downloaded files')
+    add('--raw', required=True, 
+        help='folder of the downloaded files; or a data set of the Hub, hub:owner/name')
     add('--folder', required=True, help='where the database goes')
     add('--kind', default='visual_genome', choices=KINDS)
     add('--annotations', nargs='*', default=(),
@@ -319,16 +360,16 @@ def main(arguments=None):
     options = _parser().parse_args(arguments)
     settings = {**vars(options), 'metric': dict(yes=True, no=False).get(options.metric),
                 'sizes': options.size, 'workers': options.workers or None}
-    steps = STEPS if 'all' in settings.pop('steps') else options.steps
+    steps = _with_fetch(options.raw, STEPS if 'all' in settings.pop('steps') else options.steps)
     for name in ('size', 'folder', 'raw'): settings.pop(name)
     with mistakes_in_one_line(steps[0]):
         choose_device(options.device)
         prepare(options.folder, options.raw, (), **settings)  # no step: only the settings are checked
     for step in steps:
         with mistakes_in_one_line(step, status=1):
-            (step, done), = prepare(options.folder, options.raw, (step,), **settings).items()
-        waiting = ('this share is done; when all are, run: python -m stdg.prepare merge, then this '
-                   'command again for the steps that follow')
+            done = prepare(options.folder, options.raw, (step,), **settings)[step]
+        join = 'run: python -m stdg.prepare merge, then' if step != 'fetch' else 'give'
+        waiting = f'this share is done; when all are, {join} this command again for the steps that follow'
         print(f"{step}: {done['result'] or waiting} ({done['seconds']} s)", flush=True)
         if done['result'] is None: break
 

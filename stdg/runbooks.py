@@ -9,6 +9,7 @@ __all__ = ['RUNBOOKS', 'check_parameters']
 from pathlib import Path
 
 from .backbone import CONFIGURATIONS
+from .datasets.hub_data import is_hub
 from .datasets.listing import LAYOUTS
 from .datasets.visual_genome import SPLITS
 from .graph import TASKS
@@ -61,7 +62,7 @@ RUNBOOKS = dict(
         steps=Whole(1)),
     prepare=dict(
         raw=Text(), folder=Text(), kind=Choice(KINDS), annotations=Many(_path),
-        steps=Many(Choice((*STEPS, 'merge')), 1, distinct=True), size=Whole(16, 8192),
+        steps=Many(Choice((*STEPS, 'merge', 'fetch')), 1, distinct=True), size=Whole(16, 8192),
         layout=Choice(LAYOUTS), depth=_path, metric=Choice(('', 'yes', 'no')), batch=Whole(1),
         workers=_share, show=Flag()),
     own_data=dict(folder=Text(), n_images=Whole(8), size=_side, steps=Whole(8), pretrained=Flag()),
@@ -97,8 +98,8 @@ def _study(v):
 
 def _prepare(v):
     raw = Path(v['raw']).expanduser()
-    if v['raw'] and not raw.is_dir():
-        raise ValueError(f"raw is {v['raw']!r}; a folder with the downloaded files is needed, and "
+    if v['raw'] and not is_hub(v['raw']) and not raw.is_dir():
+        raise ValueError(f"raw is {v['raw']!r}; a folder with the downloaded files (or hub:owner/name) is needed, and "
                          f"{raw} is {'no folder' if raw.exists() else 'missing'}")
 
 _TOGETHER = dict(evaluate=_evaluate, prepare=_prepare, study=_study)
