@@ -30,7 +30,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def entry(self, path):
         data = path.read_bytes()
-        return dict(type='file', path=str(path.relative_to(self.folder)), size=len(data), oid=hashlib.sha1(data).hexdigest())
+        return dict(type='file', path=str(path.relative_to(self.folder)), size=len(data),
+                    oid=hashlib.sha1(data).hexdigest())
 
     def files(self): return [path for path in sorted(self.folder.rglob('*')) if path.is_file()]
 

@@ -187,7 +187,8 @@ def test_two_shards_at_once(home, tmp_path, capfd):
     done = [command('fetch', 'check', '--raw', f'hub:{home}', '--folder', tmp_path/'db', '--shard', f'{i}/2')
             for i in range(2)]
     assert [one.returncode for one in done] == [0, 0], done[0].stderr
-    assert 'this share is done; when all are, give this command again' in done[0].stdout and 'check' not in done[0].stdout
+    assert 'this share is done; when all are, give this command again' in done[0].stdout
+    assert 'check' not in done[0].stdout
     assert 'train 8, val 2, test 3 pictures' in done[1].stdout and 'check: 13 of 13' in done[1].stdout
 
 
@@ -244,13 +245,16 @@ def test_what_is_said_of_other_repositories(home, tmp_path, monkeypatch):
         for path in data.iterdir(): path.unlink()
         (data/'train.csv').write_text('image,image_id\n1,2\n')
     for change, said in (
-            (lambda data: (data.parent/'categories.json').unlink(), 'it has no names of classes and predicates: neither a file'),
+            (lambda data: (data.parent/'categories.json').unlink(), 'it has no names of classes and predicates: '),
             (lambda data: [path.unlink() for path in data.glob('train*')], 'it has no split train (it has '),
-            (other_rows, "split train: it has no column 'image_id' (it has image, label): it is a data set of another kind"),
+            (other_rows, "split train: it has no column 'image_id' (it has image, label): it is a data set of another"),
             (no_bbox, "split train: its column 'objects' has no 'bbox' (it has "),
             (csv, 'its files are no Parquet files, and others are not read'),
             (cut, 'it is no data set that can be read (')):
         refused(fetch(changed(change)), 1, f"fetch: hub:{tmp_path/'other'}", said)
+    def script(data): (data.parent/'other.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w').close()")
+    done = command('fetch', '--raw', changed(script), '--folder', tmp_path/'code')
+    assert 'Traceback' not in done.stderr and not (tmp_path/'ran').exists(), 'the code of a repository was run'
     refused(fetch('hub:nowhere'), 2, 'hub:nowhere: after hub: there is neither a folder that is there nor the name')
     refused(fetch(f'hub:{home}', '--kind', 'psg'), 2, 'a data set of the Hub brings its annotations', 'Leave kind')
     refused(command('fetch', '--raw', home, '--folder', tmp_path/'db'), 1, 'only data sets of the Hub are fetched')
@@ -308,7 +312,8 @@ def test_a_hub_that_is_asked(home, tmp_path):
     assert done.returncode == 0 and done.stderr == '', done.stderr
     said = done.stdout.splitlines()
     for line, wanted in zip(said, (
-            "me/toy: {'train': 8, 'val': 2, 'test': 3} " + COMMIT, 'me/gated: PermissionError hub:me/gated: its owners ask',
+            "me/toy: {'train': 8, 'val': 2, 'test': 3} " + COMMIT,
+            'me/gated: PermissionError hub:me/gated: its owners ask for consent (',
             'me/none: FileNotFoundError hub:me/none: no folder has this name here, and the Hub shows no such data set',
             'me/private: FileNotFoundError hub:me/private: no folder has this name here',
             'me/toy@v9: FileNotFoundError hub:me/toy@v9: there is no such revision',
@@ -365,7 +370,8 @@ def test_the_same_as_files(tmp_path):
     shutil.rmtree(tmp_path/'raw'/'train')
     refused(command('check', *options), 2, 'test, val without train: nothing would be there to learn from')
     refused(command('check', *options, '--annotations', 'train=test/none.json'), 2, 'none.json is missing')
-    done = command('check', 'database', *options[:2], '--folder', tmp_path/'alone', *options[4:], '--annotations', f'test/{FILE}')
+    done = command('check', 'database', *options[:2], '--folder', tmp_path/'alone', *options[4:],
+                   '--annotations', f'test/{FILE}')
     assert 'splits drawn by a seed' in done.stdout and '3 images, 6 objects, 3 relations' in done.stdout, done.stderr
 
 
