@@ -224,7 +224,8 @@ def check_name(timm_name):
 # %% ../nbs/method/05_backbone.ipynb #body
 @cache
 def _any_size(timm_name):
-    "What timm is told so that `timm_name` resizes its position embeddings to each picture; {} where it has no such option."
+    """What timm is told so that `timm_name` resizes its position embeddings to each picture; {} where
+    it has no such option."""
     for option in (dict(dynamic_img_size=True), dict(strict_img_size=False)):
         with suppress(TypeError), torch.device('meta'):
             timm.create_model(timm_name, features_only=True, **option)

@@ -16,7 +16,7 @@ from test_estimation import tiny_dpt
 from timm.utils import reparameterize_model
 
 from stdg import backbone, checkpoint, prepare, rooms, train, training
-from stdg.backbone import OTHER, Backbone, check_name, check_size
+from stdg.backbone import Backbone, check_name, check_size
 from stdg.begin_run import read_settings
 from stdg.data import SceneGraphs, loader
 from stdg.datasets.visual_genome import Database
@@ -116,7 +116,7 @@ def small_part(name):
     if name.startswith('vit'):
         body = parts.backbone.body
         body.model.blocks, body.out_indices = body.model.blocks[-3:], (0, 1, 2)
-    if name.startswith('fastvit'): parts.backbone.body = reparameterize_model(parts.backbone.body)  # its branches in one
+    else: parts.backbone.body = reparameterize_model(parts.backbone.body)  # parallel branches become one
     return Model(loud(model), dict(vocabulary=TOY_VOCABULARY.to_json(), size=64))
 
 

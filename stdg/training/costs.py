@@ -90,38 +90,55 @@ def costs(card, pictures, training, epochs, batch_size=32, network='convnext_tin
 # %% ../../nbs/training/09_costs.ipynb #head
 _SHOWN = ('H200', 'RTX 4090', 'T4')
 
-def _row(name, values, note=''): return f"#   {name:<17}" + ''.join(f'{v:>10}' for v in values) + note
+def _row(name, values, note=''):
+    return f"#   {name:<17}" + ''.join(f'{value:>10}' for value in values) + note
+
+def _table(each):
+    "Lines of a table of `costs`, one column for each card."
+    hours = {stage: [f'{one[stage]:.1f}' for one in each] for stage in ('prepare', 'teacher', 'student')}
+    gib = ', '.join(str(CARDS[card].gib) for card in _SHOWN)
+    return [_row('', ('H200', 'RTX 4090', 'T4 16 GB')),
+            _row('prepare, hours', hours['prepare'], '   and the download'),
+            _row('teacher, hours', hours['teacher'], '   and validation'),
+            _row('student, hours', hours['student'], '   and validation, evaluation'),
+            _row('GPU memory, GiB', [f"{one['memory']:.0f}" for one in each], f'   of {gib}'),
+            _row('disk, GB', [f"{one['disk']:.0f}" for one in each],
+                 '   as much again of depth and HHA while shards are joined')]
+
+def _of_the_step(network):
+    "How the rates come about, lines."
+    work, theirs = WORK[network], WORK['swin_s']
+    fast = ' and '.join(f"{rate(network, stage, 'H200'):.0f}" for stage in ('student', 'teacher'))
+    slower = ' and '.join(f"1/{1 / speed(card, 'H200'):.1f}" for card in _SHOWN[1:])
+    return ['#   measured  one H200, bfloat16, batch 32, Swin-S with its teacher: '
+            f"{MEASURED['swin_s']:.0f} pictures/s of 3 x {theirs.forward:.1f} + {theirs.offsets:.1f} "
+            f'GFLOP = {reached() / 1000:.0f} TFLOP/s',
+            f'#   counted   this student and its teacher: 3 x {work.forward:.1f} + {work.offsets:.1f} '
+            f"= {work.step('student'):.0f} GFLOP a picture, the teacher alone "
+            f"{work.step('teacher'):.0f}; {work.kept:.2f} GiB kept of each picture",
+            f'#   scaled    to {fast} pictures/s on the H200; other cards by published peak or '
+            f'bandwidth, whichever says less: {slower}']
+
+def _of_the_rest():
+    "How the hours of `prepare` and the disk come about, lines."
+    cores = ', '.join(str(CARDS[card].cores) for card in _SHOWN)
+    sizes = ', '.join(f'{what} {size}' for what, size in KILOBYTES.items())
+    return [f'#   prepare   depth {DEPTH_ON_3090} pictures/s on an RTX 3090 (its authors), scaled '
+            f'alike; {CORE_MS:.0f} ms of a core a picture (measured), {cores} cores',
+            f'#   disk      {sum(KILOBYTES.values())} kB a picture ({sizes}; downloaded as Visual '
+            f'Genome, the others measured), and {2 * WRITTEN} times the weights for two runs']
 
 def head(pictures, training, epochs, batch_size=32, network='convnext_tiny.fb_in22k_ft_in1k'):
     "Lines of comment: a table of `costs` on three cards, and how its numbers come about."
     each = [costs(card, pictures, training, epochs, batch_size, network) for card in _SHOWN]
-    hours = lambda name: [f"{one[name]:.1f}" for one in each]
-    work, theirs = WORK[network], WORK['swin_s']
-    fast = [rate(network, stage, 'H200') for stage in ('student', 'teacher')]
-    slower = [f'{1 / speed(card, "H200"):.1f}' for card in _SHOWN[1:]]
-    on_4090 = rate(network, 'student', 'RTX 4090')
-    last, seconds = each[1], training * epochs / on_4090
-    return [
-        f"# What it takes, for {training:,} pictures to learn from and {pictures:,} in all, on one GPU:",
-        _row('', ('H200', 'RTX 4090', 'T4 16 GB')),
-        _row('prepare, hours', hours('prepare'), '   and the download'),
-        _row('teacher, hours', hours('teacher'), '   and validation'),
-        _row('student, hours', hours('student'), '   and validation, evaluation'),
-        _row('GPU memory, GiB', [f"{one['memory']:.0f}" for one in each],
-             f"   of {', '.join(str(CARDS[card].gib) for card in _SHOWN)}"),
-        _row('disk, GB', [f"{one['disk']:.0f}" for one in each], '   as much again of depth and HHA while shards are joined'),
-        "# How that is reckoned (stdg.training.costs; --dry-run measures it on the machine at hand):",
-        f"#   measured  one H200, bfloat16, batch 32, Swin-S with its teacher: {MEASURED['swin_s']:.0f} pictures/s of "
-        f"3 x {theirs.forward:.1f} + {theirs.offsets:.1f} GFLOP = {reached() / 1000:.0f} TFLOP/s",
-        f"#   counted   this student and its teacher: 3 x {work.forward:.1f} + {work.offsets:.1f} = "
-        f"{work.step('student'):.0f} GFLOP a picture, the teacher alone {work.step('teacher'):.0f}; {work.kept:.2f} GiB kept of each picture",
-        f"#   scaled    to {fast[0]:.0f} and {fast[1]:.0f} pictures/s on the H200; other cards by published peak or bandwidth, "
-        f"whichever says less: 1/{slower[0]} and 1/{slower[1]}",
-        f"#   so the student on the RTX 4090: {training:,} x {epochs} / {on_4090:.0f} a second = {seconds:,.0f} s = {last['student']:.1f} h",
-        f"#   prepare   depth {DEPTH_ON_3090} pictures/s on an RTX 3090 (its authors), scaled alike; {CORE_MS:.0f} ms of a core a picture (measured), "
-        f"{', '.join(str(CARDS[card].cores) for card in _SHOWN)} cores",
-        f"#   disk      {sum(KILOBYTES.values())} kB a picture (downloaded, as Visual Genome, {KILOBYTES['downloaded']}; measured: scaled {KILOBYTES['pictures']}, depth "
-        f"{KILOBYTES['depth']}, HHA {KILOBYTES['hha']}), and {2 * WRITTEN} times the weights for two runs"]
+    fast = rate(network, 'student', 'RTX 4090')
+    return [f'# What it takes, for {training:,} pictures to learn from and {pictures:,} in all, on one GPU:',
+            *_table(each),
+            '# How that is reckoned (stdg.training.costs; --dry-run measures it on the machine at hand):',
+            *_of_the_step(network),
+            f'#   so the student on the RTX 4090: {training:,} x {epochs} / {fast:.0f} a second = '
+            f"{training * epochs / fast:,.0f} s = {each[1]['student']:.1f} h",
+            *_of_the_rest()]
 
 # %% ../../nbs/training/09_costs.ipynb #here
 def memory_here(device=None):
