@@ -215,11 +215,12 @@ def check_name(timm_name):
     the dot)."""
     if not timm.is_model(timm_name):
         raise ValueError(f"backbone {timm_name!r} is not a model of timm. {_TAKE}")
-    name, _, tag = timm_name.partition('.')
-    there = [one.partition('.')[2] for one in timm.list_models(f'{name}.*', pretrained=True)]
-    if tag and tag not in there:
+    try: timm.get_pretrained_cfg(timm_name)
+    except RuntimeError:
+        name, _, tag = timm_name.partition('.')
+        there = [one.partition('.')[2] for one in timm.list_models(f'{name}.*', pretrained=True)]
         raise ValueError(f"backbone {timm_name!r}: timm has no weights {tag!r} of {name}. There are "
-                         f"{', '.join(there) or 'none, so take the name without its ending'}")
+                         f"{', '.join(there) or 'none, so take the name without its ending'}") from None
 
 # %% ../nbs/method/05_backbone.ipynb #body
 @cache
