@@ -13,7 +13,6 @@ import torch
 import yaml
 from PIL import Image
 from test_estimation import tiny_dpt
-from timm.utils import reparameterize_model
 
 from stdg import backbone, checkpoint, prepare, rooms, train, training
 from stdg.backbone import Backbone, check_name, check_size
@@ -109,14 +108,17 @@ def test_a_step(name, toy):
 
 
 def small_part(name):
-    "A `Model` of this family with less of the same: its last three blocks, or as it is deployed."
+    "A `Model` of this family with less of the same: three blocks, or one in each stage."
     torch.manual_seed(0)
     model = training.build_network(0, name, 'rgb', **SMALL | dict(zero_offsets=False, prior=.4)).eval()
     parts = model.network
     if name.startswith('vit'):
         body = parts.backbone.body
         body.model.blocks, body.out_indices = body.model.blocks[-3:], (0, 1, 2)
-    else: parts.backbone.body = reparameterize_model(parts.backbone.body)  # parallel branches become one
+    else:
+        for i in range(4):
+            stage = parts.backbone.body.get_submodule(f'stages_{i}')
+            stage.blocks = stage.blocks[:1]
     return Model(loud(model), dict(vocabulary=TOY_VOCABULARY.to_json(), size=64))
 
 
@@ -219,7 +221,7 @@ def test_from_the_hub_to_a_network_that_predicts(tmp_path, monkeypatch, capsys):
     assert '12 images' in capsys.readouterr().out
     database = Database(tmp_path/'data'/'indoor_vg', 64)
     assert [len(database.indices(split)) for split in ('train', 'val', 'test')] == [8, 2, 2]
-    changed = dict(size=64, backbone='mobilenetv3_small_050', pretrained=False, epochs=2, batch_size=4, workers=0,
+    changed = dict(size=64, backbone='convnext_atto', pretrained=False, epochs=2, batch_size=4, workers=0,
                    decay=[1], warm_up=.5, validate_every=2)
     for stage in ('teacher', 'student'):
         values = yaml.safe_load(recipe(f'indoor_vg_{stage}')) | changed
@@ -237,7 +239,7 @@ def test_from_the_hub_to_a_network_that_predicts(tmp_path, monkeypatch, capsys):
     path = tmp_path/'runs'/'indoor_vg_student'/'student.safetensors'
     assert kept / 1e9 < costs.written(checkpoint.load(path)), 'no more is written than was announced'
     facts = checkpoint.facts(path)
-    assert facts['config']['backbone'] == 'mobilenetv3_small_050' and facts['reading_chosen'] and facts['thresholds']
+    assert facts['config']['backbone'] == 'convnext_atto' and facts['reading_chosen'] and facts['thresholds']
     row = int(database.indices('test')[0])
     Image.fromarray(database.image(row)).save(tmp_path/'unseen.png')
     found = predict(tmp_path/'unseen.png', path, device='cpu')
