@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from . import checkpoint, evaluation, metrics, rooms, training
+from .backbone import CONFIGURATIONS, OTHER, check_size
 from .data import SceneGraphs, overlapping_counts
 from .datasets.visual_genome import Database
 from .depth.hha_file import SOURCES, hha_path
@@ -201,7 +202,7 @@ def prepare_run(settings, stages=None):
     (None: all of `settings`) reads it; what the networks begin from; and a sentence about each thing
     that a trial does without.
 
-    Raises what `check_files`, `check_machine`, `check_splits`,
+    Raises what `check_files`, `check_machine`, `check_splits`, `stdg.backbone.check_size`,
     `stdg.training.check_start`, `stdg.datasets.visual_genome.Database` and
     `stdg.depth.precompute.prepare_hha` raise, and `ValueError` where depth is read and there is
     none, all before anything is trained."""
@@ -210,6 +211,7 @@ def prepare_run(settings, stages=None):
     pretrained, notes = training.check_start(
         settings.stages, settings.backbone, settings.weights or settings.pretrained,
         _teacher_path(settings), trial=settings.steps > 0)
+    if settings.backbone not in CONFIGURATIONS: check_size(settings.backbone, settings.size, **OTHER)
     folder = folders(settings)[1]
     def prepare():
         if settings.data.startswith('rooms'):

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .backbone import CONFIGURATIONS, OTHER, Backbone
+from .backbone import CONFIGURATIONS, OTHER, Backbone, check_name
 from .deform import PreHead
 from .io.files import write_json
 from .io.tensors import save_tensors
@@ -190,6 +190,7 @@ def _architecture(backbone, head_norm, changed):
     if head_norm is not None: numbers['head_norm'] = head_norm
     if not timm.is_model(numbers['timm_name']):
         raise ValueError(f"timm_name {numbers['timm_name']!r} is not a model of timm")
+    check_name(numbers['timm_name'])
     return numbers
 
 # %% ../nbs/method/06_model.ipynb #numbers

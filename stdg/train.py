@@ -46,6 +46,7 @@ from .graph import TASKS
 from .io.devices import choose_device
 from .io.parameters import Choice, CommandLine, argument, mistakes_in_one_line
 from .reading import PUBLISHED
+from .training import costs
 from stdg.training.distributed import (
     by_first,
     exit_worker,
@@ -234,12 +235,12 @@ def rows_for_json(rows, test):
 
 # %% ../nbs/commands/01_run_training.ipynb #forecast
 def forecasts(settings, prepared, stages=None):
-    """{stage: `stdg.training.forecast`} of `stages`, by default all, and prints them; of several
-    processes the first does.
+    """{stage: `stdg.training.forecast`} of `stages`, by default all, and prints them, with the memory
+    and the disk of this machine; of several processes the first does.
 
     The student is measured with an untrained teacher where this run has not trained one."""
     database, pretrained, _ = prepared
-    found, hours, (rank, world) = {}, 0., rank_and_world()
+    found, hours, most, (rank, world) = {}, 0., 0., rank_and_world()
     say = print if rank == 0 else lambda text: None
     for stage in stages or settings.stages:
         lone = settings
@@ -249,6 +250,7 @@ def forecasts(settings, prepared, stages=None):
         found[stage] = ahead = training.forecast(model, dataset, **options_of(settings, stage),
                                                  device=settings.device)
         hours += ahead['hours']
+        most += costs.written(model)
         parts = ', '.join(f'{part} {share:.0%}' for part, share in ahead['parts'].items())
         say(f"{stage}: {ahead['seconds_per_step']:.3g} s a step ({parts}), "
             f"{ahead['images_per_second']:.3g} images/s, {ahead['memory']:.2g} GiB, "
@@ -256,6 +258,9 @@ def forecasts(settings, prepared, stages=None):
     devices = f'{world} devices' if world > 1 else 'one device'
     say(f"{hours:.2f} h in all on {devices}, without validation; started now it ends on "
         f"{datetime.now() + timedelta(hours=hours):%Y-%m-%d %H:%M}")
+    needed = max(ahead['memory'] for ahead in found.values())
+    for sentence in costs.said_here(database, settings.depth_source, most, needed,
+                                    folders(settings)[0], settings.device): say(sentence)
     return found
 
 # %% ../nbs/commands/01_run_training.ipynb #arguments
