@@ -137,7 +137,8 @@ def check_export(model, path):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3 if one in ('boxes', 'points') else 1e-5)
 
 
-@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'fastvit_t8'])
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', pytest.param(
+    'fastvit_t8', marks=pytest.mark.skipif(not os.environ.get('STDG_FULL_SIZE'), reason='STDG_FULL_SIZE=1 runs it'))])
 def test_export(name, tmp_path): check_export(small_part(name), tmp_path/'a.onnx')
 
 
@@ -221,7 +222,7 @@ def test_from_the_hub_to_a_network_that_predicts(tmp_path, monkeypatch, capsys):
     assert '12 images' in capsys.readouterr().out
     database = Database(tmp_path/'data'/'indoor_vg', 64)
     assert [len(database.indices(split)) for split in ('train', 'val', 'test')] == [8, 2, 2]
-    changed = dict(size=64, backbone='convnext_atto', pretrained=False, epochs=2, batch_size=4, workers=0,
+    changed = dict(size=64, backbone='mobilenetv3_small_050', pretrained=False, epochs=2, batch_size=4, workers=0,
                    decay=[1], warm_up=.5, validate_every=2)
     for stage in ('teacher', 'student'):
         values = yaml.safe_load(recipe(f'indoor_vg_{stage}')) | changed
@@ -239,7 +240,7 @@ def test_from_the_hub_to_a_network_that_predicts(tmp_path, monkeypatch, capsys):
     path = tmp_path/'runs'/'indoor_vg_student'/'student.safetensors'
     assert kept / 1e9 < costs.written(checkpoint.load(path)), 'no more is written than was announced'
     facts = checkpoint.facts(path)
-    assert facts['config']['backbone'] == 'convnext_atto' and facts['reading_chosen'] and facts['thresholds']
+    assert facts['config']['backbone'] == 'mobilenetv3_small_050' and facts['reading_chosen'] and facts['thresholds']
     row = int(database.indices('test')[0])
     Image.fromarray(database.image(row)).save(tmp_path/'unseen.png')
     found = predict(tmp_path/'unseen.png', path, device='cpu')
