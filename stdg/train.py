@@ -8,6 +8,7 @@ __all__ = ['PROGRAM', 'options_of', 'train_stage', 'in_order', 'check_stages', '
 
 # %% ../nbs/commands/01_run_training.ipynb #imports
 import argparse
+import math
 import os
 import sys
 from contextlib import ExitStack
@@ -63,10 +64,10 @@ from .training.settings import Settings, check_together, help_text
 def options_of(settings, stage):
     "The keyword arguments of `stdg.training.fit` for a `stage` of these `settings`, a dictionary."
     options = {name: getattr(settings, name) for name in OPTIONS}
-    if stage != 'teacher' or not settings.teacher_epochs: return options
-    later = settings.epochs - settings.teacher_epochs
-    falls = [max(start - later, 0.) for start in settings.decay]
-    return options | dict(epochs=settings.teacher_epochs, decay=falls)
+    if stage != 'teacher': return options
+    epochs = math.ceil(round(settings.teacher_share * settings.epochs, 6))
+    falls = [max(start - settings.epochs + epochs, 0.) for start in settings.decay]
+    return options | dict(epochs=epochs, decay=falls)
 
 def _choose_reading(settings, database, model, path, dataset, device):
     """The `Reading` of the network `model`, saved in `path`: the one in its file, or the one chosen on

@@ -294,12 +294,13 @@ def test_trial_at_full_size(tmp_path):
 
 # of every number its least and its greatest value; None: any
 WHOLE = dict(seed=(0, 2**62), steps=(0, None), size=(16, 8192), n_train=(1, None), n_val=(0, None),
-             n_test=(0, None), hold_out=(0, None), overfit=(0, None), epochs=(1, None), teacher_epochs=(0, None),
+             n_test=(0, None), hold_out=(0, None), overfit=(0, None), epochs=(1, None),
              batch_size=(1, None), devices=(1, None), workers=(0, 1024), validate_every=(0, None),
              accumulate=(1, None), skip=(0, None), validate_images=(0, None), patience=(0, None),
              keep=(0, None))
 REAL = dict(clutter=(0, 1), unlabelled=(0, 1), lr_backbone=(0, None), weight_decay=(0, None), warm_up=(0, None),
-            clip=(0, None), save_minutes=(0, None), lr=('above', None), ema=('above', 1))
+            clip=(0, None), save_minutes=(0, None), lr=('above', None), ema=('above', 1),
+            teacher_share=('above', 1))
 
 
 def test_limits_of_every_number():
@@ -335,7 +336,7 @@ def test_limits_of_lists():
 
 def test_the_rarer_defaults():
     "Those that stand in no runbook."
-    rare = dict(loss_weights={}, teach='offsets', taught_parts=list(settings.PARTS), teacher_pictures='',
+    rare = dict(teach='offsets', taught_parts=list(settings.PARTS), teacher_pictures='',
                 unlabelled=0., device='', accumulate=1, compile=False, sync_bn=False, clip=0., skip=0,
                 released=False, validate_images=0, best='sgdet/R@50', patience=0, keep=2,
                 save_minutes=10., trackers=[], told=False)
@@ -358,5 +359,5 @@ def test_the_rarer_defaults():
     (dict(validate_every=1, best='predcls/A@20'), dict(validate_every=1, best='sgdet/A@20')),
     (dict(validate_every=1, patience=1), dict(patience=1))])
 def test_what_goes_together_and_what_just_does_not(fits, does_not):
-    settings.check_together(settings.Settings(**fits))
-    with pytest.raises(ValueError): settings.check_together(settings.Settings(**does_not))
+    settings.check_together(settings.Settings(**{'batch_size': 8, **fits}))
+    with pytest.raises(ValueError): settings.check_together(settings.Settings(**{'batch_size': 8, **does_not}))

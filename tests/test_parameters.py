@@ -192,9 +192,9 @@ def ends(capsys, main, arguments):
 # What does not go together
 
 @pytest.mark.parametrize('change, said', [
-    (dict(n_train=4), 'batch_size is 8, n_train 4: fewer pictures'),
+    (dict(n_train=4, batch_size=8), 'batch_size is 8, n_train 4: fewer pictures'),
     (dict(hold_out=2000), 'none is left to train'),
-    (dict(overfit=4), 'overfit is 4, batch_size 8'),
+    (dict(overfit=4, batch_size=8), 'overfit is 4, batch_size 8'),
     (dict(accumulate=16), 'accumulate is 16'),
     (dict(validate_every=1, n_val=0), 'n_val and hold_out are both 0'),
     (dict(validate_every=1, best='R@50'), "best is 'R@50'"), (dict(patience=2), 'patience is 2')])

@@ -34,7 +34,7 @@ PICTURES, BATCH, EPOCHS = 10, 2, 2
 STEPS = PICTURES // BATCH  # in an epoch
 HEADS, BACKBONE, DECAY, EMA, CLIP, SEED = 1e-3, 2e-4, .03, .07, 100., 5
 WARM_UP, FALLS = .6, (1.2, 1.5)  # both end or begin within an epoch
-OPTIONS = dict(epochs=EPOCHS, batch_size=BATCH, lr=HEADS, lr_backbone=BACKBONE, weight_decay=DECAY,
+OPTIONS = dict(epochs=EPOCHS, batch_size=BATCH, loss_weights={}, lr=HEADS, lr_backbone=BACKBONE, weight_decay=DECAY,
                warm_up=WARM_UP, decay=FALLS, ema=EMA, clip=CLIP, seed=SEED, save_minutes=0,
                keep=99, device='cpu', progress=False)
 

@@ -62,8 +62,8 @@ def at_hand(run='default', steps=100):
         return dict(checkpoints=found, databases=train.folders(settings)[1], split='test',
                     source=settings.depth_source), said
     settings = train.Settings(name=f'explore{steps}', data='rooms_explore', size=128, n_train=8,
-                              n_val=0, n_test=1, overfit=8, epochs=steps, decay=[.8 * steps],
-                              stages=['teacher', 'student'])
+                              n_val=0, n_test=1, overfit=8, batch_size=8, epochs=steps,
+                              teacher_share=1, decay=[.8 * steps], stages=['teacher', 'student'])
     prepared = train.prepare_run(settings)
     for stage in settings.stages: train.run_stage(settings, stage, prepared)
     said = (f'There are no networks in runs/{run}: make train makes them. Here are a small teacher '

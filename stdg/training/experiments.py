@@ -348,7 +348,8 @@ def lever_runs(study, seeds=(0,), levers=None, **parameters):
     runs, rare = [], list(list(parameter_help().values())[-1])
     for title, changes in (levers or LEVERS).items():
         for seed in seeds:
-            values = dict(parameters, **changes, seed=seed, stages=['control'], split='val', prior=False,
+            values = dict(parameters, batch_size=8, loss_weights={}) | changes
+            values = dict(values, seed=seed, stages=['control'], split='val', prior=False,
                           suppress='soft', untrained=False, pictures=False)
             more = {name: values.pop(name) for name in rare if name in values}
             name = f"{study}/{re.sub('[^a-z0-9]+', '-', title)}-{seed}"

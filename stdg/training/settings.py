@@ -20,6 +20,8 @@ from ..reading import RELATIONS, SUPPRESS
 LESSONS = 'offsets', 'mean', 'features'
 PARTS = 'detection 1', 'detection 2', 'relation 1', 'relation 2'  # head, and which of its convolutions
 
+_WEIGHTS = dict(detection_heatmap=4.)  # chosen by nbs/levers.ipynb
+
 def _default(*values): return field(default_factory=lambda: list(values))
 
 @dataclass
@@ -52,16 +54,17 @@ class Settings:
     weights: str = ''  # a local file of ImageNet weights, for machines that cannot fetch them
 
     # Optimisation: AdamW
-    epochs: int = 4  # passes over the training pictures, in each stage
-    teacher_epochs: int = 0  # those of the teacher, whose rates fall as long before its end; 0: as the others
-    batch_size: int = 8  # pictures a step, of all devices together
+    epochs: int = 5  # passes over the training pictures, in each stage
+    teacher_share: float = 0.4  # of these for the teacher, whose rates fall as long before its end
+    batch_size: int = 4  # pictures a step, of all devices together
     lr: float = 1e-3  # learning rate of heads and neck
     lr_backbone: float = 3e-4  # learning rate of the backbone
     weight_decay: float = 1e-4  # of all weights
     warm_up: float = 0.05  # epochs of rising rates
     schedule: str = 'steps'  # how the rates fall: in 'steps', at `decay`, or by a 'cosine' to nothing
-    decay: list = _default(3.0)  # steps: epochs at which the rates begin to fall to a tenth
+    decay: list = _default(4.0)  # steps: epochs at which the rates begin to fall to a tenth
     ema: float = 0.01  # the weights kept are a moving average: share of the newest
+    loss_weights: dict = field(default_factory=_WEIGHTS.copy)  # of the loss's terms, as the log names them; else 1
 
     # Augmentation, beside mirroring
     scale: list = _default(1.0, 1.0)  # range of the scale; pays in longer runs
@@ -84,7 +87,6 @@ class Settings:
     pictures: bool = True  # draw what the network sees
 
     # Rarer options: in the runbook by `more`
-    loss_weights: dict = field(default_factory=dict)  # of the loss's terms by name, those of the log; else 1
     teach: str = 'offsets'  # what a student copies: the teacher's 'offsets', their 'mean' field, its 'features'
     taught_parts: list = _default(*PARTS)  # of which deformable convolutions
     teacher_pictures: str = ''  # a database of the same pictures, which a teacher of colours sees instead
@@ -131,10 +133,10 @@ ALLOWED = dict(
     # Network
     backbone=Text(empty=False), pretrained=Flag(), weights=Text(),
     # Optimisation
-    epochs=Whole(1), teacher_epochs=Whole(), batch_size=Whole(1), lr=Real(0, above=True), lr_backbone=Real(0),
-    weight_decay=Real(0), warm_up=Real(0), schedule=Choice(SCHEDULES),
+    epochs=Whole(1), teacher_share=Real(0, 1, above=True), batch_size=Whole(1),
+    lr=Real(0, above=True), lr_backbone=Real(0), weight_decay=Real(0), warm_up=Real(0), schedule=Choice(SCHEDULES),
     decay=Many(Real(0), rising=True),
-    ema=Real(0, 1, above=True),
+    ema=Real(0, 1, above=True), loss_weights=Table(Real(0), TERMS),
     # Augmentation
     scale=_range, stretch=_range, colour=Flag(),
     # Machine
@@ -144,7 +146,7 @@ ALLOWED = dict(
     split=Choice(('test', 'val')), validate_every=Whole(), reading=Choice((*RELATIONS, 'chosen')),
     suppress=Choice((*SUPPRESS, 'chosen')), prior=Flag(), untrained=Flag(), pictures=Flag(),
     # Rarer options
-    loss_weights=Table(Real(0), TERMS), teach=Choice(LESSONS),
+    teach=Choice(LESSONS),
     taught_parts=Many(Choice(PARTS), 1, distinct=True), teacher_pictures=Text(), unlabelled=Real(0, 1), device=Device(),
     accumulate=Whole(1), compile=Flag(), sync_bn=Flag(), clip=Real(0),
     skip=Whole(), released=Flag(), validate_images=Whole(), best=Text(empty=False),
