@@ -65,9 +65,9 @@ def options_of(settings, stage):
     "The keyword arguments of `stdg.training.fit` for a `stage` of these `settings`, a dictionary."
     options = {name: getattr(settings, name) for name in OPTIONS}
     if stage != 'teacher': return options
-    epochs = math.ceil(round(settings.teacher_share * settings.epochs, 6))
-    falls = [max(start - settings.epochs + epochs, 0.) for start in settings.decay]
-    return options | dict(epochs=epochs, decay=falls)
+    share = settings.teacher_share
+    falls = [share * start for start in settings.decay]
+    return options | dict(epochs=math.ceil(round(share * settings.epochs, 6)), decay=falls)
 
 def _choose_reading(settings, database, model, path, dataset, device):
     """The `Reading` of the network `model`, saved in `path`: the one in its file, or the one chosen on
