@@ -223,11 +223,13 @@ def summary(figures, reference):
 
 # %% ../../nbs/training/07_experiments.ipynb #table
 def _cell(entry):
-    "Text of one figure, and whether it differs clearly from the reference."
+    "Text of one figure, and whether it differs clearly from the reference; one seed has no intervals."
     low, high = entry['interval']
-    text = f"{100 * entry['mean']:.1f} ± {50 * (high - low):.1f}"
+    several = low is not None and low == low
+    text = f"{100 * entry['mean']:.1f}" + (f' ± {50 * (high - low):.1f}' if several else '')
     if 'difference' not in entry: return text, False
     mean, (low, high) = entry['difference']['mean'], entry['difference']['interval']
+    if not several: return f'{text} / {100 * mean:+.1f}', False
     return f"{text} / {100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", low > 0 or high < 0
 
 class StudyTable:
