@@ -173,6 +173,34 @@ def test_intervals_are_those_of_scipy():
         study.summary({'': {'base': {'m': {1: .1}}, 'new': {'m': {1: .1, 9: .2}}}}, 'base')
 
 
+def test_the_notebook_shows_the_levers():
+    "Its table is what the package makes of the stored figures, and what it says of them is so."
+    record = json.loads((root/'figures'/'levers.json').read_text())
+    kept, = [c.source for c in nbformat.read(root/'nbs'/'levers.ipynb', as_version=4).cells
+             if c.id == 'kept-results']
+    assert str(study.StudyTable(record['found'])).strip() in kept and record['date'] in kept
+    found, = record['found'].values()
+    assert list(found) == list(study.LEVERS) and len(record['seconds']) == 17
+    def gain(lever, metric, before='as it was'):
+        return 100 * (found[lever][metric]['mean'] - found[before][metric]['mean'])
+    both = 'batch of 4, heat-map x 4'
+    assert [round(gain('heat-map x 4', m)) for m in ('AP50', 'sgdet/R@50', 'sgdet/P@5')] == [8, 7, 7]
+    assert round(gain('batch of 4', 'predcls/R@50')) == 4
+    assert [round(gain(both, m, 'heat-map x 4')) for m in ('AP50', 'sgdet/R@50')] == [4, 4]
+    assert gain('batch of 2, heat-map x 4', 'AP50', both) < 0
+    assert [round(gain('batch of 4, heat-map x 8', m, both)) for m in ('AP50', 'predcls/P@5')] == [2, -4]
+    assert all(gain(lever, 'AP50') < 0 for lever in ('cosine', 'cosine, twice the rates', 'half the rates',
+                                                    'longer average', 'unlabelled .75'))
+    for lever, changes in study.LEVERS.items():
+        if lever == both: assert changes == dict(batch_size=4, loss_weights=train.Settings().loss_weights)
+
+
+def test_a_table_of_one_seed_has_no_intervals():
+    one = {'': {'base': {'m': {3: .5}}, 'new': {'m': {3: .625}}}}
+    said = str(study.StudyTable(study.summary(one, 'base')))
+    assert '| base | 50.0 |' in said and '| new | 62.5 / +12.5 |' in said and 'nan' not in said
+
+
 def test_the_notebook_shows_the_study():
     "Its tables are what the package makes of the stored figures."
     record = json.loads((root/'figures'/'study.json').read_text())
