@@ -33,7 +33,7 @@ from .relations import PREDICATES, Bodies, annotate, footprints, heights, relati
 from .render import Light, first_sight, render
 from .solids import Shape
 from .staging import stage
-from .style import PLAIN, RoomStyle, uncoloured, uncoloured_light
+from .style import PLAIN, RoomStyle, uncoloured_light
 
 # %% ../../nbs/rooms/11_build.ipynb #vocabulary
 VOCABULARY = Vocabulary(tuple(sorted(CATEGORIES)), PREDICATES)
