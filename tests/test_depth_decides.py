@@ -15,7 +15,7 @@ from stdg.rooms.build import VOCABULARY, make_rooms, room, room_graph
 from stdg.rooms.gate import BoxPairs, auc, gate
 from stdg.rooms.layout import arrange
 from stdg.rooms.relations import PREDICATES, Bodies, Spans, clashes, relations
-from stdg.rooms.style import PLAIN, RoomStyle
+from stdg.rooms.room_style import PLAIN, RoomStyle
 from stdg.training.settings import Settings
 
 SMALL = dict(size=64, samples=1)

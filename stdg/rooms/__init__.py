@@ -10,7 +10,7 @@ __all__ = ['CATEGORIES', 'PREDICATES', 'Room', 'RoomStyle', 'VOCABULARY', 'conta
 from .build import VOCABULARY, Room, make_rooms, room, room_graph
 from .catalogue import CATEGORIES, contact_sheet, make, portrait
 from .relations import PREDICATES
-from .style import RoomStyle
+from .room_style import RoomStyle
 
 _all_ = ['CATEGORIES', 'PREDICATES', 'Room', 'RoomStyle', 'VOCABULARY', 'contact_sheet', 'make',
          'make_rooms', 'portrait', 'room', 'room_graph']

@@ -31,9 +31,9 @@ from .layout import arrange
 from .rays import Camera, RayScene, amodal_pixels, visible_boxes
 from .relations import PREDICATES, Bodies, annotate, footprints, heights, relations
 from .render import Light, first_sight, render
+from .room_style import PLAIN, RoomStyle, uncoloured_light
 from .solids import Shape
 from .staging import stage
-from .style import PLAIN, RoomStyle, uncoloured_light
 
 # %% ../../nbs/rooms/11_build.ipynb #vocabulary
 VOCABULARY = Vocabulary(tuple(sorted(CATEGORIES)), PREDICATES)
