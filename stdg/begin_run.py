@@ -216,7 +216,7 @@ def prepare_run(settings, stages=None):
     def prepare():
         if settings.data.startswith('rooms'):
             rooms.make_rooms(folder, settings.n_train, settings.n_val, settings.n_test,
-                             size=settings.size, clutter=settings.clutter, seed=0)
+                             size=settings.size, clutter=settings.clutter, style=settings.style, seed=0)
         database = Database(folder, settings.size)
         check_splits(settings, database)
         _make_hha(settings, database, stages or settings.stages)

@@ -62,6 +62,9 @@ class RoomLayout:
     fixed: list = field(default_factory=list)  # held by wall or ceiling
     pieces: list = field(default_factory=list)  # boxes (S,2,3) of each thing in its own frame
     spans: list = field(default_factory=list)  # what these cover of the room: `Spans`
+    ground: list = field(default_factory=list)  # height of the floor or stand under each, metres
+    scenery: list = field(default_factory=list)  # `Part`s of the stands, which are no objects
+    blocked: list = field(default_factory=list)  # what these cover of the room: `Spans`
 
     def __len__(self): return len(self.names)
 
@@ -80,7 +83,7 @@ class RoomLayout:
         interiors = [(i, *shape.container) for i, shape in enumerate(self.shapes)
                      if shape.container is not None]
         return Bodies(poses[:, :3], poses[:, 3], [s.bounds for s in self.shapes], self.fixed,
-                      surfaces, interiors)
+                      surfaces, interiors, self.ground)
 
 # %% ../../nbs/rooms/10_layout.ipynb #stand
 def stand(
@@ -89,6 +92,7 @@ def stand(
     yaws,  # (K,) how it would be turned, radians
     fixed=False,  # held by wall or ceiling
     but=(),  # things that it may overlap: the bowl that an orange lies in
+    ground=0.,  # height of the floor, or of the stand that carries it, metres
 ):
     """Put `shape` at the first free spot.
 
@@ -102,6 +106,7 @@ def stand(
     free = (sides < layout.width / 2) & (new.high[:, 1] < 1e-6)
     free = free.reshape(k, s).all(1).repeat(s)
     others = [spans for i, spans in enumerate(layout.spans) if i not in but]
+    others += layout.blocked
     if others: free[free] = ~clashes(new[free], Spans.joined(others), .002)
     fits = np.flatnonzero(free.reshape(k, s).all(1))
     if not len(fits): return None
@@ -111,6 +116,7 @@ def stand(
     layout.pieces.append(pieces)
     layout.poses.append((*spots[fits[0]], yaws[fits[0]]))
     layout.fixed.append(fixed)
+    layout.ground.append(ground)
     return len(layout) - 1
 
 # %% ../../nbs/rooms/10_layout.ipynb #roles
@@ -231,7 +237,7 @@ def hang_on_hooks(layout, rng):
     stand(layout, name, shape, spots[high], (yaw + face * np.pi / 2)[high])
 
 # %% ../../nbs/rooms/10_layout.ipynb #put
-def put(layout, name, shape, host, rectangle, rng, spread=.5, but=()):
+def put(layout, name, shape, host, rectangle, rng, spread=.5, but=(), ground=0.):
     """Stand `shape` somewhere in the `rectangle` (z, x0, y0, x1, y1) of `host`.
 
     Returns its number or None."""
@@ -246,7 +252,8 @@ def put(layout, name, shape, host, rectangle, rng, spread=.5, but=()):
     spots = np.stack([x + cos * spot[:, 0] - sin * spot[:, 1],
                       y + sin * spot[:, 0] + cos * spot[:, 1],
                       np.full(len(spot), z + rectangle[0] - shape.bounds[0][2])], 1)
-    return stand(layout, name, shape, spots, (yaw + turned)[fits], but=but)
+    return stand(layout, name, shape, spots, (yaw + turned)[fits], but=but,
+                 ground=ground)
 
 def _small(rng, name=None):
     """A small thing, up to nine tenths larger than in life so that it can be recognised in a small

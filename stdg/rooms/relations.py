@@ -22,6 +22,8 @@ class Bodies:
     # (M,6) owner, z, x0, y0, x1, y1
     surfaces: np.ndarray = field(default_factory=lambda: np.zeros((0, 6)))
     interiors: np.ndarray = field(default_factory=lambda: np.zeros((0, 6)))  # (K,6) likewise
+    # (N,) height of the floor, or of the room's own stand, under each body; default the floor
+    ground: np.ndarray = None
 
     def __post_init__(self):
         self.position = np.asarray(self.position, float).reshape(-1, 3)
@@ -29,11 +31,13 @@ class Bodies:
         self.yaw = np.asarray(self.yaw, float).reshape(-1)
         self.bounds = np.asarray(self.bounds, float).reshape(-1, 2, 3)
         self.fixed = np.zeros(n, bool) if self.fixed is None else np.asarray(self.fixed, bool)
+        self.ground = np.zeros(n) if self.ground is None else np.asarray(self.ground, float)
         self.surfaces = np.asarray(self.surfaces, float).reshape(-1, 6)
         self.interiors = np.asarray(self.interiors, float).reshape(-1, 6)
-        if not len(self.yaw) == len(self.bounds) == len(self.fixed) == n:
-            raise ValueError(f'Bodies: {n} positions need as many yaws, bounds and fixed flags, '
-                             f'not {len(self.yaw)}, {len(self.bounds)}, {len(self.fixed)}')
+        counts = [len(a) for a in (self.yaw, self.bounds, self.fixed, self.ground)]
+        if set(counts) != {n}:
+            raise ValueError(f'Bodies: {n} positions need as many yaws, bounds, fixed flags and '
+                             f'grounds, not {counts}')
 
     def __len__(self): return len(self.position)
 
@@ -46,7 +50,7 @@ class Bodies:
             rows[:, 0] = new[rows[:, 0].astype(int)]
             return rows
         return Bodies(self.position[keep], self.yaw[keep], self.bounds[keep], self.fixed[keep],
-                      places(self.surfaces), places(self.interiors))
+                      places(self.surfaces), places(self.interiors), self.ground[keep])
 
 # %% ../../nbs/rooms/09_relations.ipynb #footprints
 _CORNERS = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
@@ -150,7 +154,7 @@ class Pairs:
     held: np.ndarray  # bool, subject lies in an interior of the object
     free: np.ndarray  # (N,1) bool, nothing carries the subject from below, nor wall nor ceiling
     fixed: np.ndarray  # (N,1) bool, wall or ceiling holds the subject
-    based: np.ndarray  # (N,1) bool, the subject stands on the floor, or wall or ceiling holds it
+    based: np.ndarray  # (N,1) bool, the room itself carries the subject: floor, stand, wall or ceiling
     beneath: np.ndarray  # subject's top below the object's lowest surface, metres
     drop: np.ndarray  # object's top over the subject's top, metres
     further: np.ndarray  # depth of the subject's centre behind that of the object
@@ -198,7 +202,7 @@ def measure(
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     shared_x, shared_y = _overlap(boxes[:, 0], boxes[:, 2]), _overlap(boxes[:, 1], boxes[:, 3])
     smaller = lambda values: np.maximum(np.minimum(values[:, None], values), 1e-6)
-    based = (low < .01) | bodies.fixed
+    based = (low - bodies.ground < .01) | bodies.fixed
     return Pairs(
         side=gap(prints, prints), rise=low[:, None] - high, level=np.abs(low[:, None] - low),
         shared=_overlap(low, high) / smaller(high - low),

@@ -43,6 +43,7 @@ class Settings:
     n_val: int = 200  # rooms: validation pictures
     n_test: int = 400  # rooms: test pictures
     clutter: float = 0.3  # rooms: how far the background imitates objects, 0 to 1
+    style: list = _default()  # rooms: any of 'staged' (only depth tells what is in front), 'monochrome', 'dense'
     depth_source: str = 'metric'  # HHA from true depth; 'relative' (simulated), a depth file's tag, a folder
     hold_out: int = 0  # validate on the first so many training pictures, where there is no such split
     overlap: bool = False  # train only on relations whose boxes overlap, as is usual on Visual Genome
@@ -128,7 +129,8 @@ ALLOWED = dict(
     teacher=Text(), seed=Whole(0, 2**62), resume=Flag(), steps=Whole(), dry_run=Flag(),
     # Data
     data=Text(), size=Whole(16, 8192), n_train=Whole(1), n_val=Whole(), n_test=Whole(),
-    clutter=Real(0, 1), depth_source=Text(empty=False), hold_out=Whole(), overlap=Flag(),
+    clutter=Real(0, 1), style=Many(Choice(('staged', 'monochrome', 'dense')), distinct=True),
+    depth_source=Text(empty=False), hold_out=Whole(), overlap=Flag(),
     overfit=Whole(),
     # Network
     backbone=Text(empty=False), pretrained=Flag(), weights=Text(),
