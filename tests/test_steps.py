@@ -99,7 +99,7 @@ def plain_loop(dataset, left_out=()):
     heads = [p for name, p in named.items() if 'backbone' not in name]
     body = [p for name, p in named.items() if 'backbone' in name]
     adamw = torch.optim.AdamW([dict(params=heads), dict(params=body)], lr=0., betas=(.9, .999),
-                              eps=1e-6, weight_decay=DECAY)
+                              eps=1e-6, weight_decay=DECAY, fused=True)
     batches = data.loader(dataset, BATCH, SEED)
     mean, records = {name: p.detach().clone() for name, p in named.items()}, []
     for step, batch in enumerate(batch for _ in range(EPOCHS) for batch in batches):

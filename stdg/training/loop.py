@@ -144,7 +144,7 @@ class _Run:
             if f'exp_avg.{name}' in tensors:
                 moments = {kind: torch.empty_like(p).copy_(tensors[f'{kind}.{name}'])
                            for kind in _MOMENTS}
-                step = torch.tensor(float(facts['updates']))
+                step = torch.tensor(float(facts['updates']), device=p.device)
                 self.optimiser.state[p] = dict(step=step, **moments)
         if facts['scaler']: self.step.scaler.load_state_dict(facts['scaler'])
         self.done, self.skipped = facts['step'], facts['skipped']

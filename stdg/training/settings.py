@@ -55,7 +55,7 @@ class Settings:
     weights: str = ''  # a local file of ImageNet weights, for machines that cannot fetch them
 
     # Optimisation: AdamW
-    epochs: int = 5  # passes over the training pictures, in each stage
+    epochs: int = 4  # passes over the training pictures, in each stage
     teacher_share: float = 0.5  # of these, rounded up, for the teacher, whose rates fall earlier, too
     batch_size: int = 4  # pictures a step, of all devices together
     lr: float = 1e-3  # learning rate of heads and neck
@@ -63,7 +63,7 @@ class Settings:
     weight_decay: float = 1e-4  # of all weights
     warm_up: float = 0.05  # epochs of rising rates
     schedule: str = 'steps'  # how the rates fall: in 'steps', at `decay`, or by a 'cosine' to nothing
-    decay: list = _default(4.0)  # steps: epochs at which the rates begin to fall to a tenth
+    decay: list = _default(3.0)  # steps: epochs at which the rates begin to fall to a tenth
     ema: float = 0.01  # the weights kept are a moving average: share of the newest
     loss_weights: dict = field(default_factory=_WEIGHTS.copy)  # of the loss's terms, as the log names them; else 1
 

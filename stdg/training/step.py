@@ -51,7 +51,7 @@ def optimiser(model, lr, lr_backbone, weight_decay, released=False):
     if released and model.mode == 'depth': lr_backbone = lr
     groups = [dict(params=fast, lr=lr, base=lr),
               dict(params=slow, lr=lr_backbone, base=lr_backbone)]
-    return torch.optim.AdamW(groups, betas=(.9, .999), eps=1e-6, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, betas=(.9, .999), eps=1e-6, weight_decay=weight_decay, fused=True)
 
 # %% ../../nbs/training/05_step.ipynb #schedule
 def schedule(epoch:float,  # epochs done, with fraction
