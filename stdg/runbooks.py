@@ -29,6 +29,7 @@ from stdg.io.parameters import (
 )
 from .matching import PROTOCOLS
 from .prepare import KINDS, STEPS
+from .training.depth_runs import CELLS
 from .training.settings import ALLOWED, Settings, check_together
 
 # %% ../nbs/commands/04_runbooks.ipynb #tables
@@ -71,6 +72,11 @@ RUNBOOKS = dict(
                   'batch_size', 'workers'),
         seeds=Many(ALLOWED['seed'], 2, distinct=True), clutters=Many(Real(0, 1), 2, 2),
         processes=Whole(1)),
+    depth_question=dict(
+        _of_a_run('name', 'n_train', 'n_val', 'n_test', 'size', 'backbone', 'epochs', 'decay'),
+        seeds=Many(ALLOWED['seed'], 2, distinct=True), processes=Whole(1),
+        experiments=Many(Choice(('A', 'B', 'C')), distinct=True),
+        cells=Many(Choice(tuple(CELLS)), 0, 2, distinct=True)),
     levers=dict(
         _of_a_run('name', 'data', 'n_train', 'n_val', 'n_test', 'size', 'backbone', 'epochs', 'decay'),
         seeds=Many(ALLOWED['seed'], 1, distinct=True), processes=Whole(1)),
