@@ -310,7 +310,7 @@ def test_refused_before_anything_is_trained(changed, said, tmp_path, monkeypatch
     folder = toy_database(tmp_path/'data'/'toy', 3, [0, 0, 2]).folder
     before = sorted(tmp_path.rglob('*'))
     with machine(0), pytest.raises(ValueError, match=said) as error:
-        train.prepare_run(train.Settings(data='toy', size=64, pretrained=False, **changed))
+        train.prepare_run(train.Settings(**dict(dict(data='toy', size=64, pretrained=False, batch_size=8), **changed)))
     assert '\n' not in str(error.value) and folder.exists()
     assert sorted(tmp_path.rglob('*')) == before, 'no HHA, no run'
 
@@ -320,9 +320,9 @@ def test_refused_for_two_processes(database):
     for changed, said in ((dict(accumulate=5), 'in 2 processes each has 4 of the pictures, so 1 to 4'),
                           (dict(batch_size=3), '2 processes cannot share a batch of 3'),
                           (dict(sync_bn=True), 'on GPUs only. Set it to False')):
-        settings = train.Settings(device='cpu', devices=2, **changed)
+        settings = train.Settings(**dict(dict(device='cpu', devices=2, batch_size=8), **changed))
         with pytest.raises(ValueError, match=said): train.check_machine(settings)
-    train.check_machine(train.Settings(device='cpu', devices=2, accumulate=4))
+    train.check_machine(train.Settings(device='cpu', devices=2, batch_size=8, accumulate=4))
     train.check_machine(train.Settings(device='cpu', devices=64, batch_size=64, dry_run=True))
 
 

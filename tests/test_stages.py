@@ -33,7 +33,7 @@ from stdg.training.step import build_network
 
 ROUNDS = int(os.environ.get('STDG_ROUNDS', 3))
 TOY = train.Settings(name='whole', stages=['teacher', 'control', 'student'], size=64, epochs=1,
-                     batch_size=4, pretrained=False, device='cpu', validate_every=1, save_minutes=0.,
+                     teacher_share=1., batch_size=4, pretrained=False, device='cpu', validate_every=1, save_minutes=0.,
                      warm_up=.5)
 STEPS = 2  # an epoch
 forked = multiprocessing.get_context('fork')

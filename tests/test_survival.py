@@ -23,7 +23,7 @@ from stdg.training.resume import load_state, saved_states
 here = Path(__file__).parent
 TOY = train.Settings(name='whole', size=64, n_train=16, n_val=3, n_test=2,
                      backbone='test_resnet.r160_in1k', pretrained=False, stages=['teacher', 'student'],
-                     epochs=2, batch_size=4, warm_up=.5,
+                     epochs=2, teacher_share=1., batch_size=4, warm_up=.5,
                      save_minutes=0., validate_every=1, device='cpu')
 STEPS = 8  # of a stage
 

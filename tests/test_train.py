@@ -14,7 +14,7 @@ import yaml
 from stdg.checkpoint import facts, load, reading
 
 root = Path(__file__).parent.parent
-SMALL = dict(size=96, n_train=24, n_val=2, n_test=6, epochs=1, batch_size=8, pretrained=False,
+SMALL = dict(size=96, n_train=24, n_val=2, n_test=6, epochs=1, teacher_share=1., batch_size=8, pretrained=False,
              warm_up=.5, stages=['teacher', 'control', 'student'])
 
 
