@@ -160,12 +160,13 @@ def worker(folder, model):
         pid, end = child(folder, model, shard, **how), time.monotonic() + 60
         while not ready() and time.monotonic() < end: time.sleep(.02)
         os.kill(pid, signal.SIGKILL)
-        print('killed', shard, os.waitpid(pid, 0)[1], len(whole(shard)), len(partial()))
+        # flushed, or a forked child that flushes says it again
+        print('killed', shard, os.waitpid(pid, 0)[1], len(whole(shard)), len(partial()), flush=True)
 
     kill(0, lambda: whole(0), slow=.4)
     kill(1, lambda: whole(1) and partial('.part-*'), stuck=True)
     for shard in range(3):
-        print('exit', os.waitpid(child(folder, model, shard), 0)[1], len(whole(shard)))
+        print('exit', os.waitpid(child(folder, model, shard), 0)[1], len(whole(shard)), flush=True)
 
 
 @pytest.fixture
