@@ -306,6 +306,7 @@ def _run_video(given, network, writer):
     print(f"{one_line(' and '.join(filter(None, (given.jsonl, given.draw))), 600)}: {number} frames")
     return 0
 
+# %% ../nbs/commands/03_command_line.ipynb #program
 @contextmanager
 def _notes(command):
     "Within it what is done to boxes is said in a line each."

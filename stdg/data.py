@@ -61,6 +61,7 @@ def _same_pictures(other, database):
     raise ValueError(f"{other.folder} and {database.folder} are not of the same pictures: ids and sizes "
                      "must agree, row by row. Make both with the same numbers of pictures")
 
+# %% ../nbs/method/14_data.ipynb #scene-graphs
 class SceneGraphs(Dataset):
     """The pictures of one split that have a relation, as samples for training or evaluation.
 

@@ -149,6 +149,7 @@ def _check(job):
     found = f"{report['pictures']:,} of {report['entries']:,} pictures are sound"
     return '; '.join([found, *report['warnings']])
 
+# %% ../nbs/commands/02_prepare_data.ipynb #step-database
 def _compare(path, n):
     """A line about the annotation file `path`, which others have made.
 

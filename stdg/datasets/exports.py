@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from .annotations import SHARES, Collector, joined, numbers, size_of
+from .annotations import SHARES, Collector, entry, joined, numbers, size_of
 from .coco import splits_or_drawn
 from .finding import MemberIndex
 from .splits import split_files
@@ -33,13 +33,6 @@ def _names_of(collector, path, index):
         numbers[-1] = index(name)
     collector.each(path.name, names, take)
     return numbers
-
-def _at(values, i, what):
-    "Entry `i` of a list; `ValueError` unless it is a number from 0 to the last, of something that has a name."
-    if type(i) is float and i.is_integer(): i = int(i)
-    if type(i) is not int or not 0 <= i < len(values) or values[i] is None:
-        raise ValueError(f'no such {what}')
-    return values[i]
 
 def _sizes(sources):
     """A function that gives (height, width) of the picture of a file name, by the head of the file in
@@ -73,9 +66,9 @@ def read_vrd(files,  # path of a file, paths, or a dictionary of split to path o
         def end(r):
             "Key, class number and box of an object."
             y1, y2, x1, x2 = numbers(r['bbox'], 'the box')
-            return (image, r['category'], x1, y1, x2, y2), _at(classes, r['category'], 'category'), (x1, y1, x2, y2)
+            return (image, r['category'], x1, y1, x2, y2), entry(classes, r['category'], 'category'), (x1, y1, x2, y2)
         def relation(r):
-            predicate, ends = _at(predicates, r['predicate'], 'predicate'), [end(r['subject']), end(r['object'])]
+            predicate, ends = entry(predicates, r['predicate'], 'predicate'), [end(r['subject']), end(r['object'])]
             for key, label, box in ends:
                 if key not in c.objects: c.object(image, key, label, box)
             c.relation(ends[0][0], ends[1][0], predicate)

@@ -122,6 +122,7 @@ def _the_one(sources, members, size):
     fitting = [(s, name) for s, name in members if min(size) > 0 and _size(sources[s], name) == size]
     return fitting[0] if len(fitting) == 1 else None
 
+# %% ../../nbs/datasets/02_listing.ipynb #plan-class
 class _Plan:
     """What is to be checked, and what is already known to be wrong.
 

@@ -11,7 +11,7 @@ from functools import partial
 
 import ijson
 
-from .annotations import Collector, image_key, is_crowd, joined, numbers, size_of
+from .annotations import Collector, entry, image_key, is_crowd, joined, numbers, size_of
 from .splits import split_files
 from ..io.files import encoding_of, stream_json
 
@@ -27,13 +27,6 @@ def _stream(path, read, *prefix):
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing. {_HINT}") from None
     except ijson.JSONError as error:
         raise ValueError(f"{path} is not whole JSON ({error}). {_HINT}") from None
-
-def _at(values, i, what):
-    "Entry `i` of a list; `ValueError` unless it is a number from 0 to the last."
-    if type(i) is float and i.is_integer(): i = int(i)
-    if type(i) is not int or not 0 <= i < len(values) or values[i] is None:
-        raise ValueError(f'no such {what}')
-    return values[i]
 
 # %% ../../nbs/datasets/08_public.ipynb #read-psg
 _PSG = ('thing_classes', 'stuff_classes', 'predicate_classes', 'test_image_ids')
@@ -79,11 +72,11 @@ def _read_psg_file(path, split, strict):
             mode = a.get('bbox_mode', 0)
             if mode not in (0, 1): raise ValueError('a bbox_mode other than 0 and 1')
             crowd = is_crowd(a) or whole and isinstance(segments[i], dict) and is_crowd(segments[i])
-            c.object(image, (image, i), _at(classes, a['category_id'], 'category'),
+            c.object(image, (image, i), entry(classes, a['category_id'], 'category'),
                      (x, y, x + u, y + v) if mode == 1 else (x, y, u, v), crowd)
         def relation(row):
             s, o, p = (int(v) if type(v) is float and v.is_integer() else v for v in row)
-            c.relation((image, s), (image, o), _at(predicates, p, 'predicate'))
+            c.relation((image, s), (image, o), entry(predicates, p, 'predicate'))
         c.each('annotations', enumerate(r['annotations']), annotation, of=f'image {image}, ')
         c.each('relations', r['relations'], relation, of=f'image {image}, ')
     c.each('data', _stream(path, ijson.items, 'data.item'), picture)

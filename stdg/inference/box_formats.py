@@ -164,6 +164,7 @@ def _listed_pictures(record, where):
 _KINDS = ("COCO results (a list of image_id, category_id, bbox and score), COCO annotations (images, "
           "annotations, categories), a graph of stdg predict, or boxes, labels and scores are read")
 
+# %% ../../nbs/inference/08_box_formats.ipynb #box-file
 class BoxFile:
     """Boxes of pictures by name, from what a JSON file holds; `where` is its name in errors.
 

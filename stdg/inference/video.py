@@ -266,6 +266,7 @@ def _outputs(source, network, lines, drawing):
     check_apart(filter(None, (lines, drawing)))
     return lines, drawing
 
+# %% ../../nbs/inference/03_video.ipynb #write-video-itself
 def write_video(source, network, lines=None, drawing=None, every=1, shown=None, progress=True,
                 **options):
     """Write a video's graphs with their seconds as JSON `lines`, and the video with boxes to

@@ -85,6 +85,7 @@ def _compare(path, facts, expected):
                          for name in differ[:4])
         raise ValueError(f"{path} was written by a run with other settings: {said}. {_ANEW}")
 
+# %% ../../nbs/training/04_resume.ipynb #open-state
 def _check_form(facts, path):
     if not isinstance(facts, dict): facts = {}
     if facts.get('format') != 'stdg-state' or facts.get('version') not in (1, 2):
@@ -234,6 +235,7 @@ class StopRequest:
     def end(self):
         if self._timer: self._timer.cancel()
 
+# %% ../../nbs/training/04_resume.ipynb #stop-requested
 _listening = []  # the `StopRequest` of this process, if there is one
 
 @contextmanager
