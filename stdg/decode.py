@@ -15,6 +15,7 @@ from torchvision.ops import box_iou
 
 from .fields import MAX_OBJECTS, field_size
 from .graph import TASKS, Prediction
+from .pairs import PairFields, Pairs
 from .reading import PUBLISHED, line_scores, suppress
 
 # %% ../nbs/method/08_decode.ipynb #ideal-output
@@ -193,13 +194,18 @@ def _check_finite(name, fields):
 
 def _check_relations(relations, reading):
     "Raise `ValueError` for relation fields that cannot be read, and for a prior of other predicates."
-    if relations.ndim != 5 or relations.shape[2] != 7:
+    asked = isinstance(relations, PairFields)
+    if not asked and (relations.ndim != 5 or relations.shape[2] != 7):
         raise ValueError(f"relation fields {tuple(relations.shape[1:])}: (P, 7, h, w) is needed")
-    _check_finite('relation', relations)
-    known = reading.table.counts.shape[2] if reading.has_prior else relations.shape[1]
-    if known != relations.shape[1]:
+    if not asked and reading.relations == 'pairs':
+        raise ValueError("reading: relations is 'pairs', and the network has fields; read them by 'lines' or "
+                         "'votes', or train one with relation='pairs'")
+    _check_finite('relation', relations.values if asked else relations)
+    n_predicates = relations.head.n_predicates if asked else relations.shape[1]
+    known = reading.table.counts.shape[2] if reading.has_prior else n_predicates
+    if known != n_predicates:
         raise ValueError(f"reading: the prior is of {known} predicates, the fields have "
-                         f"{relations.shape[1]}; a prior goes with the network it was counted for")
+                         f"{n_predicates}; a prior goes with the network it was counted for")
 
 def _check(detections, relations, tasks, truths, stride, reading):
     "Raise `ValueError` for batches of fields that cannot be decoded."
@@ -254,6 +260,18 @@ def _ranked(image, subject, target, table, objects, reading):
     pairs = torch.stack([subject, target], 1)[order]
     return list(zip(pairs.cpu().split(counts), table[order].cpu().split(counts)))
 
+def _by_pairs(relations, objects, most, stride, reading):
+    """As `relate` gives them: all ordered pairs of the `most` surest objects, asked about at once."""
+    boxes, labels, scores = (pad_sequence(part, True).to(relations.device) for part in zip(*objects))
+    surest, (image, one, other) = _surest(scores, [len(s) for _, _, s in objects], most)
+    one, other = surest[image, one], surest[image, other]
+    image, subject, target = image.repeat(2), torch.cat([one, other]), torch.cat([other, one])
+    n = scores.shape[1]
+    used, row = torch.cat([image * n + subject, image * n + target]).unique(return_inverse=True)
+    classes = F.one_hot(labels.flatten()[used], relations.head.n_objects).float()
+    pairs = Pairs(boxes.flatten(0, 1)[used].float() / stride, classes, used // n, *row.view(2, -1))
+    return _ranked(image, subject, target, relations.ask(pairs)[0], objects, reading)
+
 def _by_lines(relations, objects, most, stride, reading, known):
     """As `relate` gives them: all ordered pairs of the `most` surest objects, read along their
     lines. What was read is kept in `known`: sgcls and predcls ask about the same boxes."""
@@ -290,6 +308,7 @@ def _related(relations, candidate, objects, given, filtered, stride, released, r
     "Pairs and scores of predicates of each image, as `reading` says. `given`: the boxes are."
     reading = reading.of_task('predcls' if given else 'sgdet')
     most = MAX_OBJECTS if given else reading.objects
+    if isinstance(relations, PairFields): return _by_pairs(relations, objects, most, stride, reading)
     if reading.relations == 'lines':
         return _by_lines(relations, objects, most, stride, reading, known)
     placed = [(boxes.to(relations.device), scores.to(relations.device)) for boxes, _, scores in objects]
@@ -323,7 +342,8 @@ def decode_tasks(detections, relations,  # (B, C+4, h, w), (B, P, 7, h, w), on a
     detections, relations = detections.detach().float(), relations.detach().float()
     whole = tuple(n * stride for n in detections.shape[-2:])
     found = tuple(t.cpu() for t in detect(detections, stride))
-    candidate = candidates(relations, stride) if reading.relations == 'votes' else None
+    votes = reading.relations == 'votes' and not isinstance(relations, PairFields)
+    candidate = candidates(relations, stride) if votes else None
     predictions, known = {}, []
     for task in tasks:
         objects = _objects(task, found, detections[:, :-4], truths, stride, released, reading)
@@ -372,10 +392,13 @@ def decode_given(relations,  # (B, P, 7, h, w), on any device
                          "labels and scores of each image are needed")
     relations = relations.detach().float()
     size = tuple(n * stride for n in relations.shape[-2:])
-    nothing = torch.zeros(0, 2), torch.zeros(0, relations.shape[1])
+    asked = isinstance(relations, PairFields)
+    n_predicates = relations.head.n_predicates if asked else relations.shape[1]
+    nothing = torch.zeros(0, 2), torch.zeros(0, n_predicates)
     nodes = [Prediction(*(torch.as_tensor(part).cpu() for part in image), *nothing, size)
              for image in objects]
     objects = [(node.boxes, node.labels, node.scores) for node in nodes]
-    candidate = candidates(relations, stride) if reading.relations == 'votes' else None
+    votes = reading.relations == 'votes' and not asked
+    candidate = candidates(relations, stride) if votes else None
     found = _related(relations, candidate, objects, True, False, stride, False, reading, [])
     return [Prediction(*image, *related, size) for image, related in zip(objects, found)]
