@@ -265,7 +265,7 @@ def training_pairs(targets, n_objects, n_predicates, negatives=NEGATIVES, jitter
     return Asked(asked, carries)
 
 def split_asked(asked, pictures:int, parts:int):
-    "What is `Asked` of a batch of so many `pictures`, as a list for `parts` of it, as `Tensor.tensor_split` makes them."
+    "A list of what is `Asked` of each of `parts` of a batch of so many `pictures`, as `Tensor.tensor_split` makes them."
     (boxes, classes, image, subject, target), carries = asked
     sizes = [len(part) for part in torch.arange(pictures).tensor_split(parts)]
     edges = torch.tensor([0, *np.cumsum(sizes)], device=image.device)

@@ -76,7 +76,7 @@ def _figure(figures, task):
     return (figures['R@50'] + figures.get('P@5', figures['R@50'])) / 2
 
 def choose_reading(model, dataset, prior, start,
-                   relations:str=None,  # 'votes', 'lines' or 'chosen'; None: those of `start`; a head of pairs has its own
+                   relations:str=None,  # 'votes', 'lines' or 'chosen'; None: of `start`. Pairs have their own
                    suppress:str=None,  # 'none', 'hard', 'soft' or 'chosen'; None: that of `start`
                    **options):  # of `KeptFields`
     """The `Reading` by which `model` reads the pictures of `dataset` best, from `start` on, with the
