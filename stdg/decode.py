@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOOR', 'cell_grid', 'ideal_output', 'peaks', 'detect', 'candidates', 'associate', 'relate', 'hungarian_match',
-           'peak_at', 'classify', 'decode_tasks', 'decode_batch', 'decode', 'decode_given']
+           'peak_at', 'classify', 'rank_pairs', 'decode_tasks', 'decode_batch', 'decode', 'decode_given']
 
 # %% ../nbs/method/08_decode.ipynb #imports
 import torch
@@ -197,6 +197,9 @@ def _check_relations(relations, reading):
     asked = isinstance(relations, PairFields)
     if not asked and (relations.ndim != 5 or relations.shape[2] != 7):
         raise ValueError(f"relation fields {tuple(relations.shape[1:])}: (P, 7, h, w) is needed")
+    if asked and reading.relations == 'lines':
+        raise ValueError("reading: relations is 'lines', and the network is asked about pairs, which is the only "
+                         "way to read it: relations='pairs'")
     if not asked and reading.relations == 'pairs':
         raise ValueError("reading: relations is 'pairs', and the network has fields; read them by 'lines' or "
                          "'votes', or train one with relation='pairs'")
@@ -245,9 +248,9 @@ def _surest(scores, counts, most):
     there = there.gather(1, surest)
     return surest, (there[:, :, None] & there[:, None, :]).triu(1).nonzero(as_tuple=True)
 
-def _ranked(image, subject, target, table, objects, reading):
-    """`table` (Q, P) weighed with the prior and the objects' scores, pairs best first: for each image what
-    `relate` gives.
+def rank_pairs(image, subject, target, table, objects, reading):
+    """`table` (Q, P) of the pairs `subject` and `target` (Q,) of objects of the images `image` (Q,), weighed
+    with the prior and the objects' scores, pairs best first: for each image what `relate` gives.
 
     `objects` are the boxes, labels and scores of each image."""
     _, labels, scores = (pad_sequence(part, True).to(table.device) for part in zip(*objects))
@@ -270,7 +273,7 @@ def _by_pairs(relations, objects, most, stride, reading):
     used, row = torch.cat([image * n + subject, image * n + target]).unique(return_inverse=True)
     classes = F.one_hot(labels.flatten()[used], relations.head.n_objects).float()
     pairs = Pairs(boxes.flatten(0, 1)[used].float() / stride, classes, used // n, *row.view(2, -1))
-    return _ranked(image, subject, target, relations.ask(pairs)[0], objects, reading)
+    return rank_pairs(image, subject, target, relations.ask(pairs)[0], objects, reading)
 
 def _by_lines(relations, objects, most, stride, reading, known):
     """As `relate` gives them: all ordered pairs of the `most` surest objects, read along their
@@ -284,7 +287,7 @@ def _by_lines(relations, objects, most, stride, reading, known):
     if not known or not all(map(torch.equal, known[0], question)):
         known[:] = question, line_scores(relations, *question, reading.tau)
     one, other = surest[image, one], surest[image, other]
-    return _ranked(image.repeat(2), torch.cat([one, other]), torch.cat([other, one]),
+    return rank_pairs(image.repeat(2), torch.cat([one, other]), torch.cat([other, one]),
                    known[1].flatten(0, 1), objects, reading)
 
 def _weighed(found, objects, most, reading):
@@ -302,7 +305,7 @@ def _weighed(found, objects, most, reading):
         row = (every.flatten().cumsum(0) - 1).view_as(every)[image, subject, target]
         image, subject, target = every.nonzero(as_tuple=True)
         table = table.new_zeros(len(image), table.shape[1]).index_copy_(0, row, table)
-    return _ranked(image, subject, target, table, objects, reading)
+    return rank_pairs(image, subject, target, table, objects, reading)
 
 def _related(relations, candidate, objects, given, filtered, stride, released, reading, known):
     "Pairs and scores of predicates of each image, as `reading` says. `given`: the boxes are."
