@@ -50,7 +50,11 @@ def _check_reading(facts, config):
         if (shape := facts['prior'].get('shape')) != known:
             raise ValueError(f"the prior counts classes, classes and predicates {one_line(shape)}, "
                              f"the network knows {known}")
-    Reading.from_facts(facts)
+    way = Reading.from_facts(facts)
+    head = config.get('relation', 'fields')
+    if 'relations' in facts.get('reading', {}) and (way.relations == 'pairs') != (head == 'pairs'):
+        raise ValueError(f"reading: relations is {way.relations!r}, and the network's relation head is {head!r}; "
+                         "'pairs' and nothing else reads a head of pairs")
 
 def check_facts(facts, config):
     "Raise `ValueError` for `facts` that do not fit a network of this `config`."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOOR', 'cell_grid', 'ideal_output', 'peaks', 'detect', 'candidates', 'associate', 'relate', 'hungarian_match',
-           'peak_at', 'classify', 'decode_tasks', 'decode_batch', 'decode', 'decode_given']
+           'peak_at', 'classify', 'rank_pairs', 'decode_tasks', 'decode_batch', 'decode', 'decode_given']
 
 # %% ../nbs/method/08_decode.ipynb #imports
 import torch
@@ -150,10 +150,8 @@ def relate(candidate,  # what `candidates` gives
 
 # %% ../nbs/method/08_decode.ipynb #match
 def hungarian_match(boxes, others):
-    """One-to-one matches of overlap above 0.5 between `boxes` (N, 4) and `others` (M, 4), on the
-    CPU: two index tensors.
-
-    Source: method spec 8.4."""
+    """One-to-one matches of overlap above 0.5 between `boxes` (N, 4) and `others` (M, 4), on the CPU: two
+    index tensors. Source: method spec 8.4."""
     pixel = torch.tensor([0, 0, 1, 1])
     overlap = box_iou((boxes + pixel).double(), (others + pixel).double())
     matched = linear_sum_assignment(1 - overlap.where(overlap > 0, -1))
@@ -162,8 +160,7 @@ def hungarian_match(boxes, others):
     return ours[good], theirs[good]
 
 def peak_at(heatmap, centres):
-    """Class and value of the highest peak within one cell of `centres` (N, 2), in cells, on
-    `heatmap` (C, h, w)."""
+    "Class and value of the highest peak within one cell of `centres` (N, 2), in cells, on `heatmap` (C, h, w)."
     h, w = heatmap.shape[1:]
     around = torch.tensor([-1, 0, 1], device=heatmap.device)
     column = centres[:, 0].long().clamp(0, w - 1)[:, None] + around
@@ -197,9 +194,10 @@ def _check_relations(relations, reading):
     asked = isinstance(relations, PairFields)
     if not asked and (relations.ndim != 5 or relations.shape[2] != 7):
         raise ValueError(f"relation fields {tuple(relations.shape[1:])}: (P, 7, h, w) is needed")
-    if not asked and reading.relations == 'pairs':
-        raise ValueError("reading: relations is 'pairs', and the network has fields; read them by 'lines' or "
-                         "'votes', or train one with relation='pairs'")
+    if reading.relations == ('lines' if asked else 'pairs'):
+        raise ValueError(f"reading: relations is {reading.relations!r}, and the network has "
+                         f"{'a head of' if asked else 'fields, no'} pairs; it is read by "
+                         f"{'pairs' if asked else 'lines or votes'} alone")
     _check_finite('relation', relations.values if asked else relations)
     n_predicates = relations.head.n_predicates if asked else relations.shape[1]
     known = reading.table.counts.shape[2] if reading.has_prior else n_predicates
@@ -221,14 +219,12 @@ def _check(detections, relations, tasks, truths, stride, reading):
                          f"relation {tuple(relations.shape)}; batch and cells must be the same")
     _check_finite('detection', detections)
     given = [task for task in tasks if task != 'sgdet']
-    if given and (truths is None or len(truths) != len(detections)
-                  or any(t is None for t in truths)):
-        raise ValueError(f"{given[0]} needs the true boxes: give truth, a SceneGraph for each "
-                         "image")
+    if given and (truths is None or len(truths) != len(detections) or any(t is None for t in truths)):
+        raise ValueError(f"{given[0]} needs the true boxes: give truth, a SceneGraph for each image")
     for truth in truths if given else ():
         if len(truth) and int(truth.labels.max()) >= detections.shape[1] - 4:
-            raise ValueError(f"truth has label {int(truth.labels.max())}, "
-                             f"the fields have {detections.shape[1] - 4} classes")
+            raise ValueError(f"truth has label {int(truth.labels.max())}, the fields have "
+                             f"{detections.shape[1] - 4} classes")
         if truth.size and field_size(truth.size, stride) != tuple(detections.shape[-2:]):
             raise ValueError(f"truth is of an image of {truth.size} pixels, "
                              f"at stride {stride} {field_size(truth.size, stride)} cells; "
@@ -245,9 +241,9 @@ def _surest(scores, counts, most):
     there = there.gather(1, surest)
     return surest, (there[:, :, None] & there[:, None, :]).triu(1).nonzero(as_tuple=True)
 
-def _ranked(image, subject, target, table, objects, reading):
-    """`table` (Q, P) weighed with the prior and the objects' scores, pairs best first: for each image what
-    `relate` gives.
+def rank_pairs(image, subject, target, table, objects, reading):
+    """`table` (Q, P) of the pairs `subject` and `target` (Q,) of objects of the images `image` (Q,), weighed
+    with the prior and the objects' scores, pairs best first: for each image what `relate` gives.
 
     `objects` are the boxes, labels and scores of each image."""
     _, labels, scores = (pad_sequence(part, True).to(table.device) for part in zip(*objects))
@@ -270,7 +266,7 @@ def _by_pairs(relations, objects, most, stride, reading):
     used, row = torch.cat([image * n + subject, image * n + target]).unique(return_inverse=True)
     classes = F.one_hot(labels.flatten()[used], relations.head.n_objects).float()
     pairs = Pairs(boxes.flatten(0, 1)[used].float() / stride, classes, used // n, *row.view(2, -1))
-    return _ranked(image, subject, target, relations.ask(pairs)[0], objects, reading)
+    return rank_pairs(image, subject, target, relations.ask(pairs)[0], objects, reading)
 
 def _by_lines(relations, objects, most, stride, reading, known):
     """As `relate` gives them: all ordered pairs of the `most` surest objects, read along their
@@ -284,7 +280,7 @@ def _by_lines(relations, objects, most, stride, reading, known):
     if not known or not all(map(torch.equal, known[0], question)):
         known[:] = question, line_scores(relations, *question, reading.tau)
     one, other = surest[image, one], surest[image, other]
-    return _ranked(image.repeat(2), torch.cat([one, other]), torch.cat([other, one]),
+    return rank_pairs(image.repeat(2), torch.cat([one, other]), torch.cat([other, one]),
                    known[1].flatten(0, 1), objects, reading)
 
 def _weighed(found, objects, most, reading):
@@ -302,7 +298,7 @@ def _weighed(found, objects, most, reading):
         row = (every.flatten().cumsum(0) - 1).view_as(every)[image, subject, target]
         image, subject, target = every.nonzero(as_tuple=True)
         table = table.new_zeros(len(image), table.shape[1]).index_copy_(0, row, table)
-    return _ranked(image, subject, target, table, objects, reading)
+    return rank_pairs(image, subject, target, table, objects, reading)
 
 def _related(relations, candidate, objects, given, filtered, stride, released, reading, known):
     "Pairs and scores of predicates of each image, as `reading` says. `given`: the boxes are."
@@ -388,8 +384,8 @@ def decode_given(relations,  # (B, P, 7, h, w), on any device
     infinity."""
     _check_relations(relations, reading)
     if len(objects) != len(relations):
-        raise ValueError(f"objects of {len(objects)} images for fields of {len(relations)}: boxes, "
-                         "labels and scores of each image are needed")
+        raise ValueError(f"objects of {len(objects)} images for fields of {len(relations)}: boxes, labels and "
+                         "scores of each image are needed")
     relations = relations.detach().float()
     size = tuple(n * stride for n in relations.shape[-2:])
     asked = isinstance(relations, PairFields)

@@ -307,8 +307,11 @@ class STDG(nn.Module):
                              f"{needed!r}, this one in {teacher.mode!r}")
         mine, theirs = _numbers(self), _numbers(teacher)
         if mine != theirs:
-            different = sorted(k for k in mine if mine[k] != theirs.get(k))
-            raise ValueError(f"teacher and student differ in {different}")
+            different = sorted(k for k in mine | theirs if mine.get(k) != theirs.get(k))
+            own, other = (one.config.get('relation', 'fields') for one in (self, teacher))
+            hint = '' if own == other else (f": the teacher's relation head is {other!r}, the student's {own!r}. "
+                                            f"Take a teacher with relation={own!r}, or set relation to {other!r}")
+            raise ValueError(f"teacher and student differ in {different}{hint}")
         self.teacher.load_state_dict(teacher.network.state_dict())
 
     def _check_has_teacher(self):

@@ -196,7 +196,7 @@ class PairHead(nn.Module):
         "What is known of each box (N, 32 + D): its classes, and the mean of nine places in it."
         boxes = pairs.boxes
         places = _centre(boxes)[:, None] + self.inside * _size(boxes)[:, None] / 2
-        weights = places.new_full((len(boxes), 1, len(self.inside)), 1 / len(self.inside))
+        weights = places.new_full((boxes.shape[0], 1, len(self.inside)), 1 / len(self.inside))
         return torch.cat([self.embedding(pairs.classes), read_points(values, pairs.image, places[:, None], weights)], 1)
 
     def answer(self, values, pairs):

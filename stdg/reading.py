@@ -362,9 +362,12 @@ def suppress(boxes, scores,  # (..., N, 4) in pixels; (..., N), at least 0
         raise ValueError(f"suppress: how is {how!r}; it is one of {', '.join(SUPPRESS)}")
     overlaps = _overlaps(boxes.float())
     if how == 'soft': return _soften(scores, overlaps, overlap)
-    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    beats = (overlaps > overlap) & (rank[..., :, None] < rank[..., None, :])
-    stays, before = torch.ones_like(scores, dtype=torch.bool), None
-    while before is None or not torch.equal(stays, before):
+    n, exported = scores.shape[-1], torch.compiler.is_exporting()
+    earlier = torch.ones(n, n, dtype=torch.bool, device=scores.device).triu(1)
+    one, other = scores[..., :, None], scores[..., None, :]
+    beats = (overlaps > overlap) & ((one > other) | (one == other) & earlier)
+    stays = torch.ones_like(scores, dtype=torch.bool)
+    for _ in range(n):  # no chain is longer; an exported graph has no way to stop earlier
         before, stays = stays, ~(beats & stays[..., :, None]).any(-2)
+        if not exported and torch.equal(stays, before): break
     return scores * stays

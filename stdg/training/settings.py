@@ -216,6 +216,19 @@ def _few_pictures(settings):
     if settings.validate_every and not settings.n_val and not settings.hold_out:
         yield f"validate_every is {settings.validate_every}, but n_val and hold_out are both 0"
 
+def _of_other_heads(settings):
+    "What in `settings` is of another relation head than theirs, or leaves nothing to teach; sentences."
+    asks = settings.relation == 'pairs'
+    if settings.balance and not asks:
+        yield f"balance is {settings.balance}, and relation 'fields': it is for a head of pairs, relation: pairs"
+    own = ('relation_predicate', 'relation_related')
+    if odd := [name for name in settings.loss_weights if name.startswith('relation') and (name in own) != asks]:
+        yield f"loss_weights: there is no {odd[0]!r} in the loss of a head of {settings.relation}"
+    of_heads = [part for part in settings.taught_parts if part.startswith('detection')]
+    if asks and settings.teach == 'features' and not of_heads:
+        yield ("teach is 'features', and taught_parts name no part of 'detection': a head of pairs has no "
+               "features of its own to copy. Teach its offsets")
+
 def _disagreements(settings):
     "What does not go together in `settings`, sentences."
     if not settings.data.strip():
@@ -227,6 +240,7 @@ def _disagreements(settings):
     if settings.validate_every and settings.best not in FIGURES:
         yield (f"best is {settings.best!r}; a figure such as 'sgdet/R@50' or 'AP50' is needed"
                f"{near(settings.best, FIGURES)}")
+    yield from _of_other_heads(settings)
     if settings.patience and not settings.validate_every:
         yield f"patience is {settings.patience}, but validate_every is 0: nothing is validated"
 

@@ -147,7 +147,7 @@ class Lesson:
     count, and a head of pairs is taught if any part of 'relation' is among them. The mean is over
     `pictures`, an iterable of batches that the teacher reads, each with its pairs or None.
 
-    Raises `ValueError` for a mean of no pictures."""
+    Raises `ValueError` for a mean of no pictures, and for features where no head that has any is taught."""
     def __init__(self, teacher, kind='offsets', parts=PARTS, pictures=()):
         self.teacher, self.kind, self.field = teacher, kind, None
         self.heads = [name for name in ('detection', 'relation') if any(part.startswith(name) for part in parts)]
@@ -157,6 +157,9 @@ class Lesson:
             self.heads = [name for name in self.heads if name == 'detection']  # no other pre-head
             self.left_out = [(0, channels) for head, channels in self.left_out if not head]
         self.asks = not {'relation 1', 'relation 2'}.isdisjoint(parts)
+        if kind == 'features' and not self.heads:
+            raise ValueError(f"teach='features', taught_parts={[*parts]}: a head of pairs has no features of its own "
+                             "to copy. Name a part of 'detection', or teach offsets")
         if kind == 'mean' and teacher is not None: self.field = self._mean(pictures)
 
     @torch.no_grad()
