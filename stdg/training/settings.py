@@ -53,7 +53,7 @@ class Settings:
     backbone: str = 'small'  # 'small', 'resnet50', 'swin_s' or any name of timm
     pretrained: bool = True  # start from ImageNet
     weights: str = ''  # a local file of ImageNet weights, for machines that cannot fetch them
-    relation: str = 'fields'  # head of relations: 'fields' as published, or 'pairs', asked about pairs of boxes
+    relation: str = 'pairs'  # head of relations: asked about 'pairs' of boxes, or 'fields' as published
 
     # Optimisation: AdamW
     epochs: int = 4  # passes over the training pictures, in each stage
