@@ -266,7 +266,7 @@ def training_pairs(targets, n_objects, n_predicates, negatives=NEGATIVES, jitter
     return Asked(asked, carries)
 
 def split_asked(asked, pictures:int, parts:int):
-    "A list of what is `Asked` of each of `parts` of a batch of so many `pictures`, as `Tensor.tensor_split` makes them."
+    "What is `Asked` of each of `parts` of a batch of so many `pictures`, split as by `Tensor.tensor_split`: a list."
     (boxes, classes, image, subject, target), carries = asked
     sizes = [len(part) for part in torch.arange(pictures).tensor_split(parts)]
     edges = torch.tensor([0, *np.cumsum(sizes)], device=image.device)
