@@ -104,7 +104,8 @@ def test_a_network_of_fields_is_shown_as_before(here):
     near = lambda ours, own: ours.shape == tuple(own.shape) and np.allclose(ours, own, atol=1e-4)
     assert near(reading.confidence, relation[0, :, 0]) and near(reading.heat, detection[0, :-4])
     assert near(reading.offsets['student'], torch.cat(own)) and near(reading.offsets['teacher'], torch.cat(theirs))
-    assert near(reading.output[1], relation) and reading.pair_fields == {} and sampled(reading, reading.truth, [[0, 1]]) == {}
+    assert near(reading.output[1], relation)
+    assert reading.pair_fields == {} == sampled(reading, reading.truth, [[0, 1]])
 
 
 def test_each_task_and_reading_of_a_head_of_pairs(here):
@@ -195,7 +196,8 @@ def test_a_figure_says_what_is_wrong_and_shows_names_as_they_are(here):
     figure = draw.sampling(picture, reading.truth, bad, reading.pair_fields, [[0, 1, 0], [1, 0, 1]], stride=8)
     figure.canvas.draw()
     assert figure.axes[0].get_title().startswith('$\\frac{1}{0}$ <b> b c') and len(figure.axes) == 4
-    for networks, rows, why in (({}, [[0, 1, 0]], '1 pairs and 0 networks'), (reading.pair_fields, [[0, 0, 0]], 'itself'),
+    for networks, rows, why in (({}, [[0, 1, 0]], '1 pairs and 0 networks'),
+                                (reading.pair_fields, [[0, 0, 0]], 'itself'),
                                 (reading.pair_fields, [[0, 2, 0]], 'rows 0 to 2 of 2 boxes')):
         with pytest.raises(ValueError, match=why):
             draw.sampling(picture, reading.truth, TOY_VOCABULARY, networks, rows, stride=8)
