@@ -111,7 +111,7 @@ def seen():
 
 @pytest.mark.parametrize('reading', [PUBLISHED, Reading('pairs', suppress='hard', overlap=.3, objects=20),
                                      Reading('pairs', suppress='soft', power=2., prior=.5, table=PRIOR),
-                                     Reading('pairs', prior=1., prior_detected=.25, table=PRIOR, objects=1000)])
+                                     Reading('pairs', prior=1., prior_detected=.25, table=PRIOR, objects=60)])
 def test_the_table_of_all_pairs_is_what_the_decoder_gives(seen, reading):
     model, pictures = seen
     with torch.no_grad():
