@@ -100,7 +100,7 @@ class PairPrior:
 # %% ../nbs/method/16_reading.ipynb #reading
 FIELD_READINGS = 'votes', 'lines'
 RELATIONS, SUPPRESS = (*FIELD_READINGS, 'pairs'), ('none', 'hard', 'soft')
-_REALS = dict(tau=(0, 1000), power=(1, 100), overlap=(0, 1), prior=(0, 100),
+_REALS = dict(tau=(0, 1000), related=(0, 100), power=(1, 100), overlap=(0, 1), prior=(0, 100),
               prior_detected=(0, 100), epsilon=(0, 1))
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class Reading:
     Raises `ValueError` for a value that cannot be meant, and for a prior without a table."""
     relations: str = 'votes'  # or 'lines'; 'pairs' of a head of pairs, which knows no other way
     tau: float = 4.  # lines: cells
+    related: float = 0.  # pairs: power of the score of being related at all
     objects: int = 40  # lines, pairs: the surest detections that form pairs
     power: float = 1.  # of the objects' scores in that of a triplet
     suppress: str = 'none'  # or 'hard', 'soft': boxes of one thing, over all classes

@@ -123,7 +123,7 @@ class Deployed(nn.Module):
         return boxes, labels, scores, counts, predicates, confidences, points, ends
 
 # %% ../../nbs/inference/05_export.ipynb #pair-tables
-def pair_table(fields, boxes, labels, stride:int):
+def pair_table(fields, boxes, labels, stride:int, related:float=0.):
     """What `stdg.pairs.PairFields` of B pictures say of all ordered pairs of objects, `boxes` (B, M, 4) in
     pixels and `labels` (B, M): the scores (B, M, M, P) by subject, object and predicate; 0 on the
     diagonal."""
@@ -135,7 +135,7 @@ def pair_table(fields, boxes, labels, stride:int):
     classes = F.one_hot(labels.flatten(), head.n_objects).float()
     pairs = Pairs(boxes.flatten(0, 1) / stride, classes, image.flatten(), (first + subject).flatten(),
                   (first + target).flatten())
-    scores = pair_scores(head.answer(fields.values, pairs).logits).view(b, m * m, -1)
+    scores = pair_scores(head.answer(fields.values, pairs).logits, related).view(b, m * m, -1)
     return (scores * (subject != target)[:, None]).view(b, m, m, -1)
 
 def _best_first(scores, *others):
@@ -170,7 +170,8 @@ class DeployedPairs(nn.Module):
             scores = suppress(boxes, scores, self.reading.suppress, self.reading.overlap)
             scores, boxes, labels = _best_first(scores, boxes, labels)
         m = min(self.reading.objects, scores.shape[1])
-        return boxes, labels, scores, pair_table(fields, boxes[:, :m], labels[:, :m], self.network.stride)
+        table = pair_table(fields, boxes[:, :m], labels[:, :m], self.network.stride, self.reading.related)
+        return boxes, labels, scores, table
 
 def finish_pairs(boxes, labels, scores, table,  # of `PAIR_NAMES`, of one picture
                  reading=PUBLISHED,  # the `Reading` of the network

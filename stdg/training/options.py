@@ -25,7 +25,8 @@ _FREE = ('epochs', 'steps', 'accumulate', 'recompute', 'compile', 'sync_bn', 'wo
          'validate_every', 'best', 'patience', 'keep', 'save_minutes', 'skip', 'trackers')
 OPTIONS = _FIXED + _FREE  # the parameters in `Settings` that `fit` takes
 # so it was before there was a choice
-_EARLIER = ('schedule', 'steps'), ('loss_weights', {}), ('teach', 'offsets'), ('taught_parts', [*PARTS]), ('balance', 0.0)
+_EARLIER = ('schedule', 'steps'), ('loss_weights', {}), ('teach', 'offsets'), ('taught_parts', [*PARTS]), \
+    ('balance', 0.)
 
 def read_options(values):
     """`Settings` with these `values`.

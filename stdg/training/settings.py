@@ -53,7 +53,7 @@ class Settings:
     backbone: str = 'small'  # 'small', 'resnet50', 'swin_s' or any name of timm
     pretrained: bool = True  # start from ImageNet
     weights: str = ''  # a local file of ImageNet weights, for machines that cannot fetch them
-    relation: str = 'fields'  # head of relations: 'fields' as published, or 'pairs', asked about pairs of boxes
+    relation: str = 'pairs'  # head of relations: asked about 'pairs' of boxes, or 'fields' as published
 
     # Optimisation: AdamW
     epochs: int = 4  # passes over the training pictures, in each stage
@@ -92,7 +92,7 @@ class Settings:
     teach: str = 'offsets'  # what a student copies: the teacher's 'offsets', their 'mean' field, its 'features'
     taught_parts: list = _default(*PARTS)  # of which deformable convolutions
     teacher_pictures: str = ''  # a database of the same pictures, which a teacher of colours sees instead
-    unlabelled: float = 0.0  # share of their weight that cells between unrelated objects (or pairs) lose as negatives
+    unlabelled: float = 0.0  # share of their weight that unrelated objects lose as negatives
     balance: float = 0.0  # pairs: how far rare predicates are brought forward; 1: as if all were equally frequent
     device: str = ''  # 'cpu' or 'cuda'; '': a GPU if there is one
     accumulate: int = 1  # parts of a batch, one after the other, to save memory; batch norms see the parts
@@ -152,8 +152,8 @@ ALLOWED = dict(
     suppress=Choice((*SUPPRESS, 'chosen')), prior=Flag(), untrained=Flag(), pictures=Flag(),
     # Rarer options
     teach=Choice(LESSONS),
-    taught_parts=Many(Choice(PARTS), 1, distinct=True), teacher_pictures=Text(), unlabelled=Real(0, 1), balance=Real(0, 4),
-    device=Device(),
+    taught_parts=Many(Choice(PARTS), 1, distinct=True), teacher_pictures=Text(), unlabelled=Real(0, 1),
+    balance=Real(0, 4), device=Device(),
     accumulate=Whole(1), compile=Flag(), sync_bn=Flag(), clip=Real(0),
     skip=Whole(), released=Flag(), validate_images=Whole(), best=Text(empty=False),
     patience=Whole(), keep=Whole(), save_minutes=Real(0),
