@@ -93,6 +93,7 @@ class Settings:
     teacher_pictures: str = ''  # a database of the same pictures, which a teacher of colours sees instead
     unlabelled: float = 0.0  # share of their weight that cells between unrelated objects lose as negatives
     device: str = ''  # 'cpu' or 'cuda'; '': a GPU if there is one
+    teacher_memory: float = 1.0  # GiB for what a teacher said of pictures that come again as they were (on CPUs)
     accumulate: int = 1  # parts of a batch, one after the other, to save memory; batch norms see the parts
     compile: bool = False  # by torch.compile; pays in long runs on a GPU
     sync_bn: bool = False  # batch norms count over all GPUs
@@ -150,7 +151,7 @@ ALLOWED = dict(
     # Rarer options
     teach=Choice(LESSONS),
     taught_parts=Many(Choice(PARTS), 1, distinct=True), teacher_pictures=Text(), unlabelled=Real(0, 1), device=Device(),
-    accumulate=Whole(1), compile=Flag(), sync_bn=Flag(), clip=Real(0),
+    teacher_memory=Real(0), accumulate=Whole(1), compile=Flag(), sync_bn=Flag(), clip=Real(0),
     skip=Whole(), released=Flag(), validate_images=Whole(), best=Text(empty=False),
     patience=Whole(), keep=Whole(), save_minutes=Real(0),
     trackers=Many(Choice(('tensorboard', 'wandb')), distinct=True), told=Flag())

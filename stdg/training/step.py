@@ -25,6 +25,7 @@ from ..io.files import write_json
 from ..io.tensors import TensorFile, save_tensors
 from ..model import STDG
 from .distributed import all_reduce, rank_and_world
+from .kept import Kept
 from .log import Stopwatch
 from .settings import PARTS
 
@@ -134,15 +135,17 @@ class Lesson:
 
     `kind` is 'offsets' (B, 36, h, w) as published, 'mean', the same field for every picture, or
     'features' (B, C, h, w) of the pre-heads; `parts` are some of `PARTS`, of features only the heads
-    count. The mean is over `pictures`, an iterable of batches that the teacher reads.
+    count. The mean is over `pictures`, an iterable of batches that the teacher reads. Offsets are kept in
+    up to `room` bytes, so that those of a picture that comes again are not computed again (`12_kept`).
 
     Raises `ValueError` for a mean of no pictures."""
-    def __init__(self, teacher, kind='offsets', parts=PARTS, pictures=()):
+    def __init__(self, teacher, kind='offsets', parts=PARTS, pictures=(), room=0):
         self.teacher, self.kind, self.field = teacher, kind, None
         self.heads = [name for name in ('detection', 'relation') if any(part.startswith(name) for part in parts)]
         self.left_out = [(head, slice(18 * (2 - number), 18 * (3 - number))) for head, name in
                          enumerate(('detection', 'relation')) for number in (1, 2) if f'{name} {number}' not in parts]
         if kind == 'mean' and teacher is not None: self.field = self._mean(pictures)
+        self.offsets = teacher and (Kept(teacher.offsets, room) if room else teacher.offsets)
 
     @torch.no_grad()
     def _mean(self, pictures):
@@ -157,7 +160,7 @@ class Lesson:
         if self.kind == 'features':
             with self.listening(self.teacher) as heard: self.teacher(pictures)
             return heard
-        if self.field is None: offsets = self.teacher.offsets(pictures)
+        if self.field is None: offsets = self.offsets(pictures)
         else: offsets = [part.expand(len(pictures), -1, -1, -1).clone() for part in self.field]
         for head, channels in self.left_out: offsets[head][:, channels] = _FAR
         return offsets
