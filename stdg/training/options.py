@@ -20,7 +20,7 @@ _FIXED = ('batch_size', 'lr', 'lr_backbone', 'weight_decay', 'warm_up', 'schedul
           'loss_weights', 'teach', 'taught_parts', 'clip', 'precision', 'released', 'seed')
 _FREE = ('epochs', 'steps', 'accumulate', 'recompute', 'compile', 'sync_bn', 'workers',
          'validate_every', 'best', 'patience', 'keep', 'save_minutes', 'skip', 'trackers',
-         'teacher_memory')
+         'teacher_memory', 'look', 'beside')
 OPTIONS = _FIXED + _FREE  # the parameters in `Settings` that `fit` takes
 # so it was before there was a choice
 _EARLIER = ('schedule', 'steps'), ('loss_weights', {}), ('teach', 'offsets'), ('taught_parts', [*PARTS])

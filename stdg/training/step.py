@@ -203,7 +203,7 @@ def check_step(settings, processes=None, device=None):
                          f"the pictures, so 1 to {most} parts. Lower accumulate, or take a larger "
                          "batch")
     if settings.compile and settings.recompute:
-        raise ValueError('compile=True and recompute=True: torch.compile cannot see through blocks '
+        raise ValueError(f'compile={settings.compile} and recompute=True: torch.compile cannot see through blocks '
                          'that are computed twice. Choose one: compile for speed, recompute (or '
                          'accumulate) for memory')
     if settings.sync_bn and processes > 1 and choose_device(device).type != 'cuda':
@@ -241,12 +241,16 @@ class TrainStep:
     optimiser's step, or `drop()` leaves it out. `watch` is the `Stopwatch` of the parts. `clip` is
     the largest norm of the gradient, 0 for any; `weights` are factors of the terms of the loss by
     name, 1 where there is none; `lesson` is the `Lesson` that a student is given, None for the
-    teacher's offsets.
+    teacher's offsets; `beside`: a GPU computes the teacher's pass beside the student's.
+
+    Or nobody waits for the device: `launch(batch)` instead of `gradient`, `guard` with its numbers, and
+    `apply()`; `told` says later what `gradient` would have said. From the first step on that is not
+    finite, no weight, moment or count of steps changes any more.
 
     Raises `ValueError` for an unknown precision, `sync_bn` of several processes on CPUs, or a batch
     of fewer pictures than parts."""
     def __init__(self, model, optimiser, accumulate=1, precision='float32', clip=0., sync_bn=False,
-                 weights=None, lesson=None):
+                 weights=None, lesson=None, beside=False):
         _check_precision(precision)
         self.weights, self.lesson = weights or {}, lesson or Lesson(model.teacher)
         self.model, self.optimiser, self.parts, self.clip = model, optimiser, accumulate, clip
@@ -256,6 +260,8 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == 'float16')
         self.network = _wrapped(model.network, device, sync_bn)
         self.learnt = [p for group in optimiser.param_groups for p in group['params']]
+        self.halted = None  # 1 on the device from the first step on that was not finite
+        self.stream = torch.cuda.Stream(device) if beside and device.type == 'cuda' else None
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -266,6 +272,11 @@ class TrainStep:
         `terms` are those of `terms_of` times their weights, as floats; `facts` are `loss`, their
         sum, `grad_norm` before clipping and, with a teacher of offsets, `taught_share`, the share of
         its offsets that is worth copying. The gradients stand in `.grad` of the parameters, clipped."""
+        return self.told(self.launch(batch).tolist())
+
+    def launch(self, batch):
+        """The numbers of `gradient`, a tensor on the device: the sums of the terms, the norm of the gradient,
+        the share that is taught. Nothing waits for the device."""
         own, other, targets = network_inputs(self.model, batch)
         if len(own) < self.parts:
             raise ValueError(f"accumulate={self.parts}: this batch has {len(own)} pictures, fewer "
@@ -273,7 +284,8 @@ class TrainStep:
         self.watch.lap('data')
         taught = self._teach(other)
         by_offsets = self.lesson.kind != 'features'
-        counts, share = _whole_counts(targets, taught if by_offsets else [None])
+        self.has_share = other is not None and by_offsets
+        if self.stream is None: counts, share = _whole_counts(targets, taught if by_offsets else [None])
         self.watch.lap('teacher')
         world, totals = rank_and_world()[1], 0
         pictures = len(own) * world
@@ -282,6 +294,9 @@ class TrainStep:
             with self.network.no_sync() if world > 1 and not last else nullcontext():
                 with self.autocast(), self.lesson.listening(self.model.network) as heard:
                     fields = self.network(_part(own, i, self.parts))
+                if self.stream is not None and not i:
+                    self._join(taught)
+                    counts, share = _whole_counts(targets, taught if by_offsets else [None])
                 terms = terms_of(fields, _part(targets, i, self.parts), taught[i] if by_offsets else None, counts)
                 if heard: terms['teaching'] = features_loss(heard, taught[i], pictures)
                 terms |= {name: terms[name] * k for name, k in self.weights.items() if name in terms}
@@ -290,19 +305,38 @@ class TrainStep:
                 self.watch.lap('backward')
             totals = totals + torch.stack(list(terms.values())).detach()
         self.scaler.unscale_(self.optimiser)
-        norm = nn.utils.clip_grad_norm_(self.learnt, self.clip or math.inf)
-        totals = all_reduce(totals)
-        numbers = torch.cat([totals, torch.stack([norm, share]).to(totals)])
-        *sums, norm, share = numbers.tolist()
+        if self.clip: norm = nn.utils.clip_grad_norm_(self.learnt, self.clip)
+        else: norm = nn.utils.get_total_norm([p.grad for p in self.learnt if p.grad is not None])
+        totals, self.names = all_reduce(totals), list(terms)
+        return torch.cat([totals, torch.stack([norm, share]).to(totals)])
+
+    def told(self, numbers):
+        "(terms, facts) of a list of the numbers of `launch`."
+        *sums, norm, share = numbers
         facts = dict(loss=sum(sums), grad_norm=norm)
-        if other is not None and by_offsets: facts['taught_share'] = share
-        return dict(zip(terms, sums)), facts
+        if self.has_share: facts['taught_share'] = share
+        return dict(zip(self.names, sums)), facts
+
+    def guard(self, numbers):
+        """Let the device see whether the `numbers` of `launch` are finite; if not, this step and all that
+        follow change nothing. Not for float16, whose gradient may overflow."""
+        bad = numbers[:-1].isfinite().all().logical_not().to(torch.float32)
+        self.halted = bad if self.halted is None else torch.maximum(self.halted, bad)
+        self.optimiser.found_inf = self.halted
 
     def _teach(self, other):
         "What the teacher teaches, for each part of its input; None for each without a teacher."
         if other is None: return [None] * self.parts
-        with torch.no_grad(), self.autocast():
+        if self.stream is not None: self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.no_grad(), self.autocast(), torch.cuda.stream(self.stream):
             return [self.lesson(_part(other, i, self.parts)) for i in range(self.parts)]
+
+    def _join(self, taught):
+        "Wait on the device, not here, until the teacher's stream has `taught`."
+        here = torch.cuda.current_stream(self.device)
+        here.wait_stream(self.stream)
+        for part in taught:
+            for tensor in part or (): tensor.record_stream(here)
 
     def apply(self):
         "Take the optimiser's step, and clear the gradient."
