@@ -337,7 +337,8 @@ def test_limits_of_lists():
 def test_the_rarer_defaults():
     "Those that stand in no runbook."
     rare = dict(teach='offsets', taught_parts=list(settings.PARTS), teacher_pictures='',
-                unlabelled=0., device='', accumulate=1, compile=False, sync_bn=False, clip=0., skip=0,
+                unlabelled=0., device='', teacher_memory=1.,
+                accumulate=1, compile=False, look=0, beside=False, sync_bn=False, clip=0., skip=0,
                 released=False, validate_images=0, best='sgdet/R@50', patience=0, keep=2,
                 save_minutes=10., trackers=[], told=False)
     assert list(rare) == list(list(settings.parameter_help().values())[-1])

@@ -254,14 +254,14 @@ def _look(run, log):
     was before that step."""
     waiting, run.waiting = run.waiting, []
     if not waiting: return
-    for (done, _, times, facts), numbers in zip(waiting, torch.stack([one[1] for one in waiting]).tolist()):
+    for (done, _, times, place), numbers in zip(waiting, torch.stack([one[1] for one in waiting]).tolist()):
         run.seen, more = run.step.told(numbers)
         if not all(map(math.isfinite, [*run.seen.values(), more['grad_norm']])):
             run.done = done - 1
             run.restore_buffers()
             _not_finite(run, run.seen | dict(grad_norm=more['grad_norm']), _batch_again(run, run.done))
-        place = dict(memory=facts.pop('memory')) if 'memory' in facts else {}
-        log.write(run.stage, done, run.step.watch.read(times) | place, **facts, **more, **run.seen)
+        times = run.step.watch.read(times) | {k: v for k, v in place.items() if k == 'memory'}
+        log.write(run.stage, done, times, lr=place['lr'], **more, **run.seen)
 
 # %% ../../nbs/training/06_loop.ipynb #one-step
 def _queue_step(run, batch):
@@ -275,9 +275,10 @@ def _queue_step(run, batch):
     run.begun = True
     run.done += 1
     run.step.watch.lap('optimiser')
-    facts, place = dict(lr=run.optimiser.param_groups[0]['lr']), run.step.device
-    if place.type == 'cuda': facts['memory'] = torch.cuda.max_memory_allocated(place) / 2**30
-    run.waiting.append((run.done, numbers, run.step.watch.cut(), facts))
+    place = dict(lr=run.optimiser.param_groups[0]['lr'])
+    if run.step.device.type == 'cuda':
+        place['memory'] = torch.cuda.max_memory_allocated(run.step.device) / 2**30
+    run.waiting.append((run.done, numbers, run.step.watch.cut(), place))
 
 def _one_step(run, batch, log):
     "Take one step; returns the terms, of the last step that has been looked at."

@@ -153,7 +153,8 @@ ALLOWED = dict(
     # Rarer options
     teach=Choice(LESSONS),
     taught_parts=Many(Choice(PARTS), 1, distinct=True), teacher_pictures=Text(), unlabelled=Real(0, 1), device=Device(),
-    teacher_memory=Real(0), accumulate=Whole(1), compile=FlagOr(('auto', 'reduce-overhead')), look=Whole(), beside=Flag(), sync_bn=Flag(), clip=Real(0),
+    teacher_memory=Real(0), accumulate=Whole(1), compile=FlagOr(('auto', 'reduce-overhead')),
+    look=Whole(), beside=Flag(), sync_bn=Flag(), clip=Real(0),
     skip=Whole(), released=Flag(), validate_images=Whole(), best=Text(empty=False),
     patience=Whole(), keep=Whole(), save_minutes=Real(0),
     trackers=Many(Choice(('tensorboard', 'wandb')), distinct=True), told=Flag())
