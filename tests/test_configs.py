@@ -297,10 +297,10 @@ WHOLE = dict(seed=(0, 2**62), steps=(0, None), size=(16, 8192), n_train=(1, None
              n_test=(0, None), hold_out=(0, None), overfit=(0, None), epochs=(1, None),
              batch_size=(1, None), devices=(1, None), workers=(0, 1024), validate_every=(0, None),
              accumulate=(1, None), skip=(0, None), validate_images=(0, None), patience=(0, None),
-             keep=(0, None))
+             keep=(0, None), look=(0, None))
 REAL = dict(clutter=(0, 1), unlabelled=(0, 1), lr_backbone=(0, None), weight_decay=(0, None), warm_up=(0, None),
             clip=(0, None), save_minutes=(0, None), lr=('above', None), ema=('above', 1),
-            teacher_share=('above', 1))
+            teacher_share=('above', 1), teacher_memory=(0, None))
 
 
 def test_limits_of_every_number():
