@@ -214,7 +214,7 @@ def predict_one(path, network, writer, output=None, drawing=None, boxes=None, **
 
 # %% ../nbs/commands/03_command_line.ipynb #parser
 SUBPROGRAMS = dict(train='stdg.train', prepare='stdg.prepare', released='stdg.released',
-                   export='stdg.export')
+                   export='stdg.inference.export_command')
 
 def _name(text):
     if text: return text
@@ -273,8 +273,8 @@ def _parser():
                       help='seconds over which scores and boxes are averaged; 0: none')
     clip.add_argument('--every', type=argument(Whole(1)), default=1, help='take each n-th frame')
     _add_common(clip)
-    for name in SUBPROGRAMS:  # these read what follows themselves
-        commands.add_parser(name, help=f'the same as python -m stdg.{name}')
+    for name, module in SUBPROGRAMS.items():  # these read what follows themselves
+        commands.add_parser(name, help=f'the same as python -m {module}')
     return parser
 
 # %% ../nbs/commands/03_command_line.ipynb #main

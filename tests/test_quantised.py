@@ -159,12 +159,21 @@ def test_a_file_of_another_vocabulary_is_refused(made):
         with pytest.raises(ValueError, match=words): Predictor(made/'changed.onnx')
 
 
-def test_what_cannot_be_kept_is_not_written(made):
-    "A bound that half of the layers in float do not reach is an error, and no file is left."
+def test_layers_stay_float_until_the_bound_holds(made):
+    "The worst stay float, the worst first; a bound that half of them do not reach leaves no file."
     model = made/'net.onnx'
     parts = calibration_pictures(made/'toy', OnnxNetwork(model), 64, 2, 1)
     with pytest.raises(ValueError, match='does not bear int8'):
         quantise(model, made/'none.onnx', *parts, bound=1e-9)
+    record = quantise(model, made/'all.onnx', *parts, bound=1)
+    assert not record['kept']
+    bound = .8 * record['change']
+    record = quantise(model, made/'some.onnx', *parts, bound=bound)
+    alone = list(record['kept'].values())
+    assert alone and alone == sorted(alone, reverse=True) and record['change'] <= bound
+    kinds = [[one.data_type for one in onnx.load(made/f'{name}.onnx').graph.initializer].count(
+        onnx.TensorProto.INT8) for name in ('all', 'some')]
+    assert 0 < kinds[1] < kinds[0]
     with pytest.raises(ValueError, match="one of minmax, percentile, entropy"):
         quantise(model, made/'none.onnx', *parts, method='median')
     assert not (made/'none.onnx').exists()

@@ -109,8 +109,9 @@ def _check_onnx(path, device, precision):
                          "leave the precision out")
     return 'cpu'
 
-# %% ../../nbs/inference/02_predictor.ipynb #predictor
+# %% ../../nbs/inference/02_predictor.ipynb #files
 SMALLEST, LARGEST = 32, 8192  # sides of a canvas, pixels
+
 def _file_of(network):
     """The file of a network: itself, or the weights in a shared folder.
 
@@ -142,15 +143,16 @@ def _load(path):
     if path.suffix == '.safetensors': return checkpoint.load_with_facts(path)
     return any_network(path, Vocabulary.visual_genome()), None
 
+# %% ../../nbs/inference/02_predictor.ipynb #predictor
 class Predictor:
     """A network made ready for pictures: call it with a list of (3, H, W) uint8 tensors, get a list
     of `PicturePrediction`.
 
     `network` is a checkpoint's path (.safetensors, a shared folder, .onnx as `stdg export` writes it,
     or a released file), or an `STDG`. `facts` are those of its checkpoint, for a `network` whose
-    file has none. `size` is the side of the canvas in pixels, by default the checkpoint's, or 512. `prior` and `suppress` are as
-    in `read_as`. `precision` is 'float32' or 'bfloat16', which is faster on processors and GPUs that
-    have products of such numbers.
+    file has none. `size` is the side of the canvas in pixels, by default the checkpoint's, or 512.
+    `prior` and `suppress` are as in `read_as`. `precision` is 'float32' or 'bfloat16', which is faster
+    on processors and GPUs that have products of such numbers.
 
     Raises `FileNotFoundError` or `ValueError` naming the file; a depth teacher needs HHA and is
     refused, and so is a `size` outside of `SMALLEST` to `LARGEST` or a `device` that is not there,

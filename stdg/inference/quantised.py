@@ -152,13 +152,15 @@ def _layers(graph):
             if node.op_type in LAYERS and node.input[1] in constants}
 
 def _numbers_to_keep(n):
-    "0, 1, 2, 4, 8, ... up to half of `n`."
-    yield 0
+    "1, 2, 4, 8, ... up to half of `n`."
     yield from islice((2 ** k for k in count()), int(n // 2).bit_length())
 
 def _choose(graph, ranges, images, bound, progress):
     "The rounded ONNX model, the change it makes, and the layers that stay float, the worst first."
-    wanted, layers = _fields(graph, images), _layers(graph)
+    wanted, layers, k = _fields(graph, images), _layers(graph), 0
+    rounded = _rounded(graph, ranges, layers)
+    total = change(_fields(rounded, images), wanted)
+    if total <= bound: return rounded, total, {}
     alone = {name: change(_fields(_rounded(graph, ranges, [name]), images), wanted)
              for name in tqdm(layers, 'sensitivity', disable=not progress)}
     worst = sorted(layers, key=alone.get, reverse=True)
@@ -210,8 +212,8 @@ def quantise(source,  # `stdg.inference.hub.Model`, or the path of its float fil
     images, others = ([network_input(network, one[None]).cpu() for one in part]
                       for part in (pictures, held_out))
     rounded, total, kept = _choose(graph, _ranges(graph, images, method), others, bound, progress)
-    record = dict(numbers='int8', method=method, pictures=len(pictures), change=round(total, 4),
-                  kept={name: round(value, 4) for name, value in kept.items()})
+    record = dict(numbers='int8', method=method, pictures=len(pictures), change=round(total, 6),
+                  kept={name: round(value, 6) for name, value in kept.items()})
     facts = dict(facts, quantised=record)
     del rounded.metadata_props[:]
     rounded.metadata_props.add(key='stdg', value=json.dumps(facts, allow_nan=False))
