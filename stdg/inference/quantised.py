@@ -7,8 +7,10 @@ __all__ = ['LAYERS', 'ACTIVATIONS', 'METHODS', 'BOUND', 'calibration_pictures', 
 
 # %% ../../nbs/inference/10_quantised.ipynb #imports
 import copy
+import io
 import json
 import tempfile
+from contextlib import redirect_stdout
 from itertools import count, islice
 from pathlib import Path
 
@@ -119,9 +121,10 @@ def _ranges(graph, images, method):
         way = getattr(quantization.CalibrationMethod, METHODS[method])
         calibrator = quantization.create_calibrator(
             f'{folder}/graph.onnx', [*LAYERS, *ACTIVATIONS], f'{folder}/augmented.onnx', way)
-        for i in range(0, len(images), _AT_ONCE):
-            calibrator.collect_data(_Reader(images[i:i + _AT_ONCE]))
-        return calibrator.compute_data()
+        with redirect_stdout(io.StringIO()):  # it tells its progress
+            for i in range(0, len(images), _AT_ONCE):
+                calibrator.collect_data(_Reader(images[i:i + _AT_ONCE]))
+            return calibrator.compute_data()
 
 def _rounded(graph, ranges, layers):
     "A copy of the ONNX model `graph` in which the layers of these names are quantised, as bytes."
