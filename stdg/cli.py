@@ -35,6 +35,7 @@ from .inference.given_boxes import BoxWarning, GivenBoxes
 from .inference.graph_lines import Writer, json_text, resume_lines
 from stdg.inference.predictor import (
     LARGEST,
+    PRECISIONS,
     SMALLEST,
     load_predictor,
     network_files,
@@ -212,7 +213,8 @@ def predict_one(path, network, writer, output=None, drawing=None, boxes=None, **
               "--min-score")
 
 # %% ../nbs/commands/03_command_line.ipynb #parser
-SUBPROGRAMS = dict(train='stdg.train', prepare='stdg.prepare', released='stdg.released')
+SUBPROGRAMS = dict(train='stdg.train', prepare='stdg.prepare', released='stdg.released',
+                   export='stdg.inference.export_command')
 
 def _name(text):
     if text: return text
@@ -229,11 +231,12 @@ def _add_common(parser):
     "Options that pictures and videos share."
     add = parser.add_argument
     add('-c', '--checkpoint', type=_name,
-        help='the network, .safetensors or a released file; default: '
+        help='the network, .safetensors, .onnx of stdg export, or a released file; default: '
         'runs/default/student.safetensors, which make train writes')
     add('--size', type=argument(Whole(SMALLEST, LARGEST)),
         help='side of the canvas in pixels; default: as the network was trained')
     add('--device', help='cpu or cuda; default: a GPU if there is one')
+    add('--precision', choices=PRECISIONS, help='bfloat16 is faster where the processor has it')
     add('--min-score', type=argument(Real(0, 1)),
         help="show triplets that score more; default: the network's own threshold")
     add('--min-object', type=argument(Real(0, 1)),
@@ -270,8 +273,8 @@ def _parser():
                       help='seconds over which scores and boxes are averaged; 0: none')
     clip.add_argument('--every', type=argument(Whole(1)), default=1, help='take each n-th frame')
     _add_common(clip)
-    for name in SUBPROGRAMS:  # these read what follows themselves
-        commands.add_parser(name, help=f'the same as python -m stdg.{name}')
+    for name, module in SUBPROGRAMS.items():  # these read what follows themselves
+        commands.add_parser(name, help=f'the same as python -m {module}')
     return parser
 
 # %% ../nbs/commands/03_command_line.ipynb #main
@@ -330,7 +333,7 @@ def _run(arguments):
         if not given.checkpoint and not path.is_file():
             raise FileNotFoundError('no network: give --checkpoint, or run make train first')
         network = load_predictor(path, given.size, given.device, given.prior,
-                                 'none' if given.all_names else None)
+                                 'none' if given.all_names else None, given.precision)
         writer = Writer(network, given.min_score, given.top, given.min_object,
                         getattr(given, 'boxes', None))
         with _notes(given.command):

@@ -351,6 +351,8 @@ def _repeated(step, more, state, fixed):
 
 def _soften(scores, overlaps, least):
     "The scores after linear soft-NMS."
+    if not torch.compiler.is_exporting(): return _soften_here(scores, overlaps, least)
+
     def more(scores, waiting): return waiting.any()
 
     def step(scores, waiting, fall):
@@ -361,6 +363,19 @@ def _soften(scores, overlaps, least):
 
     waiting = torch.ones_like(scores, dtype=torch.bool)
     return _repeated(step, more, (scores.clone(), waiting), 1 - overlaps * (overlaps > least))[0]
+
+def _soften_here(scores, overlaps, least):
+    "The same in NumPy, which is four times as fast in so short rows."
+    if not scores.numel(): return scores
+    n = scores.shape[-1]
+    fall = (1 - overlaps * (overlaps > least)).reshape(-1, n, n).cpu().numpy()
+    left = scores.reshape(-1, n).cpu().numpy().copy()
+    rows, waiting = np.arange(len(left)), np.ones(left.shape, bool)
+    for _ in range(n):
+        surest = np.where(waiting, left, -1).argmax(1)
+        waiting[rows, surest] = False
+        left = np.where(waiting, left * fall[rows, surest], left)
+    return torch.from_numpy(left).to(scores.device).view(scores.shape)
 
 def _best_of_each(scores, overlaps, least):
     "Which objects (..., N) stay: each that no surer one that stays overlaps."
