@@ -8,7 +8,6 @@ __all__ = ['NAMES', 'sample_then_project', 'surest', 'nearest', 'finish', 'Deplo
 
 # %% ../../nbs/inference/05_export.ipynb #imports
 import copy
-import importlib
 import json
 import mmap
 import warnings
@@ -25,6 +24,7 @@ from ..deform import DeformConv, project_then_gather, sampling_points
 from ..graph import Prediction, Vocabulary
 from .hub import check_facts
 from .predictor import letterbox, on_picture, read_image
+from ..io.extras import needed
 from ..io.files import atomic_path
 from ..io.outputs import check_output
 from ..reading import PUBLISHED, Reading
@@ -120,13 +120,6 @@ class Deployed(nn.Module):
         return boxes, labels, scores, counts, predicates, confidences, points, ends
 
 # %% ../../nbs/inference/05_export.ipynb #export
-def _needed(name):
-    "The module `name`. Raises `ImportError` that tells how to install it."
-    try: return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"{error.name or name} is not installed; it comes with pip install "
-                          "'stdg[onnx]'") from None
-
 def _is_ours(path):
     "Whether the file `path` holds facts of a network of this package, as exported files do."
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -167,7 +160,7 @@ def export_onnx(model, path, size=None, top=4096):
 
     Raises `ImportError` where the extra is missing."""
     path = _target(path, '.onnx')
-    for name in ('onnx', 'onnxscript'): _needed(name)
+    for name in ('onnx', 'onnxscript'): needed(name)
     program, facts = _traced(model, size or model.size, top)
     graph = torch.onnx.export(program, (), dynamo=True, opset_version=20, external_data=False,
                               verbose=False, input_names=['picture'], output_names=NAMES,
@@ -185,7 +178,7 @@ class OnnxModel:
     Raises `FileNotFoundError` or `ValueError` naming the file, `ImportError` where the extra is
     missing."""
     def __init__(self, path, threads=0, providers=('CPUExecutionProvider',)):
-        runtime = _needed('onnxruntime')
+        runtime = needed('onnxruntime')
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} is missing. stdg.inference.export.export_onnx writes "
                                     "it")
