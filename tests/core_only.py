@@ -167,7 +167,8 @@ def main(folder):
     assert set(lines) == {extra for extra, _ in EXTRAS.values()}
     for extra, texts in lines.items():
         for text in texts:
-            assert re.search(rf" needs \S+, which is not installed; it comes with pip install 'stdg\[{extra}\]'$", text), text
+            line = rf" needs \S+, which is not installed; it comes with pip install 'stdg\[{extra}\]'$"
+            assert re.search(line, text), text
     assert not {'matplotlib', 'IPython', 'trimesh', 'cv2', 'transformers'} & set(sys.modules)
     left = {path.name for path in folder.iterdir()}
     assert not left & {'graph.svg', 'graph.png', 'clip.jsonl', 'a.onnx'}, left
