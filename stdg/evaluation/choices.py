@@ -16,7 +16,7 @@ from ..data import loader, network_input
 from .core import check_fit, dense_truth
 from ..fields import field_size
 from ..io.devices import device_for
-from ..reading import RELATIONS, SUPPRESS
+from ..reading import FIELD_READINGS, SUPPRESS
 
 # %% ../../nbs/evaluation/06_choices.ipynb #kept-fields
 class KeptFields:
@@ -29,7 +29,8 @@ class KeptFields:
         check_fit(model, dataset)
         config, kind, part = model.config, model.reads, copy.copy(dataset.seen_by(model))
         rows, columns = field_size((part.database.size,) * 2, model.stride)
-        numbers = config['n_objects'] + 4 + 7 * config['n_predicates']
+        asks = model.network.asks_pairs
+        numbers = config['n_objects'] + 4 + (config['channels'] if asks else 7 * config['n_predicates'])
         part.rows = part.rows[:max(memory // (4 * rows * columns * numbers), 1)]
         self.images, self.n_predicates, self.stride = len(part), config['n_predicates'], model.stride
         place, self.batches = device_for(model, device), []
@@ -52,21 +53,23 @@ class KeptFields:
 def _candidates(prior, relations, suppress):
     """(task, list of changes to a reading) of each step. `prior`: there is one; `relations` and
     `suppress`: 'chosen', or what is fixed."""
-    if relations == 'chosen': yield 'predcls', [dict(relations=name) for name in RELATIONS]
+    if relations == 'chosen': yield 'predcls', [dict(relations=name) for name in FIELD_READINGS]
     if prior:
         yield 'predcls', [dict(prior=beta) for beta in (0., .25, .5, 1.)]
         yield 'predcls', [dict(epsilon=value) for value in (.02, 1e-3)]
     yield 'predcls', [dict(tau=cells) for cells in (4., 2.)]
+    yield 'sgdet', [dict(related=power) for power in (0., 1.)]
     kinds = SUPPRESS if suppress == 'chosen' else (suppress,)
     yield 'sgdet', [dict(suppress=kind, overlap=iou) for kind in kinds
-                    for iou in ((.5, .7) if kind == 'hard' else (.5,))]
+                    for iou in ((.5,) if kind == 'none' else (.5, .7))]
     yield 'sgdet', [dict(power=value) for value in (1., 2.)]
     if prior: yield 'sgdet', [dict(prior_detected=beta) for beta in (None, 0., .25, .5, 1.)]
 
 def _idle(reading, change):
     "Whether `change`, of one of the `_candidates`, would change nothing in what is read."
     return ('epsilon' in change and not reading.prior
-            or 'tau' in change and reading.relations != 'lines')
+            or 'tau' in change and reading.relations != 'lines'
+            or 'related' in change and reading.relations != 'pairs')
 
 # %% ../../nbs/evaluation/06_choices.ipynb #choose-reading
 def _figure(figures, task):
@@ -75,7 +78,7 @@ def _figure(figures, task):
     return (figures['R@50'] + figures.get('P@5', figures['R@50'])) / 2
 
 def choose_reading(model, dataset, prior, start,
-                   relations:str=None,  # 'votes', 'lines' or 'chosen'; None: those of `start`
+                   relations:str=None,  # 'votes', 'lines' or 'chosen'; None: of `start`. Pairs have their own
                    suppress:str=None,  # 'none', 'hard', 'soft' or 'chosen'; None: that of `start`
                    **options):  # of `KeptFields`
     """The `Reading` by which `model` reads the pictures of `dataset` best, from `start` on, with the
@@ -84,6 +87,7 @@ def choose_reading(model, dataset, prior, start,
 
     Raises `ValueError` as `stdg.evaluation.check_fit`, and for a prior of other classes."""
     kept, tried = KeptFields(model, dataset, **options), []
+    if model.network.asks_pairs: relations = 'pairs'
     if prior is not None: prior.check_names(dataset.database.vocabulary.to_json())
     reading = replace(start, table=prior, prior=0., prior_detected=None)
     if relations not in (None, 'chosen'): reading = replace(reading, relations=relations)

@@ -301,7 +301,7 @@ def taught_or_not(study, seeds=(0, 1, 2, 3, 4), clutters=None, **parameters):
     for group, clutter in (clutters or dict(low=.1, high=.8)).items():
         first = f'{study}/{group}-{seeds[0]}-teacher'  # renders the pictures of all
         def add(seed, kind, stage, configuration='', teacher='', needs=()):
-            values = dict(parameters, seed=seed, clutter=clutter, data=f'rooms_{study}_{group}',
+            values = dict(dict(relation='fields') | parameters, seed=seed, clutter=clutter, data=f'rooms_{study}_{group}',
                           stages=[stage], teacher=teacher, untrained=False, pictures=False)
             name = f'{study}/{group}-{seed}-{kind}'
             needs = tuple(dict.fromkeys([*needs, first])) if name != first else ()
@@ -351,7 +351,7 @@ def lever_runs(study, seeds=(0,), levers=None, **parameters):
     runs, rare = [], list(list(parameter_help().values())[-1])
     for title, changes in (levers or LEVERS).items():
         for seed in seeds:
-            values = dict(parameters, batch_size=8, loss_weights={}) | changes
+            values = dict(relation='fields', batch_size=8, loss_weights={}) | parameters | changes
             values = dict(values, seed=seed, stages=['control'], split='val', prior=False,
                           suppress='soft', untrained=False, pictures=False)
             more = {name: values.pop(name) for name in rare if name in values}

@@ -27,7 +27,7 @@ from stdg.training.distributed import (
     rank_and_world,
 )
 from .log import Log
-from .options import expected_of, lesson_of, read_options
+from .options import expected_of, lesson_of, pair_options, read_options
 from stdg.training.resume import (
     Interrupted,
     exclusive_run,
@@ -112,7 +112,7 @@ class _Run:
         if options.compile: model.network.compile()
         self.optimiser = optimiser(model, o.lr, o.lr_backbone, o.weight_decay, o.released)
         self.step = TrainStep(model, self.optimiser, o.accumulate, o.precision, o.clip, o.sync_bn,
-                              o.loss_weights, lesson_of(model, dataset, o))
+                              o.loss_weights, lesson_of(model, dataset, o), pair_options(dataset, o))
         self.average = Average(model, options.ema)
         self.done = self.skipped = self.stale = 0
         self.best, self.judged, self.begun, self.saved = None, True, False, time.monotonic()
