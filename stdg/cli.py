@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from . import __version__
 from .draw.style import drawn_here
 from .inference import video
 from stdg.inference.albums import (
@@ -48,6 +49,7 @@ from .io.locks import lock_of, locked
 from .io.outputs import check_apart, check_output, names_within, path_list, same_file
 from .io.parameters import CommandLine, Real, Whole, argument
 from .io.text import one_line
+from .io.versions import versions
 
 # %% ../nbs/commands/03_command_line.ipynb #names
 DRAWINGS = ('.svg', '.png', '.pdf')
@@ -247,8 +249,16 @@ def _add_common(parser):
     add('--all-names', action='store_true', help='show also boxes of one thing under several names')
     add('--jsonl', type=_name, help='file of JSON lines to write or to continue')
 
+class _Versions(argparse.Action):
+    "Prints `versions`, and that is all."
+    def __call__(self, parser, *given):
+        print(versions(__version__))
+        parser.exit()
+
 def _parser():
     parser = CommandLine('stdg', description='Scene graphs of your pictures.')
+    parser.add_argument('--version', action=_Versions, nargs=0,
+                        help='versions of this package and of what matters to it, for a report')
     commands = parser.add_subparsers(dest='command', required=True)
     one = commands.add_parser('predict',
                               help='scene graphs of pictures, of a folder or of a zip archive')

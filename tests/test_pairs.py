@@ -4,7 +4,6 @@ import copy
 import json
 import multiprocessing
 import os
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from stdg import checkpoint, decode, train, training
 from stdg.data import SceneGraphs, loader, network_input
 from stdg.datasets.visual_genome import Database
 from stdg.depth.precompute import prepare_hha
-from stdg.graph import SceneGraph
-from stdg.inference.export import DeployedPairs, OnnxModel, export_onnx, export_program, finish_pairs
+from stdg.inference.export import DeployedPairs, OnnxModel, export_onnx, finish_pairs
 from stdg.inference.hub import Model, card_text
 from stdg.inference.predictor import Predictor
 from stdg.pairs import PairHead, Pairs, ordered_pairs

@@ -6,16 +6,18 @@
 __all__ = ['FRAME_COLOURS', 'pair_points', 'sampling']
 
 # %% ../../nbs/draw/05_looking.ipynb #imports
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.lines import Line2D
 
 from .boxes import titles
 from .style import PAGE, as_picture, for_print, new_figure, show_image
 from ..graph import Vocabulary, check_vocabulary
+from ..io.extras import Later
 from ..io.text import one_line
 from ..pairs import FRAMES, Pairs
+
+# %% ../../nbs/draw/05_looking.ipynb #later
+plt, Line2D = Later('matplotlib.pyplot'), Later('matplotlib.lines:Line2D')
 
 # %% ../../nbs/draw/05_looking.ipynb #pair-points
 FRAME_COLOURS = dict(zip(FRAMES, ('#56b4e9', '#e69f00', '#cc79a7', '#009e73')))

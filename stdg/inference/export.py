@@ -22,8 +22,9 @@ from .. import decode
 from ..data import network_input
 from ..deform import DeformConv, project_then_gather, sampling_points
 from ..graph import Prediction, Vocabulary
-from .onnx_network import FIELDS, facts_of, needed, open_session
+from .onnx_network import FIELDS, facts_of, open_session
 from .predictor import letterbox, on_picture, read_image
+from ..io.extras import needed
 from ..io.files import atomic_path
 from ..io.outputs import check_output
 from ..pairs import Pairs, pair_scores

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from .export import export_fields, export_onnx
 from .hub import Model
-from .onnx_network import ENDING, OnnxNetwork, needed
+from .onnx_network import ENDING, OnnxNetwork
 from .predictor import LARGEST, SMALLEST
 from .quantised import BOUND, METHODS, calibration_pictures, quantise
+from ..io.extras import needed
 from ..io.files import project_folder
 from ..io.outputs import same_file
 from ..io.parameters import CommandLine, Real, Whole, argument

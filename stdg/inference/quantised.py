@@ -23,9 +23,10 @@ from ..datasets.visual_genome import Database
 from .albums import holds_pictures, left_out, no_pictures, pictures_in, read_member
 from .export import export_fields
 from .hub import Model
-from .onnx_network import OnnxNetwork, needed
+from .onnx_network import OnnxNetwork
 from .predictor import letterbox
 from ..io.archives import open_sources
+from ..io.extras import needed
 from ..io.files import atomic_path
 
 # %% ../../nbs/inference/10_quantised.ipynb #pictures

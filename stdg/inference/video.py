@@ -11,15 +11,13 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import cache
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from IPython.display import Image as Shown
-from IPython.display import display
-from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_iou
@@ -32,10 +30,14 @@ from ..graph import Prediction
 from .display import PicturePrediction
 from .predictor import load_predictor, network_files
 from ..io.archives import MAX_PIXELS
+from ..io.extras import Later, needed
 from ..io.files import atomic_path, readable_file
 from ..io.outputs import check_apart, check_output
 from ..io.text import one_line
 from ..reading import suppress
+
+# %% ../../nbs/inference/03_video.ipynb #later
+Shown, display = Later('IPython.display:Image'), Later('IPython.display:display')
 
 # %% ../../nbs/inference/03_video.ipynb #follow
 def _matched(boxes, labels, other_boxes, other_labels, least=.3):
@@ -115,23 +117,16 @@ class Smoother:
 # MP4 and QuickTime, Matroska and WebM, AVI
 _BEGINNINGS = ((4, b'ftyp'), (4, b'moov'), (0, b'\x1aE\xdf\xa3'), (8, b'AVI '))
 
-def _opencv():
-    "The module `cv2`. Raises `ImportError` that tells how to install it."
-    try:
-        import cv2
-    except ImportError: raise ImportError("videos need OpenCV: pip install 'stdg[video]'") from None
-    return cv2
-
 def _file_capture(path):
     "The `cv2.VideoCapture` of a file, open or not."
-    cv2 = _opencv()
+    cv2 = needed('cv2')
     return cv2.VideoCapture(str(Path(path).resolve()), cv2.CAP_FFMPEG)
 
 def _open_video(source):
     """The open `cv2.VideoCapture` of a file's path, or of a webcam's number.
 
     Raises `FileNotFoundError` or `ValueError` naming it."""
-    cv2 = _opencv()
+    cv2 = needed('cv2')
     if isinstance(source, int):
         video = cv2.VideoCapture(source)
         if not video.isOpened(): raise ValueError(f"webcam {source} does not answer")
@@ -154,7 +149,7 @@ def frames(source, every:int=1):
     (number).
 
     Raises `ImportError` without OpenCV, `FileNotFoundError` or `ValueError` naming the video."""
-    cv2, video = _opencv(), _open_video(source)
+    cv2, video = needed('cv2'), _open_video(source)
     try:
         wide, high = video.get(cv2.CAP_PROP_FRAME_WIDTH), video.get(cv2.CAP_PROP_FRAME_HEIGHT)
         if wide * high > MAX_PIXELS:
@@ -229,7 +224,10 @@ def predict_video(source,  # a video's path, or a webcam's number
                                              found.thresholds, found.name)
 
 # %% ../../nbs/inference/03_video.ipynb #draw-frame
-_FONT = str(Path(get_data_path())/'fonts'/'ttf'/'DejaVuSans.ttf')
+@cache
+def _font():
+    "The path of the font of the letters, which comes with matplotlib."
+    return str(Path(needed('matplotlib').get_data_path())/'fonts'/'ttf'/'DejaVuSans.ttf')
 
 def draw_frame(found, most=6, **options):
     """A frame's `PicturePrediction` painted into its pixels, (3, H, W) uint8; `options` as in
@@ -241,11 +239,11 @@ def draw_frame(found, most=6, **options):
         texts = titles(graph, graph.vocabulary, range(len(graph)))
         colours = [class_colour(graph.name(i)) for i in range(len(graph))]
         picture = draw_bounding_boxes(picture, graph.boxes, [texts[i] for i in range(len(graph))],
-                                      colours, width=max(size // 8, 2), font=_FONT, font_size=size)
+                                      colours, width=max(size // 8, 2), font=_font(), font_size=size)
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     words = '\n'.join(one_line(sentence, 60) for sentence in graph.sentences()[:most])
     if words:
-        brush, font = ImageDraw.Draw(image, 'RGBA'), ImageFont.truetype(_FONT, size)
+        brush, font = ImageDraw.Draw(image, 'RGBA'), ImageFont.truetype(_font(), size)
         brush.rectangle(brush.multiline_textbbox((size // 2, size // 2), words, font),
                         fill=(0, 0, 0, 150))
         brush.multiline_text((size // 2, size // 2), words, (255, 255, 255), font)
@@ -299,7 +297,7 @@ def write_video(source, network, lines=None, drawing=None, every=1, shown=None, 
     was not written here."""
     lines, drawing = _outputs(source, network, lines, drawing)
     if not isinstance(source, int): _open_video(source).release()
-    cv2, shown, text, video, writer, number = _opencv(), shown or {}, None, None, None, 0
+    cv2, shown, text, video, writer, number = needed('cv2'), shown or {}, None, None, None, 0
     with ExitStack() as files:
         if lines:
             part = files.enter_context(atomic_path(lines))

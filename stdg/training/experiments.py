@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 
 from ..io.devices import choose_device, devices_here
+from ..io.extras import needed
 from ..io.files import atomic_path, project_folder, read_json, writable_folder
 from ..io.text import html_table, markdown_table, one_line
 from ..io.yaml_files import parse_yaml, read_yaml
@@ -258,7 +259,7 @@ def _colours():
 
 def plot(found, metrics=None):
     "A figure of a `summary`: a row for each metric, a column for each group."
-    import matplotlib.pyplot as plt  # a second, and few callers draw
+    plt = needed('matplotlib.pyplot')  # a second, and few callers draw
 
     groups, configurations = list(found), list(next(iter(found.values())))
     colours = _colours()
