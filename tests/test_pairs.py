@@ -267,6 +267,27 @@ def run(home, name, kind='none', stage='-', step=0, **settings):
     return done.returncode, done.stdout + done.stderr
 
 
+def test_other_teachers(home, monkeypatch, tmp_path):
+    "One that has learnt nothing, one of colours that sees other pictures; and a run that overfits."
+    monkeypatch.chdir(home)
+    database = Database(home/'data'/'toy')
+    scenes = [(graph, dict(record, image=255 - record['image'])) for graph, record in map(toy_scene, range(6))]
+    toy_database(home/'data'/'negative', scenes, [0, 0, 0, 0, 1, 2])
+    settings = train.Settings(name='others', **SETTINGS | dict(stages=['student'], teacher='random', overfit=2))
+    def first(name):
+        model, data = train.begin(settings, database, False, 'student')
+        training.fit(model, data, tmp_path/name, 'student', **OPTIONS | dict(steps=1))
+        return model, data, json.loads((tmp_path/name/'log.jsonl').read_text())
+    model, data, line = first('random')
+    assert model.teacher.relation.offset.weight.any() and line['teaching'] > 0 and len(data) == 2
+    control, _ = train.begin(settings, database, False, 'control')
+    control.save(tmp_path/'control.safetensors', vocabulary=TOY_VOCABULARY.to_json())
+    settings.teacher, settings.teacher_pictures = str(tmp_path/'control.safetensors'), 'negative'
+    model, data, line = first('colours')
+    assert model.teacher_reads == 'rgb' and data.inputs == ('rgb', 'seen') and np.isfinite(line['teaching'])
+    assert torch.equal(data[0]['seen'], 255 - data[0]['rgb'])
+
+
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_a_killed_run_ends_as_an_undisturbed_one(home, monkeypatch):
     "Killed in the teacher's stage and the student's: the same bytes. And another head is no continuation."
@@ -358,7 +379,7 @@ def test_another_head_is_told_in_one_line(seen):
         decode.decode_batch(*network(relation='fields').eval()(image), stride=model.stride, reading=Reading('pairs'))
     for head, values, said in (
             ('fields', dict(balance=1.), 'it is for a head of pairs'),
-            ('pairs', dict(loss_weights=dict(relation_object=2.)), "no 'relation_object' in the loss of a head of pairs"),
+            ('pairs', dict(loss_weights=dict(relation_object=2.)), "no 'relation_object' in the loss of a head"),
             ('fields', dict(loss_weights=dict(relation_related=2.)), "no 'relation_related' in the loss"),
             ('pairs', dict(teach='features', taught_parts=['relation 1']), 'Teach its offsets')):
         with pytest.raises(ValueError, match=said): train.settings_of(dict(relation=head, **values))
