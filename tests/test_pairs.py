@@ -26,6 +26,10 @@ from stdg.training import step as steps
 from stdg.training.resume import saved_states
 from stdg.training.step import Lesson, TrainStep, build_network, keep_batch, optimiser, seed_step
 
+# autograd starts threads once, at the first gradient, and after an export it takes this machine for one with a
+# GPU: then forked processes could learn nothing
+torch.ones(1, requires_grad=True).sum().backward()
+
 here = Path(__file__).parent
 TINY = dict(n_objects=2, n_predicates=2, pretrained=False, fpn=16, channels=16, zero_offsets=False)
 OPTIONS = dict(epochs=2, batch_size=2, lr=1e-3, lr_backbone=1e-3, warm_up=0., decay=(), device='cpu', progress=False)
