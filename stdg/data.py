@@ -323,7 +323,8 @@ def loader(dataset, batch_size, seed=0,
 def normalise(picture, mean, std):
     """Bytes (B, 3, H, W) as floats: divided by 255, less `mean`, divided by `std`, one value per
     channel; channels last in memory."""
-    mean, std = (torch.tensor(v, device=picture.device).view(1, 3, 1, 1) for v in (mean, std))
+    # numbers that a GPU is told with its orders: a tensor would have to be waited for
+    mean, std = (torch.stack([torch.full((1, 1), v, device=picture.device) for v in three]) for three in (mean, std))
     return ((picture.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 def network_input(model, picture, kind='rgb'):

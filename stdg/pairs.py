@@ -211,10 +211,13 @@ class PairHead(nn.Module):
         seen = read_points(values, pairs.image[pairs.subject], self.places(pairs, offsets), attention)
         return PairOutput(self.answer_layers(torch.cat([query, seen], 1)), Sampling(offsets, attention))
 
+    def asked(self, values, pairs):
+        "The `PairOutput` of `Pairs` that ask `values` (B, D, h, w) of any precision, in float32."
+        with torch.autocast(values.device.type, enabled=False): return self.answer(values.float(), pairs)
+
     def forward(self, x, pairs=None):
         values = self.value(x)
-        if pairs is None: return PairFields(self, values.float())
-        with torch.autocast(x.device.type, enabled=False): return self.answer(values.float(), pairs)
+        return PairFields(self, values.float()) if pairs is None else self.asked(values, pairs)
 
 # %% ../nbs/method/17_pairs.ipynb #training-pairs
 NEGATIVES, JITTER = 256, .08

@@ -26,7 +26,6 @@ from ..graph import TASKS, SceneGraph, Vocabulary
 from ..inference.predictor import letterbox, unbox
 from ..io.archives import read_picture
 from ..io.text import one_line
-from ..pairs import PairFields
 from ..reading import PUBLISHED
 
 # %% ../../nbs/explore/01_scene.ipynb #scene

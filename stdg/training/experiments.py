@@ -301,7 +301,8 @@ def taught_or_not(study, seeds=(0, 1, 2, 3, 4), clutters=None, **parameters):
         first = f'{study}/{group}-{seeds[0]}-teacher'  # renders the pictures of all
         def add(seed, kind, stage, configuration='', teacher='', needs=()):
             values = dict(relation='fields') | parameters
-            values = dict(values, seed=seed, clutter=clutter, data=f'rooms_{study}_{group}', stages=[stage], teacher=teacher, untrained=False, pictures=False)
+            values = dict(values, seed=seed, clutter=clutter, data=f'rooms_{study}_{group}',
+                          stages=[stage], teacher=teacher, untrained=False, pictures=False)
             name = f'{study}/{group}-{seed}-{kind}'
             needs = tuple(dict.fromkeys([*needs, first])) if name != first else ()
             runs.append(Run(name, values, f'{group} clutter', configuration, seed, needs))

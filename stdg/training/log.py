@@ -188,7 +188,7 @@ STEP_PARTS = ('data', 'teacher', 'student', 'backward', 'optimiser')
 
 class Stopwatch:
     """Seconds of the parts of a step on `device`: `lap(part)` after each, `read()` at the end. On a
-    GPU `read` waits for it."""
+    GPU `read` waits for it; `cut()` gives what `read` may be given later."""
     def __init__(self, device='cpu'):
         self._device = torch.device(device)
         self._cuda = self._device.type == 'cuda'
@@ -204,13 +204,18 @@ class Stopwatch:
         "What was done since the last lap belongs to `part`, one of `STEP_PARTS`."
         self._marks.append((part, self._now()))
 
-    def read(self):
-        "{part: seconds} since the last reading."
-        if self._cuda: self._marks[-1][1].synchronize()
+    def cut(self):
+        "The laps since the last cut; the next begin here."
+        marks, self._marks = self._marks, self._marks[-1:]
+        return marks
+
+    def read(self, marks=None):
+        "{part: seconds} of the laps that `cut` gave, or of those since the last cut."
+        marks = marks or self.cut()
+        if self._cuda: marks[-1][1].synchronize()
         seconds = dict.fromkeys(STEP_PARTS, 0.)
-        for (_, start), (part, end) in zip(self._marks, self._marks[1:]):
+        for (_, start), (part, end) in zip(marks, marks[1:]):
             seconds[part] += start.elapsed_time(end) / 1000 if self._cuda else end - start
-        self._marks = self._marks[-1:]
         return seconds
 
 # %% ../../nbs/training/03_log.ipynb #step-times

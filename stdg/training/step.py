@@ -27,6 +27,7 @@ from ..io.tensors import TensorFile, save_tensors
 from ..model import STDG
 from ..pairs import Sampling, pair_loss, split_asked, training_pairs
 from .distributed import all_reduce, rank_and_world
+from .kept import Kept
 from .log import Stopwatch
 from .settings import PARTS
 
@@ -145,10 +146,11 @@ class Lesson:
     `kind` is 'offsets' (B, 36, h, w) as published, 'mean', the same field for every picture, or
     'features' (B, C, h, w) of the pre-heads; `parts` are some of `PARTS`, of features only the heads
     count, and a head of pairs is taught if any part of 'relation' is among them. The mean is over
-    `pictures`, an iterable of batches that the teacher reads, each with its pairs or None.
+    `pictures`, an iterable of batches that the teacher reads, each with its pairs or None. Offsets are kept
+    in up to `room` bytes, so that those of a picture that comes again are not computed again (`12_kept`).
 
     Raises `ValueError` for a mean of no pictures, and for features where no head that has any is taught."""
-    def __init__(self, teacher, kind='offsets', parts=PARTS, pictures=()):
+    def __init__(self, teacher, kind='offsets', parts=PARTS, pictures=(), room=0):
         self.teacher, self.kind, self.field = teacher, kind, None
         self.heads = [name for name in ('detection', 'relation') if any(part.startswith(name) for part in parts)]
         self.left_out = [(head, slice(18 * (2 - number), 18 * (3 - number))) for head, name in
@@ -161,6 +163,7 @@ class Lesson:
             raise ValueError(f"teach='features', taught_parts={[*parts]}: a head of pairs has no features of its own "
                              "to copy. Name a part of 'detection', or teach offsets")
         if kind == 'mean' and teacher is not None: self.field = self._mean(pictures)
+        self.looks = teacher and (Kept(teacher.looks, room) if room else teacher.looks)
 
     @torch.no_grad()
     def _mean(self, pictures):
@@ -174,7 +177,9 @@ class Lesson:
         if self.kind == 'features':
             with self.listening(self.teacher) as heard: self.teacher(pictures)
             return heard
-        if self.field is None: offsets = self.teacher.offsets(pictures, pairs)
+        if self.field is None:
+            offsets = self.looks(pictures)
+            if self.teacher.asks_pairs: offsets[1] = self.teacher.relation.asked(offsets[1], pairs).sampling
         else: offsets = [self._spread(part, pictures if number == 0 or pairs is None else pairs.subject)
                          for number, part in enumerate(self.field)]
         for head, channels in self.left_out: offsets[head][:, channels] = _FAR
@@ -224,7 +229,7 @@ def check_step(settings, processes=None, device=None):
                          f"the pictures, so 1 to {most} parts. Lower accumulate, or take a larger "
                          "batch")
     if settings.compile and settings.recompute:
-        raise ValueError('compile=True and recompute=True: torch.compile cannot see through blocks '
+        raise ValueError(f'compile={settings.compile} and recompute=True: torch.compile cannot see through blocks '
                          'that are computed twice. Choose one: compile for speed, recompute (or '
                          'accumulate) for memory')
     if settings.sync_bn and processes > 1 and choose_device(device).type != 'cuda':
@@ -268,12 +273,17 @@ class TrainStep:
     optimiser's step, or `drop()` leaves it out. `watch` is the `Stopwatch` of the parts. `clip` is
     the largest norm of the gradient, 0 for any; `weights` are factors of the terms of the loss by
     name, 1 where there is none; `lesson` is the `Lesson` that a student is given, None for the
-    teacher's offsets; `of_pairs` are options of `stdg.pairs.pair_loss`.
+    teacher's offsets; `of_pairs` are options of `stdg.pairs.pair_loss`; `beside`: a GPU computes the
+    teacher's pass beside the student's.
+
+    Or nobody waits for the device: `launch(batch)` instead of `gradient`, `guard` with its numbers, and
+    `apply()`; `told` says later what `gradient` would have said. From the first step on that is not
+    finite, no weight, moment or count of steps changes any more.
 
     Raises `ValueError` for an unknown precision, `sync_bn` of several processes on CPUs, or a batch
     of fewer pictures than parts."""
     def __init__(self, model, optimiser, accumulate=1, precision='float32', clip=0., sync_bn=False,
-                 weights=None, lesson=None, of_pairs=None):
+                 weights=None, lesson=None, of_pairs=None, beside=False):
         _check_precision(precision)
         self.of_pairs = of_pairs or {}
         self.weights, self.lesson = weights or {}, lesson or Lesson(model.teacher)
@@ -284,6 +294,8 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == 'float16')
         self.network = _wrapped(model.network, device, sync_bn)
         self.learnt = [p for group in optimiser.param_groups for p in group['params']]
+        self.halted = None  # 1 on the device from the first step on that was not finite
+        self.stream = torch.cuda.Stream(device) if beside and device.type == 'cuda' else None
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -294,6 +306,11 @@ class TrainStep:
         `terms` are those of `terms_of` times their weights, as floats; `facts` are `loss`, their
         sum, `grad_norm` before clipping and, with a teacher of offsets, `taught_share`, the share of
         its offsets that is worth copying. The gradients stand in `.grad` of the parameters, clipped."""
+        return self.told(self.launch(batch).tolist())
+
+    def launch(self, batch):
+        """The numbers of `gradient`, a tensor on the device: the sums of the terms, the norm of the gradient,
+        the share that is taught. Nothing waits for the device."""
         own, other, targets = network_inputs(self.model, batch)
         if len(own) < self.parts:
             raise ValueError(f"accumulate={self.parts}: this batch has {len(own)} pictures, fewer "
@@ -304,7 +321,8 @@ class TrainStep:
         self.watch.lap('data')
         taught = self._teach(other, asked)
         by_offsets = self.lesson.kind != 'features'
-        counts, share = _whole_counts(targets, taught if by_offsets else [None], carries)
+        self.has_share = other is not None and by_offsets
+        if self.stream is None: counts, share = _whole_counts(targets, taught if by_offsets else [None], carries)
         self.watch.lap('teacher')
         world, totals = rank_and_world()[1], 0
         pictures = len(own) * world
@@ -313,6 +331,9 @@ class TrainStep:
             with self.network.no_sync() if world > 1 and not last else nullcontext():
                 with self.autocast(), self.lesson.listening(self.model.network) as heard:
                     fields = self.network(_part(own, i, self.parts), asked[i][0])
+                if self.stream is not None and not i:
+                    self._join(taught)
+                    counts, share = _whole_counts(targets, taught if by_offsets else [None], carries)
                 terms = terms_of(fields, _part(targets, i, self.parts), taught[i] if by_offsets else None, counts,
                                  asked[i][1], **self.of_pairs)
                 if heard: terms['teaching'] = features_loss(heard, taught[i], pictures)
@@ -322,19 +343,38 @@ class TrainStep:
                 self.watch.lap('backward')
             totals = totals + torch.stack(list(terms.values())).detach()
         self.scaler.unscale_(self.optimiser)
-        norm = nn.utils.clip_grad_norm_(self.learnt, self.clip or math.inf)
-        totals = all_reduce(totals)
-        numbers = torch.cat([totals, torch.stack([norm, share]).to(totals)])
-        *sums, norm, share = numbers.tolist()
+        if self.clip: norm = nn.utils.clip_grad_norm_(self.learnt, self.clip)
+        else: norm = nn.utils.get_total_norm([p.grad for p in self.learnt if p.grad is not None])
+        totals, self.names = all_reduce(totals), list(terms)
+        return torch.cat([totals, torch.stack([norm, share]).to(totals)])
+
+    def told(self, numbers):
+        "(terms, facts) of a list of the numbers of `launch`."
+        *sums, norm, share = numbers
         facts = dict(loss=sum(sums), grad_norm=norm)
-        if other is not None and by_offsets: facts['taught_share'] = share
-        return dict(zip(terms, sums)), facts
+        if self.has_share: facts['taught_share'] = share
+        return dict(zip(self.names, sums)), facts
+
+    def guard(self, numbers):
+        """Let the device see whether the `numbers` of `launch` are finite; if not, this step and all that
+        follow change nothing. Not for float16, whose gradient may overflow."""
+        bad = numbers[:-1].isfinite().all().logical_not().to(torch.float32)
+        self.halted = bad if self.halted is None else torch.maximum(self.halted, bad)
+        self.optimiser.found_inf = self.halted
 
     def _teach(self, other, asked):
         "What the teacher teaches, for each part of its input; None for each without a teacher."
         if other is None: return [None] * self.parts
-        with torch.no_grad(), self.autocast():
+        if self.stream is not None: self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.no_grad(), self.autocast(), torch.cuda.stream(self.stream):
             return [self.lesson(_part(other, i, self.parts), asked[i][0]) for i in range(self.parts)]
+
+    def _join(self, taught):
+        "Wait on the device, not here, until the teacher's stream has `taught`."
+        here = torch.cuda.current_stream(self.device)
+        here.wait_stream(self.stream)
+        for part in taught:
+            for tensor in part or (): tensor.record_stream(here)
 
     def apply(self):
         "Take the optimiser's step, and clear the gradient."

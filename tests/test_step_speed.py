@@ -1,0 +1,221 @@
+"""Steps that nobody waits for, and nothing computed twice: the same numbers, and where it goes wrong the same step."""
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stdg import losses
+from stdg.data import SceneGraphs, loader
+from stdg.depth.precompute import prepare_hha
+from stdg.io.tensors import TensorFile
+from stdg.testing import toy_database
+from stdg.training import loop, step
+from stdg.training.log import Stopwatch
+from stdg.training.loop import fit
+from stdg.training.settings import Settings
+from stdg.training.step import TrainStep, build_network, optimiser
+
+TINY = dict(n_objects=2, n_predicates=2, pretrained=False, fpn=16, channels=16)
+OPTIONS = dict(epochs=3, batch_size=2, lr=1e-3, warm_up=0, decay=(), ema=.2, progress=False, keep=0, device='cpu')
+
+
+@pytest.fixture(scope='module')
+def database(tmp_path_factory):
+    database = toy_database(tmp_path_factory.mktemp('toys'), 6, [0] * 6)
+    prepare_hha(database, progress=False)
+    return database
+
+
+def network(mode='rgb', backbone='test_resnet.r160_in1k', **more):
+    numbers = dict(TINY, stride=16, zero_offsets=False, **more) if backbone.startswith('test') else dict(TINY, **more)
+    return build_network(0, backbone, mode, **numbers)
+
+
+def samples(database, model, **more):
+    return SceneGraphs(database, 'train', model.training_inputs, train=True, stride=model.stride,
+                       scale=(1, 1), stretch=(1, 1), colour=False, **more)
+
+
+def state(model): return [tensor.clone() for tensor in model.state_dict().values()]
+
+
+def same(one, other): return all(map(torch.equal, one, other)) and len(one) == len(other)
+
+
+class Watched(TorchDispatchMode):
+    "Notes what a GPU is waited for: copies from device to device, and what must know a number."
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out, name = function(*args, **kwargs or {}), str(function)
+        by_mask = 'aten.index' in name and any(one is not None and one.dtype in (torch.bool, torch.uint8)
+                                               for one in args[1])
+        if 'local_scalar' in name or 'nonzero' in name or 'masked_select' in name or by_mask: self.seen.append(name)
+        if 'copy' in name and torch.is_tensor(out):
+            source = args[1] if 'copy_' in name and len(args) > 1 else args[0]
+            if source.device.type != out.device.type: self.seen.append(name)
+        return out
+
+
+def waits_of(work, *inputs):
+    with Watched() as watched: work(*inputs)
+    return watched.seen
+
+
+def queue(one, batch):
+    "Two steps that nobody waits for."
+    for _ in range(2):
+        one.guard(one.launch(batch))
+        one.apply()
+
+
+@pytest.fixture(scope='module')
+def batch(database):
+    model = network('combine')
+    return next(iter(loader(samples(database, model), 2, 0)))
+
+
+def test_no_step_on_a_gpu_waits(batch, monkeypatch):
+    """On a GPU that PyTorch only pretends to have, whatever must know a number raises. (It has no backward pass
+    there; see the next test.)"""
+    monkeypatch.setattr(step, 'Stopwatch', lambda device: Stopwatch('cpu'))
+    with warnings.catch_warnings(), FakeTensorMode() as mode:
+        warnings.simplefilter('ignore')
+        with torch.device('cuda'): model = network('combine').train()
+        def backward(loss):
+            for p in model.parameters():
+                if p.requires_grad: p.grad = torch.empty_like(p)
+        monkeypatch.setattr(torch.Tensor, 'backward', backward)
+        def moved(part):
+            if isinstance(part, dict): return {name: moved(one) for name, one in part.items()}
+            return torch.empty_like(mode.from_tensor(part), device='cuda')
+        given, ours = moved(batch), optimiser(model, 1e-3, 1e-3, 0.)
+        for options in (dict(clip=1.), dict(accumulate=2)):
+            one = TrainStep(model, ours, **options)
+            assert one.device.type == 'cuda' and waits_of(queue, one, given) == [], options
+        assert waits_of(lambda: torch.tensor([.5], device='cuda')), 'a number that is sent is seen'
+        with pytest.raises((DataDependentOutputException, RuntimeError)): one.gradient(given)
+        monkeypatch.setattr(losses, 'gathers', lambda tensor: True)
+        with pytest.raises(DynamicOutputShapeException): queue(one, given)
+
+
+def test_no_part_of_a_step_asks(batch, monkeypatch):
+    "The whole step on a processor, with the losses of a GPU: nothing is asked, and the numbers are the same."
+    model = network('combine').train()
+    before, found = state(model), []
+    for gathers in (losses.gathers, lambda tensor: False):
+        monkeypatch.setattr(losses, 'gathers', gathers)
+        model.load_state_dict(dict(zip(model.state_dict(), before)))
+        one = TrainStep(model, optimiser(model, 1e-3, 1e-3, 0.), clip=.5)
+        found.append([one.launch(batch), *(p.grad.clone() for p in one.learnt)])
+        one.optimiser.zero_grad()
+        asks = waits_of(queue, one, batch)
+    assert asks == [], asks
+    for one, other in zip(*found): torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    losses_only = waits_of(lambda: TrainStep(model, optimiser(model, 1e-3, 1e-3, 0.)).launch(batch).sum().item())
+    assert losses_only == ['aten._local_scalar_dense.default']
+
+
+def lines(folder):
+    "What the log says of each step, but for the times."
+    return [json.loads(line) for line in (folder/'log.jsonl').read_text().splitlines()]
+
+
+def test_looking_seldom_changes_nothing(database, tmp_path):
+    "Steps that are looked at one by one, every two and at the end of an epoch give the same, bit for bit."
+    found = {}
+    for look in (1, 2, 50):
+        model = network()
+        fit(model, samples(database, model), tmp_path/str(look), 'control', look=look, **OPTIONS)
+        found[look] = state(model), lines(tmp_path/str(look))
+    assert same(found[1][0], found[2][0]) and same(found[1][0], found[50][0])
+    assert found[1][1] == found[2][1] == found[50][1] and len(found[1][1]) == 9
+
+
+@pytest.mark.parametrize('bad', (0, 4, 8))
+def test_a_step_that_is_not_finite_is_named_however_late(database, tmp_path, monkeypatch, bad):
+    """Step `bad` has a loss or a gradient that is NaN: the same message and file as if each step were looked
+    at, the weights of before that step, and steps after it have changed nothing."""
+    true_terms, found = step.terms_of, {}
+    for look in (1, 4):
+        model, before, calls = network(), [], []
+        def terms_of(*inputs, calls=calls, model=model, before=before):
+            terms = true_terms(*inputs)
+            if len(calls) == bad:
+                before.extend(p.detach().clone() for p in model.parameters())
+                if bad == 4:  # the loss is finite, its gradient is not
+                    terms['relation_object'] += inputs[0][0][:, 0].square().sum().mul(0).sqrt()
+                else: terms['detection_size'] = terms['detection_size'] * math.nan
+            calls.append(1)
+            return terms
+        monkeypatch.setattr(step, 'terms_of', terms_of)
+        out = tmp_path/str(look)
+        with pytest.raises(FloatingPointError) as error:
+            fit(model, samples(database, model), out, 'control', look=look, **OPTIONS)
+        assert same(list(model.parameters()), before)
+        file, = out.glob('*.replay.safetensors')
+        kept = TensorFile(file, '').tensors()
+        found[look] = (str(error.value).replace(str(out), ''), file.name, lines(out), kept, len(calls))
+    (said, name, log, kept, calls), (later, other, log_too, kept_too, more) = found[1], found[4]
+    assert said == later and f'step {bad}:' in said and ('detection_size' in said) == (bad != 4)
+    assert name == other and log == log_too and calls == bad + 1
+    assert more == bad // 3 * 3 + 3, 'it is seen at the end of the epoch'
+    learnt = [key for key in kept if not key.endswith(('running_mean', 'running_var', 'num_batches_tracked'))]
+    assert kept.keys() == kept_too.keys() and all(torch.equal(kept[key], kept_too[key]) for key in learnt)
+
+
+def test_statistics_are_those_before_the_bad_step(database, tmp_path, monkeypatch):
+    "What batch norms have seen of a step that is not finite, and of those after it, is put back."
+    seen, true_look = {}, loop._look
+    def look(run, log):
+        seen['after'] = [b.clone() for b in run.model.network.buffers()]
+        return true_look(run, log)
+    true_terms, model, before = step.terms_of, network(), []
+    def terms_of(*inputs):
+        terms = true_terms(*inputs)
+        if not before: before.extend([0])
+        else: terms['detection_size'] = terms['detection_size'] * math.inf
+        return terms
+    first = []
+    true_queue = loop._queue_step
+    def queue(run, batch):
+        true_queue(run, batch)
+        if not first: first.extend(b.clone() for b in run.model.network.buffers())
+    for name, change in (('_look', look), ('_queue_step', queue)): monkeypatch.setattr(loop, name, change)
+    monkeypatch.setattr(step, 'terms_of', terms_of)
+    with pytest.raises(FloatingPointError, match='step 1: detection_size'):
+        fit(model, samples(database, model), tmp_path, 'control', look=3, **OPTIONS)
+    assert same(list(model.network.buffers()), first) and not same(seen['after'], first)
+
+
+def test_where_every_step_is_looked_at():
+    gpu, cpu = torch.device('cuda'), torch.device('cpu')
+    looks = [(dict(), gpu, 20), (dict(), cpu, 1), (dict(look=7), gpu, 7), (dict(look=7), cpu, 7),
+             (dict(skip=1), gpu, 1), (dict(precision='float16', look=9), gpu, 1), (dict(precision='bfloat16'), gpu, 20)]
+    for given, device, often in looks: assert loop.look_of(Settings(**given), device) == often, given
+
+
+def test_a_teacher_is_not_asked_twice(database, tmp_path, monkeypatch):
+    "The same weights bit for bit, with less asked of the teacher; and it says the same in any company."
+    teacher, found = network('depth'), []
+    asked = []
+    true_lesson = loop.lesson_of
+    def lesson_of(*inputs):
+        lesson = true_lesson(*inputs)
+        asked.append(lesson)
+        return lesson
+    monkeypatch.setattr(loop, 'lesson_of', lesson_of)
+    for room in (0., 1.):
+        model = network('combine')
+        model.set_teacher(teacher)
+        fit(model, samples(database, model), tmp_path/str(room), 'student', teacher_memory=room, **OPTIONS)
+        found.append((state(model), lines(tmp_path/str(room))))
+    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    kept = asked[1].looks
+    assert not hasattr(asked[0].looks, 'hits') and kept.asked == 18 and 6 <= kept.hits <= 12
