@@ -30,10 +30,9 @@ class Kept:
         keys = [_fingerprint(picture) for picture in pictures]
         new = [i for i, key in enumerate(keys) if key not in self.said]
         self.asked, self.hits = self.asked + len(keys), self.hits + len(keys) - len(new)
-        if len(new) == len(keys): fresh = self.function(pictures)
-        elif new: fresh = self.function(pictures[new].contiguous(memory_format=torch.channels_last))
-        else: fresh = []
-        rows = {keys[i]: [self._row(part[k]) for part in fresh] for k, i in enumerate(new)}
+        # a batch of fewer pictures rounds otherwise, and what is kept is gone when a run is resumed: all or none
+        fresh = self.function(pictures) if new else []
+        rows = {keys[i]: [self._row(part[i]) for part in fresh] for i in new}
         for key, row in rows.items(): self._keep(key, row)
         there = [rows.get(key) or self.said[key] for key in keys]
         return [torch.stack(parts).movedim(-1, 1) for parts in zip(*there)]
