@@ -139,9 +139,11 @@ def check_splits(settings, database):
 
 # %% ../nbs/commands/05_begin_run.ipynb #start-reading
 def start_reading(settings):
-    "The `Reading` that these `settings` fix; what is to be chosen is by lines, and not suppressed."
+    """The `Reading` that these `settings` fix; what is to be chosen is by lines, and not suppressed. A head
+    of pairs has a way of its own."""
     fixed = lambda value, usual: usual if value == 'chosen' else value
-    return Reading(fixed(settings.reading, 'lines'), suppress=fixed(settings.suppress, 'none'))
+    relations = 'pairs' if settings.relation == 'pairs' else fixed(settings.reading, 'lines')
+    return Reading(relations, suppress=fixed(settings.suppress, 'none'))
 
 def is_chosen(settings):
     "Whether these `settings` leave anything about the reading to be chosen."
@@ -236,7 +238,7 @@ def network(settings, database, pretrained, mode='rgb', **numbers):
     sizes = dict(n_objects=len(database.vocabulary.objects),
                  n_predicates=len(database.vocabulary.predicates))
     return training.build_network(settings.seed, settings.backbone, mode, pretrained=pretrained,
-                                  **sizes, **numbers)
+                                  **dict(sizes, relation=settings.relation) | numbers)
 
 def _student(settings, database, pretrained):
     "The network of stage 2 with its teacher in it."
@@ -265,7 +267,8 @@ def training_set(settings, database, model):
                        source=settings.depth_source, n_val=settings.hold_out,
                        overlap=settings.overlap, limit=settings.overfit or None,
                        augment=not settings.overfit, colour=settings.colour, scale=settings.scale,
-                       stretch=settings.stretch, unlabelled=settings.unlabelled)
+                       stretch=settings.stretch, unlabelled=settings.unlabelled,
+                       relation=model.config.get('relation', 'fields'))
 
 def judged_set(settings, database, split, kind, limit=None):
     """`SceneGraphs` of `split` for evaluation of a network that reads `kind`; with `overfit`, the

@@ -16,7 +16,7 @@ from .graph import Vocabulary
 from .io.files import read_json, write_json
 from .io.tensors import TensorFile
 from .io.text import one_line
-from .model import MODES, STDG
+from .model import MODES, RELATION_HEADS, STDG
 from .reading import Reading
 
 # %% ../nbs/method/11_checkpoint.ipynb #config-of
@@ -29,8 +29,8 @@ def _text(x): return type(x) is str and len(x) <= 200
 
 _CONFIG = dict(backbone=_text, timm_name=_text, mode=lambda x: x in tuple(MODES),
                colour_order=lambda x: x in ('RGB', 'BGR'),
-               teacher_reads=lambda x: x in ('hha', 'rgb'), n_objects=_whole(1, 100_000),
-               n_predicates=_whole(1, 10_000), stride=_whole(1, 64), fpn=_whole(0, 8192),
+               teacher_reads=lambda x: x in ('hha', 'rgb'), relation=lambda x: x in RELATION_HEADS,
+               n_objects=_whole(1, 100_000), n_predicates=_whole(1, 10_000), stride=_whole(1, 64), fpn=_whole(0, 8192),
                channels=_whole(1, 8192), frozen=_whole(0, 100), transformer=_flag,
                head_norm=_flag, zero_offsets=_flag, prior=_share, drop_path_rate=_share)
 
@@ -50,7 +50,11 @@ def _check_reading(facts, config):
         if (shape := facts['prior'].get('shape')) != known:
             raise ValueError(f"the prior counts classes, classes and predicates {one_line(shape)}, "
                              f"the network knows {known}")
-    Reading.from_facts(facts)
+    way = Reading.from_facts(facts)
+    head = config.get('relation', 'fields')
+    if 'relations' in facts.get('reading', {}) and (way.relations == 'pairs') != (head == 'pairs'):
+        raise ValueError(f"reading: relations is {way.relations!r}, and the network's relation head is {head!r}; "
+                         "'pairs' and nothing else reads a head of pairs")
 
 def check_facts(facts, config):
     "Raise `ValueError` for `facts` that do not fit a network of this `config`."

@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from . import fields
@@ -69,7 +70,7 @@ class SceneGraphs(Dataset):
     same pictures rendered otherwise, also 'seen', its colours, for a teacher; `limit` keeps the first so many
     images, `relations=False` also those without a relation, to judge boxes alone. `augment=False`
     turns all augmentation off, `colour=False` that of colours; `scale`, `stretch` and `flip` go to
-    `stdg.augmentation.geometry`, `unlabelled` to `stdg.fields.encode`. A database opened with
+    `stdg.augmentation.geometry`, `unlabelled` and `relation` to `stdg.fields.encode`. A database opened with
     `released=True` is augmented as in the released code.
 
     A sample is a dictionary: 'rgb' and 'hha', as in `inputs`, (3, canvas, canvas) uint8; 'index',
@@ -78,12 +79,13 @@ class SceneGraphs(Dataset):
     Raises `ValueError` when nothing is left. Source: method spec 1.4 to 1.6."""
     def __init__(self, database, split='train', inputs=('rgb',), train=False, stride=16,
                  source='metric', n_val=0, limit=None, overlap=False, relations=True,
-                 augment=True, colour=True, unlabelled=0., seen_in=None, **augmentation):
+                 augment=True, colour=True, unlabelled=0., seen_in=None,
+                 relation='fields', **augmentation):
         self.database, self.inputs, self.training = database, tuple(inputs), train
         self.stride, self.source, self.released = stride, source, database.released
         self.overlap, self.unlabelled = overlap and train, unlabelled
         self.augment, self.colour = augment and train, augment and colour and train
-        self.augmentation = augmentation
+        self.augmentation, self.relation = augmentation, relation
         self.order = self._stored_order = 'BGR' if self.released else 'RGB'
         if set(inputs) - {'rgb', 'hha', *['seen'] * (seen_in is not None)} or not inputs:
             raise ValueError(f"inputs {inputs} must be 'rgb', 'hha' or both")
@@ -145,7 +147,7 @@ class SceneGraphs(Dataset):
         if self.training:
             names = self.database.vocabulary
             sample['targets'] = fields.encode(graph, len(names.objects), len(names.predicates),
-                                              (canvas, canvas), self.stride, valid, self.unlabelled)
+                                              (canvas, canvas), self.stride, valid, self.unlabelled, self.relation)
         return sample
 
     def truth(self, i):
@@ -169,6 +171,7 @@ class SceneGraphs(Dataset):
                    database.vocabulary.to_json()]
         if self.order != self._stored_order: options.append(self.order)
         if self.unlabelled: options.append(['unlabelled', self.unlabelled])
+        if self.relation != 'fields': options.append(['relation', self.relation])
         if self.seen_in: options.append(['seen', _picture_file(self.seen_in).stat().st_size])
         digest = hashlib.sha256(json.dumps(options).encode())
         flat = database.flat(self.rows)
@@ -259,10 +262,11 @@ def _dense(shape, positions, values, device):
 def _collate(samples):
     "A batch of `samples`, some target fields as `_sparse` makes them."
     if 'targets' not in samples[0]: return default_collate(samples)
-    sparse = {name: _sparse([sample['targets'].pop(name) for sample in samples])
-              for name in _SPARSE}
+    pop = lambda name: [sample['targets'].pop(name) for sample in samples]
+    apart = {name: _sparse(pop(name)) for name in _SPARSE if name in samples[0]['targets']}
+    if 'relations' in samples[0]['targets']: apart['relations'] = pad_sequence(pop('relations'), True, -1)
     batch = default_collate(samples)
-    return batch | dict(targets=batch['targets'] | sparse)
+    return batch | dict(targets=batch['targets'] | apart)
 
 def _on_device(batch, device):
     "The batch on `device`, all target fields dense."

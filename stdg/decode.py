@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOOR', 'cell_grid', 'ideal_output', 'peaks', 'detect', 'candidates', 'associate', 'relate', 'hungarian_match',
-           'peak_at', 'classify', 'decode_tasks', 'decode_batch', 'decode', 'decode_given']
+           'peak_at', 'classify', 'rank_pairs', 'decode_tasks', 'decode_batch', 'decode', 'decode_given']
 
 # %% ../nbs/method/08_decode.ipynb #imports
 import torch
@@ -15,6 +15,7 @@ from torchvision.ops import box_iou
 
 from .fields import MAX_OBJECTS, field_size
 from .graph import TASKS, Prediction
+from .pairs import PairFields, Pairs
 from .reading import PUBLISHED, line_scores, suppress
 
 # %% ../nbs/method/08_decode.ipynb #ideal-output
@@ -149,10 +150,8 @@ def relate(candidate,  # what `candidates` gives
 
 # %% ../nbs/method/08_decode.ipynb #match
 def hungarian_match(boxes, others):
-    """One-to-one matches of overlap above 0.5 between `boxes` (N, 4) and `others` (M, 4), on the
-    CPU: two index tensors.
-
-    Source: method spec 8.4."""
+    """One-to-one matches of overlap above 0.5 between `boxes` (N, 4) and `others` (M, 4), on the CPU: two
+    index tensors. Source: method spec 8.4."""
     pixel = torch.tensor([0, 0, 1, 1])
     overlap = box_iou((boxes + pixel).double(), (others + pixel).double())
     matched = linear_sum_assignment(1 - overlap.where(overlap > 0, -1))
@@ -161,8 +160,7 @@ def hungarian_match(boxes, others):
     return ours[good], theirs[good]
 
 def peak_at(heatmap, centres):
-    """Class and value of the highest peak within one cell of `centres` (N, 2), in cells, on
-    `heatmap` (C, h, w)."""
+    "Class and value of the highest peak within one cell of `centres` (N, 2), in cells, on `heatmap` (C, h, w)."
     h, w = heatmap.shape[1:]
     around = torch.tensor([-1, 0, 1], device=heatmap.device)
     column = centres[:, 0].long().clamp(0, w - 1)[:, None] + around
@@ -193,13 +191,19 @@ def _check_finite(name, fields):
 
 def _check_relations(relations, reading):
     "Raise `ValueError` for relation fields that cannot be read, and for a prior of other predicates."
-    if relations.ndim != 5 or relations.shape[2] != 7:
+    asked = isinstance(relations, PairFields)
+    if not asked and (relations.ndim != 5 or relations.shape[2] != 7):
         raise ValueError(f"relation fields {tuple(relations.shape[1:])}: (P, 7, h, w) is needed")
-    _check_finite('relation', relations)
-    known = reading.table.counts.shape[2] if reading.has_prior else relations.shape[1]
-    if known != relations.shape[1]:
+    if reading.relations == ('lines' if asked else 'pairs'):
+        raise ValueError(f"reading: relations is {reading.relations!r}, and the network has "
+                         f"{'a head of' if asked else 'fields, no'} pairs; it is read by "
+                         f"{'pairs' if asked else 'lines or votes'} alone")
+    _check_finite('relation', relations.values if asked else relations)
+    n_predicates = relations.head.n_predicates if asked else relations.shape[1]
+    known = reading.table.counts.shape[2] if reading.has_prior else n_predicates
+    if known != n_predicates:
         raise ValueError(f"reading: the prior is of {known} predicates, the fields have "
-                         f"{relations.shape[1]}; a prior goes with the network it was counted for")
+                         f"{n_predicates}; a prior goes with the network it was counted for")
 
 def _check(detections, relations, tasks, truths, stride, reading):
     "Raise `ValueError` for batches of fields that cannot be decoded."
@@ -215,14 +219,12 @@ def _check(detections, relations, tasks, truths, stride, reading):
                          f"relation {tuple(relations.shape)}; batch and cells must be the same")
     _check_finite('detection', detections)
     given = [task for task in tasks if task != 'sgdet']
-    if given and (truths is None or len(truths) != len(detections)
-                  or any(t is None for t in truths)):
-        raise ValueError(f"{given[0]} needs the true boxes: give truth, a SceneGraph for each "
-                         "image")
+    if given and (truths is None or len(truths) != len(detections) or any(t is None for t in truths)):
+        raise ValueError(f"{given[0]} needs the true boxes: give truth, a SceneGraph for each image")
     for truth in truths if given else ():
         if len(truth) and int(truth.labels.max()) >= detections.shape[1] - 4:
-            raise ValueError(f"truth has label {int(truth.labels.max())}, "
-                             f"the fields have {detections.shape[1] - 4} classes")
+            raise ValueError(f"truth has label {int(truth.labels.max())}, the fields have "
+                             f"{detections.shape[1] - 4} classes")
         if truth.size and field_size(truth.size, stride) != tuple(detections.shape[-2:]):
             raise ValueError(f"truth is of an image of {truth.size} pixels, "
                              f"at stride {stride} {field_size(truth.size, stride)} cells; "
@@ -239,9 +241,9 @@ def _surest(scores, counts, most):
     there = there.gather(1, surest)
     return surest, (there[:, :, None] & there[:, None, :]).triu(1).nonzero(as_tuple=True)
 
-def _ranked(image, subject, target, table, objects, reading):
-    """`table` (Q, P) weighed with the prior and the objects' scores, pairs best first: for each image what
-    `relate` gives.
+def rank_pairs(image, subject, target, table, objects, reading):
+    """`table` (Q, P) of the pairs `subject` and `target` (Q,) of objects of the images `image` (Q,), weighed
+    with the prior and the objects' scores, pairs best first: for each image what `relate` gives.
 
     `objects` are the boxes, labels and scores of each image."""
     _, labels, scores = (pad_sequence(part, True).to(table.device) for part in zip(*objects))
@@ -253,6 +255,18 @@ def _ranked(image, subject, target, table, objects, reading):
     counts = image.bincount(minlength=len(objects)).tolist()
     pairs = torch.stack([subject, target], 1)[order]
     return list(zip(pairs.cpu().split(counts), table[order].cpu().split(counts)))
+
+def _by_pairs(relations, objects, most, stride, reading):
+    """As `relate` gives them: all ordered pairs of the `most` surest objects, asked about at once."""
+    boxes, labels, scores = (pad_sequence(part, True).to(relations.device) for part in zip(*objects))
+    surest, (image, one, other) = _surest(scores, [len(s) for _, _, s in objects], most)
+    one, other = surest[image, one], surest[image, other]
+    image, subject, target = image.repeat(2), torch.cat([one, other]), torch.cat([other, one])
+    n = scores.shape[1]
+    used, row = torch.cat([image * n + subject, image * n + target]).unique(return_inverse=True)
+    classes = F.one_hot(labels.flatten()[used], relations.head.n_objects).float()
+    pairs = Pairs(boxes.flatten(0, 1)[used].float() / stride, classes, used // n, *row.view(2, -1))
+    return rank_pairs(image, subject, target, relations.ask(pairs)[0], objects, reading)
 
 def _by_lines(relations, objects, most, stride, reading, known):
     """As `relate` gives them: all ordered pairs of the `most` surest objects, read along their
@@ -266,7 +280,7 @@ def _by_lines(relations, objects, most, stride, reading, known):
     if not known or not all(map(torch.equal, known[0], question)):
         known[:] = question, line_scores(relations, *question, reading.tau)
     one, other = surest[image, one], surest[image, other]
-    return _ranked(image.repeat(2), torch.cat([one, other]), torch.cat([other, one]),
+    return rank_pairs(image.repeat(2), torch.cat([one, other]), torch.cat([other, one]),
                    known[1].flatten(0, 1), objects, reading)
 
 def _weighed(found, objects, most, reading):
@@ -284,12 +298,13 @@ def _weighed(found, objects, most, reading):
         row = (every.flatten().cumsum(0) - 1).view_as(every)[image, subject, target]
         image, subject, target = every.nonzero(as_tuple=True)
         table = table.new_zeros(len(image), table.shape[1]).index_copy_(0, row, table)
-    return _ranked(image, subject, target, table, objects, reading)
+    return rank_pairs(image, subject, target, table, objects, reading)
 
 def _related(relations, candidate, objects, given, filtered, stride, released, reading, known):
     "Pairs and scores of predicates of each image, as `reading` says. `given`: the boxes are."
     reading = reading.of_task('predcls' if given else 'sgdet')
     most = MAX_OBJECTS if given else reading.objects
+    if isinstance(relations, PairFields): return _by_pairs(relations, objects, most, stride, reading)
     if reading.relations == 'lines':
         return _by_lines(relations, objects, most, stride, reading, known)
     placed = [(boxes.to(relations.device), scores.to(relations.device)) for boxes, _, scores in objects]
@@ -323,7 +338,8 @@ def decode_tasks(detections, relations,  # (B, C+4, h, w), (B, P, 7, h, w), on a
     detections, relations = detections.detach().float(), relations.detach().float()
     whole = tuple(n * stride for n in detections.shape[-2:])
     found = tuple(t.cpu() for t in detect(detections, stride))
-    candidate = candidates(relations, stride) if reading.relations == 'votes' else None
+    votes = reading.relations == 'votes' and not isinstance(relations, PairFields)
+    candidate = candidates(relations, stride) if votes else None
     predictions, known = {}, []
     for task in tasks:
         objects = _objects(task, found, detections[:, :-4], truths, stride, released, reading)
@@ -368,14 +384,17 @@ def decode_given(relations,  # (B, P, 7, h, w), on any device
     infinity."""
     _check_relations(relations, reading)
     if len(objects) != len(relations):
-        raise ValueError(f"objects of {len(objects)} images for fields of {len(relations)}: boxes, "
-                         "labels and scores of each image are needed")
+        raise ValueError(f"objects of {len(objects)} images for fields of {len(relations)}: boxes, labels and "
+                         "scores of each image are needed")
     relations = relations.detach().float()
     size = tuple(n * stride for n in relations.shape[-2:])
-    nothing = torch.zeros(0, 2), torch.zeros(0, relations.shape[1])
+    asked = isinstance(relations, PairFields)
+    n_predicates = relations.head.n_predicates if asked else relations.shape[1]
+    nothing = torch.zeros(0, 2), torch.zeros(0, n_predicates)
     nodes = [Prediction(*(torch.as_tensor(part).cpu() for part in image), *nothing, size)
              for image in objects]
     objects = [(node.boxes, node.labels, node.scores) for node in nodes]
-    candidate = candidates(relations, stride) if reading.relations == 'votes' else None
+    votes = reading.relations == 'votes' and not asked
+    candidate = candidates(relations, stride) if votes else None
     found = _related(relations, candidate, objects, True, False, stride, False, reading, [])
     return [Prediction(*image, *related, size) for image, related in zip(objects, found)]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_OBJECTS', 'field_size', 'gaussian_radius', 'paint_peaks', 'detection_fields', 'relation_cells',
-           'nearest_relation', 'relation_fields', 'soften_negatives', 'blank_padding', 'encode']
+           'nearest_relation', 'relation_fields', 'soften_negatives', 'blank_padding', 'pair_slots', 'encode']
 
 # %% ../nbs/method/03_fields.ipynb #imports
 import warnings
@@ -177,6 +177,25 @@ def blank_padding(fields,  # (..., rows, columns) array, changed in place
     fields[..., int(np.ceil(y + height)) + 1:, :] = 0
     fields[..., int(np.ceil(x + width)) + 1:] = 0
 
+# %% ../nbs/method/03_fields.ipynb #pair-slots
+def pair_slots(boxes, labels, relations,  # (N, 4) float32 in cells; (N,) int64; (R, 3) int64
+               counted,  # (N,) bool: which objects are there to be asked about
+               shape:tuple,  # (rows, columns)
+              ):  # dict of arrays: boxes, labels, relations
+    "Objects and relations, as `encode(relation='pairs')` describes them."
+    h, w = shape
+    boxes = boxes.clip(0, np.array([w, h] * 2, np.float32))
+    size = boxes[:, 2:] - boxes[:, :2]
+    keep = np.flatnonzero((size > 0).all(1) & counted)
+    keep = keep[_largest(size[keep])]
+    number = np.full(len(boxes), -1)
+    number[keep] = np.arange(len(keep))
+    relations = np.c_[number[relations[:, :2]], relations[:, 2]]
+    slots = dict(boxes=np.zeros((MAX_OBJECTS, 4), np.float32), labels=np.full(MAX_OBJECTS, -1),
+                 relations=relations[(relations >= 0).all(1)])
+    slots['boxes'][:len(keep)], slots['labels'][:len(keep)] = boxes[keep], labels[keep]
+    return slots
+
 # %% ../nbs/method/03_fields.ipynb #check-graph
 def _check(graph, n_objects, n_predicates, valid_area):
     for what, values, n in (('label', graph.labels, n_objects),
@@ -196,6 +215,7 @@ def encode(graph,  # `SceneGraph`, boxes in pixels of the picture that the netwo
            stride:int=16,  # pixels a cell
            valid_area:tuple=None,  # (x, y, width, height) in pixels; no relations outside it
            unlabelled:float=0.,  # share of their weight that `soften_negatives` takes
+           relation:str='fields',  # or 'pairs': what the relation head learns from
           ):  # dict of tensors
     """The fields that a perfect network would predict for `graph`, `h` rows and `w` columns of
     cells:
@@ -205,7 +225,9 @@ def encode(graph,  # `SceneGraph`, boxes in pixels of the picture that the netwo
     - `mask` (128,) uint8, 1 for a slot in use
     - `index` (128,) int64, `row*w + column`
     - `relation` (P,9,h,w) float32: confidence, x and y from the cell to the subject centre, x and
-      y to the object centre, two constants `1/stride`, subject scale, object scale (cells).
+      y to the object centre, two constants `1/stride`, subject scale, object scale (cells)
+    - in its place with `relation='pairs'`: `boxes` (128,4) float32 in cells, `labels` (128,) int64,
+      -1 for an empty slot, and `relations` (R,3) int64: subject, object, predicate.
 
     Raises `ValueError` for a label or predicate out of range, a size or stride below 1 and a
     malformed valid area. Source: method spec 5."""
@@ -215,6 +237,9 @@ def encode(graph,  # `SceneGraph`, boxes in pixels of the picture that the netwo
     labels, ignore, relations = (t.numpy() for t in (graph.labels, graph.ignore, graph.relations))
     relations = relations[~ignore[relations[:, :2]].any(1) & (relations[:, 0] != relations[:, 1])]
     fields = detection_fields(boxes[~ignore], labels[~ignore], (n_objects, h, w))
+    if relation == 'pairs':
+        fields |= pair_slots(boxes, labels, relations, ~ignore, (h, w))
+        return {name: torch.from_numpy(values) for name, values in fields.items()}
     fields['relation'] = relation_fields(boxes, relations, (n_predicates, h, w), stride)
     if unlabelled: soften_negatives(fields['relation'], boxes[~ignore], unlabelled)
     if valid_area is not None:

@@ -9,6 +9,8 @@ __all__ = ['gathers', 'focal_loss', 'regression_loss', 'detection_loss', 'relati
 import torch
 import torch.nn.functional as F
 
+from .pairs import Sampling, sampling_loss, sampling_weight
+
 # %% ../nbs/method/07_losses.ipynb #focal-loss
 _EPS = 1e-10
 
@@ -125,7 +127,8 @@ def teaching_loss(student_offsets:list,  # (B, 36, h, w) for each head
                   teacher_offsets:list,  # the same shapes
                   counts:dict=None,  # of `counts`, where the batch is part of a larger one
                  ):  # scalar
-    """Squared distance of the student's offsets from the teacher's.
+    """Squared distance of the student's offsets from the teacher's; of heads of pairs, whose entries are
+    `stdg.pairs.Sampling`, `stdg.pairs.sampling_loss`.
 
     Raises `ValueError` if lists or shapes disagree. Source: method spec 4.3."""
     if len(student_offsets) != len(teacher_offsets) or not len(student_offsets):
@@ -133,6 +136,9 @@ def teaching_loss(student_offsets:list,  # (B, 36, h, w) for each head
                          "heads: both lists need one entry for each head")
     terms, counts = [], counts or {}
     for head, (student, teacher) in enumerate(zip(student_offsets, teacher_offsets)):
+        if isinstance(teacher, Sampling):
+            terms.append(sampling_loss(student, teacher, counts.get(f'taught_{head}')))
+            continue
         _check(student.shape, teacher.shape, 'offsets')
         student, teacher = _full(student), _full(teacher.detach())
         mask = _worth_copying(teacher)
@@ -147,9 +153,11 @@ def counts(targets:dict,  # batched `stdg.fields.encode`
           ):  # dict of scalar tensors
     """What the terms of a batch are divided by; sums over the parts of a batch serve as the
     `counts` of the losses."""
-    relation = targets['relation']
-    counted = dict(centres=targets['heatmap'] == 1, objects=targets['mask'],
-                   related=relation[:, :, 0] == 1, cells=_painted(relation, released))
+    counted = dict(centres=targets['heatmap'] == 1, objects=targets['mask'])
+    if 'relation' in targets:
+        relation = targets['relation']
+        counted |= dict(related=relation[:, :, 0] == 1, cells=_painted(relation, released))
     for head, offsets in enumerate(teacher_offsets):
-        counted[f'taught_{head}'] = _worth_copying(offsets)
+        of_pairs = isinstance(offsets, Sampling)
+        counted[f'taught_{head}'] = sampling_weight(offsets) if of_pairs else _worth_copying(offsets)
     return {name: marked.sum() for name, marked in counted.items()}

@@ -73,12 +73,16 @@ RUNBOOKS = dict(
         seeds=Many(ALLOWED['seed'], 2, distinct=True), clutters=Many(Real(0, 1), 2, 2),
         processes=Whole(1)),
     depth_question=dict(
-        _of_a_run('name', 'n_train', 'n_val', 'n_test', 'size', 'backbone', 'epochs', 'decay'),
+        _of_a_run('name', 'n_train', 'n_val', 'n_test', 'size', 'backbone', 'relation', 'epochs',
+                  'decay'),
         seeds=Many(ALLOWED['seed'], 2, distinct=True), processes=Whole(1),
         experiments=Many(Choice(('A', 'B', 'C')), distinct=True),
         cells=Many(Choice(tuple(CELLS)), 0, 2, distinct=True)),
     levers=dict(
         _of_a_run('name', 'data', 'n_train', 'n_val', 'n_test', 'size', 'backbone', 'epochs', 'decay'),
+        seeds=Many(ALLOWED['seed'], 1, distinct=True), processes=Whole(1)),
+    pairs=dict(
+        _of_a_run('name', 'data', 'n_train', 'n_val', 'n_test', 'size', 'backbone', 'split', 'epochs', 'decay'),
         seeds=Many(ALLOWED['seed'], 1, distinct=True), processes=Whole(1)),
     benchmark=dict(
         repeats=Whole(1), side=_side, n_objects=Whole(1), n_predicates=Whole(1),

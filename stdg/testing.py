@@ -67,11 +67,15 @@ def toy_database(folder,  # made if absent
 @torch.no_grad()
 def loud(model):
     "`model`, an untrained `STDG` with branches, changed in place to detect much, at random."
-    layers, relation = model.network.detection.layers, model.network.relation.layer
+    layers, relation = model.network.detection.layers, model.network.relation
     layers.heatmap[-1].bias.zero_()
     layers.size[-1].bias.fill_(2)
-    relation.weight.mul_(16)
-    relation.bias.view(-1, 7)[:, 0] = 0
+    if model.network.asks_pairs:
+        relation.answer_layers[-1].bias.zero_()
+        for layer in (relation.offset, relation.attention): layer.weight.normal_(0, .3)
+        return model
+    relation.layer.weight.mul_(16)
+    relation.layer.bias.view(-1, 7)[:, 0] = 0
     return model
 
 # %% ../nbs/method/15_testing.ipynb #seconds

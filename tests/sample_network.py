@@ -27,13 +27,14 @@ def _flat(x): return x.movedim(1, -1).flatten(0, -2)
 
 
 @torch.no_grad()
-def by_heart(scenes, graphs, vocabulary, canvas, channels=640, sure=6.):
+def by_heart(scenes, graphs, vocabulary, canvas, channels=640, sure=6., **more):
     """A `STDG` in mode 'combine' that finds `graphs` (one `SceneGraph` a scene, in its pixels) in
-    the pictures of `scenes`; its teacher is untrained."""
+    the pictures of `scenes`; its teacher is untrained, and so is a head of pairs (`relation='pairs'`,
+    one of `more` arguments of `STDG`), which says and looks at random."""
     torch.manual_seed(0)
     sizes = dict(n_objects=len(vocabulary.objects), n_predicates=len(vocabulary.predicates))
     model = STDG('small', 'combine', pretrained=True, channels=channels, head_norm=False,
-                 zero_offsets=False, **sizes).eval()
+                 zero_offsets=False, **sizes, **more).eval()
     boxed = [letterbox(torch.from_numpy(scene.picture.copy()).permute(2, 0, 1), canvas)
              for scene in scenes]
     targets = [fields.encode(on_canvas(graph, scale, corner, canvas), *sizes.values(),
@@ -49,6 +50,11 @@ def by_heart(scenes, graphs, vocabulary, canvas, channels=640, sure=6.):
                            (layers.offset, detection[:, -4:-2]),
                            (layers.size, detection[:, -2:])):
         _solve(branch[-1], _flat(branch[:-1](seen)), _flat(wanted))
+    if model.network.asks_pairs:
+        for head in (model.network.relation, model.teacher.relation):
+            head.answer_layers[-1].bias.zero_()
+            for layer in (head.offset, head.attention): layer.weight.normal_(0, .3)
+        return model
     vectors = relation[:, :, 1:5] - cell_grid(*relation.shape[-2:]).repeat(2, 1, 1)
     wanted = torch.cat([logit(relation[:, :, :1]), vectors, relation[:, :, 5:]], 2)
     seen = model.network.relation.pre_head(features)[0]

@@ -31,9 +31,10 @@ from stdg.datasets.visual_genome import Database, write_annotations, write_image
 from stdg.deform import sampling_points
 from stdg.explore.compare import comparison_record
 from stdg.explore.networks import load_network
-from stdg.explore.scene import database_scene, read_scene
+from stdg.explore.scene import database_scene, read_scene, sampled
 from stdg.explore.snapshot import BOTH, choose_shown
 from stdg.graph import SceneGraph, Vocabulary
+from stdg.pairs import FRAMES
 from stdg.reading import PairPrior, Reading, line_cells
 from stdg.rooms import build as rooms
 
@@ -81,6 +82,9 @@ def work(tmp_path_factory):
     network = by_heart(scenes, [_altered(scene) for scene in scenes], database.vocabulary, 96)
     network.save(folder/'runs'/'tests'/'student.safetensors',
                  vocabulary=database.vocabulary.to_json(), size=96)
+    asks = by_heart(scenes, [scene.truth for scene in scenes], database.vocabulary, 96, relation='pairs')
+    asks.save(folder/'runs'/'pairs'/'student.safetensors', vocabulary=database.vocabulary.to_json(), size=96,
+              reading=Reading('pairs').to_json())
     names = database.vocabulary
     strange = Vocabulary([f'{HOSTILE[i % 10]}{i // 10 or ""}' for i in range(len(names.objects))],
                          HOSTILE[:len(names.predicates)])
@@ -312,7 +316,8 @@ def _menu(page, *path):
 @pytest.fixture(scope='module')
 def open_explorer(work, lab, page):
     "The runbook, run to its end in JupyterLab."
-    _notebook(work, 'explore.ipynb', checkpoints=[str(work/'runs'/'tests'/'student.safetensors')],
+    _notebook(work, 'explore.ipynb', checkpoints=[str(work/'runs'/run/'student.safetensors')
+                                                  for run in ('tests', 'pairs')],
               data='rooms', show='prediction')
     _run_all(page, lab, 'explore.ipynb')
     return page
@@ -547,6 +552,68 @@ def test_fields_and_vectors(open_explorer, known):
     assert page.text('.stdg-readout') == f'heat-map of {name}'
     page.shot('heat-map')
     page.choose('over it', 'nothing')
+
+
+def _looks(page, who):
+    "The sampling points that are drawn of a network: x, y in pixels of the picture, attention, frame."
+    return page.run('''return [...document.querySelectorAll(`.stdg-look.stdg-${arguments[0]}`)].map(e => {
+        const box = e.getBBox(), u = arguments[1];
+        return [(box.x + box.width / 2) / u, (box.y + box.height / 2) / u, Number(e.dataset.attention),
+                e.getAttribute('class').split('stdg-of-')[1], box.width]; })''', who, page.unit())
+
+
+def test_an_edge_shows_where_a_head_of_pairs_looks(open_explorer, known, work):
+    page, (scene, *_) = open_explorer, known
+    before = page.keys('.stdg-edge')
+    options = lambda label: [option.text for option in Select(page.control(label, 'select')).options]
+    page.choose('over it', 'vectors')
+    page.choose('network', 'pairs/student')
+    page.wait(lambda: options('over it') == ['nothing', 'class heat-map', 'sampling points'], 'what there is')
+    page.settle()
+    assert options('kernel') == ['detection, 1st', 'detection, 2nd'] and not page.find('.stdg-vote')
+    assert 'asked about pairs of boxes' in page.text('.stdg-message')
+    reading = read_scene(scene, *load_network(work/'runs'/'pairs'/'student.safetensors'))
+    record = comparison_record(reading.predictions['sgdet'], reading.vocabulary, scene.truth)
+    assert page.keys('.stdg-edge') == list(choose_shown(record)[1])
+    page.hover('.stdg-edge text')
+    page.wait(lambda: page.find('.stdg-look'), 'points')
+    page.settle()
+    page.shot('pair')
+    key = page.keys('.stdg-edge.stdg-lit')[0]
+    triplet = record['triplets'][int(key[1:])]
+    expected = sampled(reading, reading.seen['sgdet'], [[triplet['s'], triplet['o']]])
+    for who in ('student', 'teacher'):
+        drawn = _looks(page, who)
+        assert [frame for *_, frame, _ in drawn] == [frame for frame in FRAMES for _ in range(4)]
+        numbers = np.array([point[:3] for point in drawn])
+        assert np.allclose(numbers[:, :2], expected[who][0, ..., :2].reshape(-1, 2), atol=.08)
+        assert np.allclose(numbers[:, 2], expected[who][0, ..., 2].ravel(), atol=6e-5)
+        most, least = numbers[:, 2].argmax(), numbers[:, 2].argmin()
+        assert drawn[most][4] > 2 * drawn[least][4], 'what counts is large'
+    assert len(page.find('.stdg-apart')) == 16 and not page.find('.stdg-faded')
+    said = page.text('.stdg-readout')
+    assert said.startswith('● student, ◆ teacher: ') and said.endswith('looks at subjectobjectunionline')
+    apart = np.linalg.norm((expected['student'] - expected['teacher'])[0, ..., :2], axis=-1) / 8
+    weight = expected['teacher'][0, ..., 2]
+    assert abs(float(said.split(': ')[1].split()[0]) - (apart * weight).sum() / weight.sum()) < .02
+    page.away()
+    page.wait(lambda: not page.find('.stdg-look'), 'gone')
+    page.choose('show', 'truth')
+    page.hover('.stdg-table tr:nth-child(2)')
+    page.wait(lambda: page.find('.stdg-look'), 'points of a true pair')
+    s, o, _ = np.unique(scene.truth.relations, axis=0)[1]
+    expected = sampled(reading, reading.truth, [[s, o]])['student'][0]
+    assert np.allclose([point[:2] for point in _looks(page, 'student')], expected[..., :2].reshape(-1, 2), atol=.08)
+    page.away()
+    page.choose('over it', 'sampling points')
+    _point(page, 60.5, 44.5)
+    page.wait(lambda: len(page.find('.stdg-student')) == len(page.find('.stdg-teacher')) == 9, 'cells of detection')
+    page.choose('over it', 'nothing')
+    page.away()
+    page.choose('show', 'prediction')
+    page.choose('network', 'tests/student')
+    page.wait(lambda: len(options('over it')) == 5 and len(options('kernel')) == 4, 'everything again')
+    assert page.keys('.stdg-edge') == before and page.attribute('.stdg-message', 'hidden') is not None
 
 
 def test_truth_and_prediction_compared(open_explorer, known):

@@ -16,7 +16,6 @@ from stdg.testing import toy_database
 from stdg.training import loop, step
 from stdg.training.log import Stopwatch
 from stdg.training.loop import fit
-from stdg.training.settings import Settings
 from stdg.training.step import TrainStep, build_network, optimiser
 
 TINY = dict(n_objects=2, n_predicates=2, pretrained=False, fpn=16, channels=16)
@@ -145,8 +144,8 @@ def test_a_step_that_is_not_finite_is_named_however_late(database, tmp_path, mon
     true_terms, found = step.terms_of, {}
     for look in (1, 4):
         model, before, calls = network(), [], []
-        def terms_of(*inputs, calls=calls, model=model, before=before):
-            terms = true_terms(*inputs)
+        def terms_of(*inputs, calls=calls, model=model, before=before, **options):
+            terms = true_terms(*inputs, **options)
             if len(calls) == bad:
                 before.extend(p.detach().clone() for p in model.parameters())
                 if bad == 4:  # the loss is finite, its gradient is not
@@ -172,33 +171,26 @@ def test_a_step_that_is_not_finite_is_named_however_late(database, tmp_path, mon
 
 def test_statistics_are_those_before_the_bad_step(database, tmp_path, monkeypatch):
     "What batch norms have seen of a step that is not finite, and of those after it, is put back."
-    seen, true_look = {}, loop._look
+    seen, true_look = {}, loop.look_at
     def look(run, log):
         seen['after'] = [b.clone() for b in run.model.network.buffers()]
         return true_look(run, log)
     true_terms, model, before = step.terms_of, network(), []
-    def terms_of(*inputs):
-        terms = true_terms(*inputs)
+    def terms_of(*inputs, **options):
+        terms = true_terms(*inputs, **options)
         if not before: before.extend([0])
         else: terms['detection_size'] = terms['detection_size'] * math.inf
         return terms
     first = []
-    true_queue = loop._queue_step
+    true_queue = loop.queue_step
     def queue(run, batch):
         true_queue(run, batch)
         if not first: first.extend(b.clone() for b in run.model.network.buffers())
-    for name, change in (('_look', look), ('_queue_step', queue)): monkeypatch.setattr(loop, name, change)
+    for name, change in (('look_at', look), ('queue_step', queue)): monkeypatch.setattr(loop, name, change)
     monkeypatch.setattr(step, 'terms_of', terms_of)
     with pytest.raises(FloatingPointError, match='step 1: detection_size'):
         fit(model, samples(database, model), tmp_path, 'control', look=3, **OPTIONS)
     assert same(list(model.network.buffers()), first) and not same(seen['after'], first)
-
-
-def test_where_every_step_is_looked_at():
-    gpu, cpu = torch.device('cuda'), torch.device('cpu')
-    looks = [(dict(), gpu, 20), (dict(), cpu, 1), (dict(look=7), gpu, 7), (dict(look=7), cpu, 7),
-             (dict(skip=1), gpu, 1), (dict(precision='float16', look=9), gpu, 1), (dict(precision='bfloat16'), gpu, 20)]
-    for given, device, often in looks: assert loop.look_of(Settings(**given), device) == often, given
 
 
 def test_a_teacher_is_not_asked_twice(database, tmp_path, monkeypatch):
@@ -217,5 +209,5 @@ def test_a_teacher_is_not_asked_twice(database, tmp_path, monkeypatch):
         fit(model, samples(database, model), tmp_path/str(room), 'student', teacher_memory=room, **OPTIONS)
         found.append((state(model), lines(tmp_path/str(room))))
     assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
-    kept = asked[1].offsets
-    assert not hasattr(asked[0].offsets, 'hits') and kept.asked == 18 and 6 <= kept.hits <= 12
+    kept = asked[1].kept
+    assert asked[0].kept is None and kept.asked == 18 and 6 <= kept.hits <= 12

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GraphPicture', 'HHA_CHANNELS', 'HIT', 'MISS', 'class_colour', 'depth_map', 'draw_boxes', 'fields', 'for_print',
            'graph', 'graph_picture', 'hha_channels', 'image_boxes', 'loss_curves', 'new_figure', 'offsets', 'own_axes',
-           'paper_figure', 'rendered', 'rgbd', 'save', 'show_image', 'side_by_side', 'titles']
+           'paper_figure', 'rendered', 'rgbd', 'sampling', 'save', 'show_image', 'side_by_side', 'titles']
 
 # %% ../../nbs/draw/00_about_draw.ipynb #face
 from .boxes import draw_boxes, image_boxes, titles
@@ -21,9 +21,10 @@ from stdg.draw.figures import (
     side_by_side,
 )
 from .graphs import GraphPicture, graph, graph_picture
+from .looking import sampling
 from .style import HIT, MISS, class_colour, for_print, new_figure, own_axes, rendered, save, show_image
 
 _all_ = ['GraphPicture', 'HHA_CHANNELS', 'HIT', 'MISS', 'class_colour', 'depth_map', 'draw_boxes',
          'fields', 'for_print', 'graph', 'graph_picture', 'hha_channels', 'image_boxes',
          'loss_curves', 'new_figure', 'offsets', 'own_axes', 'paper_figure', 'rendered', 'rgbd',
-         'save', 'show_image', 'side_by_side', 'titles']
+         'sampling', 'save', 'show_image', 'side_by_side', 'titles']

@@ -16,7 +16,7 @@ from ..data import loader, network_input
 from .core import check_fit, dense_truth
 from ..fields import field_size
 from ..io.devices import device_for
-from ..reading import RELATIONS, SUPPRESS
+from ..reading import FIELD_READINGS, SUPPRESS
 
 # %% ../../nbs/evaluation/06_choices.ipynb #kept-fields
 class KeptFields:
@@ -29,7 +29,8 @@ class KeptFields:
         check_fit(model, dataset)
         config, kind, part = model.config, model.reads, copy.copy(dataset.seen_by(model))
         rows, columns = field_size((part.database.size,) * 2, model.stride)
-        numbers = config['n_objects'] + 4 + 7 * config['n_predicates']
+        asks = model.network.asks_pairs
+        numbers = config['n_objects'] + 4 + (config['channels'] if asks else 7 * config['n_predicates'])
         part.rows = part.rows[:max(memory // (4 * rows * columns * numbers), 1)]
         self.images, self.n_predicates, self.stride = len(part), config['n_predicates'], model.stride
         place, self.batches = device_for(model, device), []
@@ -52,7 +53,7 @@ class KeptFields:
 def _candidates(prior, relations, suppress):
     """(task, list of changes to a reading) of each step. `prior`: there is one; `relations` and
     `suppress`: 'chosen', or what is fixed."""
-    if relations == 'chosen': yield 'predcls', [dict(relations=name) for name in RELATIONS]
+    if relations == 'chosen': yield 'predcls', [dict(relations=name) for name in FIELD_READINGS]
     if prior:
         yield 'predcls', [dict(prior=beta) for beta in (0., .25, .5, 1.)]
         yield 'predcls', [dict(epsilon=value) for value in (.02, 1e-3)]
@@ -75,7 +76,7 @@ def _figure(figures, task):
     return (figures['R@50'] + figures.get('P@5', figures['R@50'])) / 2
 
 def choose_reading(model, dataset, prior, start,
-                   relations:str=None,  # 'votes', 'lines' or 'chosen'; None: those of `start`
+                   relations:str=None,  # 'votes', 'lines' or 'chosen'; None: of `start`. Pairs have their own
                    suppress:str=None,  # 'none', 'hard', 'soft' or 'chosen'; None: that of `start`
                    **options):  # of `KeptFields`
     """The `Reading` by which `model` reads the pictures of `dataset` best, from `start` on, with the
@@ -84,6 +85,7 @@ def choose_reading(model, dataset, prior, start,
 
     Raises `ValueError` as `stdg.evaluation.check_fit`, and for a prior of other classes."""
     kept, tried = KeptFields(model, dataset, **options), []
+    if model.network.asks_pairs: relations = 'pairs'
     if prior is not None: prior.check_names(dataset.database.vocabulary.to_json())
     reading = replace(start, table=prior, prior=0., prior_detected=None)
     if relations not in (None, 'chosen'): reading = replace(reading, relations=relations)

@@ -18,9 +18,10 @@ from ..io.devices import device_for
 # %% ../../nbs/evaluation/09_offsets.ipynb #offset-fields
 @torch.no_grad()
 def offset_fields(model, dataset,  # `SceneGraphs` made for evaluation, of which the model reads one input
-                  batch_size=16, device=None):  # (N, 2, 36, h, w) float32 on the CPU, in cells
+                  batch_size=16, device=None):  # (N, heads, 36, h, w) float32 on the CPU, in cells
     """The offsets of `model` on each picture of `dataset`: detection head first, and of each head the
-    second convolution first, as `stdg.deform.PreHead` has them.
+    second convolution first, as `stdg.deform.PreHead` has them. A head of pairs has none: then it is
+    the detection head's alone.
 
     Raises `ValueError` as `stdg.evaluation.check_fit`."""
     check_fit(model, dataset)
@@ -36,14 +37,14 @@ def offset_fields(model, dataset,  # `SceneGraphs` made for evaluation, of which
 HEADS = 'detection', 'relation'
 
 def offset_agreement(fields, others):
-    """{head: {'correlation', 'distance', 'content'}} of `fields` (N, 2, 36, h, w) with `others`:
+    """{head: {'correlation', 'distance', 'content'}} of `fields` (N, heads, 36, h, w) with `others`:
     correlation of the content-varying parts (NaN where one does not vary), mean squared distance in
     cells^2, and the share of the variance of `fields` that varies with content.
 
     Raises `ValueError` for shapes that disagree."""
     if fields.shape != others.shape or fields.ndim != 5:
         raise ValueError(f"offsets {tuple(fields.shape)} and {tuple(others.shape)}: those of the same "
-                         "pictures, (N, 2, 36, h, w), are needed")
+                         "pictures and heads, (N, heads, 36, h, w), are needed")
     told = {}
     for name, x, t in zip(HEADS, fields.double().unbind(1), others.double().unbind(1)):
         varying, theirs = x - x.mean(0), t - t.mean(0)
@@ -57,7 +58,7 @@ def offset_agreement(fields, others):
 OTHER_OFFSETS = 'own', "another picture's", 'mean field', 'one a tap', 'zero'
 
 def other_offsets(fields, how):
-    """`fields` (N, 2, 36, h, w) made into those of `OTHER_OFFSETS`: the picture before (of the first
+    """`fields` (N, heads, 36, h, w) made into those of `OTHER_OFFSETS`: the picture before (of the first
     the last), the mean over pictures, the mean over pictures and cells, zero.
 
     Raises `ValueError` for another word, and for the offsets of another picture where there is one."""
@@ -71,13 +72,20 @@ def other_offsets(fields, how):
     raise ValueError(f"offsets {how!r} are unknown; there are {', '.join(OTHER_OFFSETS)}")
 
 @contextmanager
-def replaced_offsets(model, fields,  # (N, 2, 36, h, w) in cells, in the order in which pictures come
-                     heads=(0, 1), blocks=(0, 1)):  # which: 0 detection, 1 relation; 0 first, 1 second
+def replaced_offsets(model, fields,  # (N, heads, 36, h, w) in cells, in the order in which pictures come
+                     heads=None,  # which: 0 detection, 1 relation; None: all that have offsets of cells
+                     blocks=(0, 1)):  # which: 0 first, 1 second
     """Within it the network of `model` takes its offsets from `fields`, picture after picture, in one
     pass over these pictures from the first on.
 
-    Raises `ValueError` for fields of another size than the network's."""
+    Raises `ValueError` for fields of another size than the network's, and for a head whose offsets are
+    not there: a head of pairs has none of cells."""
     network, held = model.network, ExitStack()
+    there = [network.detection] if network.asks_pairs else [network.detection, network.relation]
+    heads = range(len(there)) if heads is None else heads
+    if max(heads, default=0) >= min(len(there), fields.shape[1]):
+        raise ValueError(f"heads {list(heads)}: the network has offsets of {len(there)} (a head of pairs has none of "
+                         f"cells), and those given are of {fields.shape[1]}; name heads that both have")
     def take(head, block):
         part, done = fields[:, head, 18 * (1 - block):18 * (2 - block)], [0]
         def hook(conv, inputs, own):
@@ -90,8 +98,7 @@ def replaced_offsets(model, fields,  # (N, 2, 36, h, w) in cells, in the order i
         return hook
     with held:
         for head in heads:
-            pre_head = (network.detection, network.relation)[head].pre_head
             for block in blocks:
-                conv = pre_head.blocks[block].conv
+                conv = there[head].pre_head.blocks[block].conv
                 held.callback(conv.register_forward_hook(take(head, block)).remove)
         yield

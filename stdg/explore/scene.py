@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'LAYERS', 'Scene', 'database_scene', 'upload_scene', 'Frame', 'Reading', 'on_canvas', 'decoded',
-           'read_scene', 'votes', 'Layer', 'scene_layer', 'png_bytes']
+           'read_scene', 'sampled', 'votes', 'Layer', 'scene_layer', 'png_bytes']
 
 # %% ../../nbs/explore/01_scene.ipynb #imports
 import io
@@ -21,10 +21,12 @@ from ..depth.depth_file import DepthFile, depth_path
 from ..depth.hha_file import SOURCES, HHAFile, hha_path
 from ..depth.precompute import hha_of
 from ..draw.figures import HHA_CHANNELS
+from ..draw.looking import pair_points
 from ..graph import TASKS, SceneGraph, Vocabulary
 from ..inference.predictor import letterbox, unbox
 from ..io.archives import read_picture
 from ..io.text import one_line
+from ..pairs import PairFields
 from ..reading import PUBLISHED
 
 # %% ../../nbs/explore/01_scene.ipynb #scene
@@ -114,14 +116,18 @@ class Reading:
     frame: Frame
     # (C, h, w) probability that the centre of an object of the class lies in the cell
     heat: np.ndarray
-    confidence: np.ndarray  # (P, h, w) probability that the centre of a relation does
+    # (P, h, w) probability that the centre of a relation does; of no predicate, (0, h, w), where the
+    # head is one of pairs
+    confidence: np.ndarray
     # (P, h, w, 4) subject x, y, object x, y as the cell sees them, in pixels of the picture
     points: np.ndarray
-    offsets: dict  # 'student', 'teacher': (2, 36, h, w) in cells, detection head first
+    # 'student', 'teacher': (2, 36, h, w) in cells, detection head first; of a head of pairs (1, 36, h, w)
+    offsets: dict
     predictions: dict  # {task: `Prediction`}, in pixels of the picture
     seen: dict = None  # the same in pixels of the canvas, as evaluation judges them
     truth: SceneGraph = None  # in pixels of the canvas, if the network knows its classes
     output: tuple = None  # the network's own: detection (1, ...) and relation fields (1, ...)
+    pair_fields: dict = None  # 'student', 'teacher': `stdg.pairs.PairFields` of this picture, of heads of pairs
 
 # %% ../../nbs/explore/01_scene.ipynb #ask
 def _onto_canvas(picture, canvas, order='RGB'):
@@ -134,18 +140,21 @@ def _teacher(model, teacher):
     return (None if teacher is None else teacher.network), 'hha'
 
 def _ask(model, teacher, pictures):
-    """Fields (1, ...) of the model and the offsets of all, from `pictures`, {'rgb', 'hha': (3,
-    canvas, canvas)}."""
+    """Fields (1, ...) of the model, the offsets of all, and `PairFields` of all heads of pairs if the
+    model's is one, from `pictures`, {'rgb', 'hha': (3, canvas, canvas)}."""
     kind = model.reads
     batch = network_input(model, pictures[kind][None], kind)
     detection, relation, own = model.network(batch)
-    offsets = {'teacher' if kind == 'hha' else 'student': own}
+    who = 'teacher' if kind == 'hha' else 'student'
+    offsets, asked = {who: own}, {who: relation} if model.network.asks_pairs else {}
     network, kind = _teacher(model, teacher)
     if network is not None and kind in pictures:
         batch = network_input(teacher or model, pictures[kind][None], kind)
-        offsets['teacher'] = network.offsets(batch)
+        if asked and network.asks_pairs and network.relation.n_objects == relation.head.n_objects:
+            _, asked['teacher'], offsets['teacher'] = network(batch)
+        else: offsets['teacher'] = network.offsets(batch)
     arrays = {name: torch.cat(pair).float().cpu().numpy() for name, pair in offsets.items()}
-    return detection, relation, arrays
+    return detection, relation, arrays, asked
 
 # %% ../../nbs/explore/01_scene.ipynb #read
 def on_canvas(truth, scale, corner, canvas):
@@ -176,18 +185,32 @@ def read_scene(scene, model, vocabulary, canvas,
     rgb, scale, corner = _onto_canvas(scene.picture, canvas, model.colour_order)
     pictures = dict(rgb=rgb)
     if scene.hha is not None: pictures['hha'] = _onto_canvas(scene.hha, canvas)[0]
-    detection, relation, offsets = _ask(model, teacher, pictures)
+    detection, relation, offsets, asked = _ask(model, teacher, pictures)
     frame = Frame(tuple(detection.shape[-2:]), model.stride, scale, corner)
     known = scene.truth is not None and scene.vocabulary == vocabulary
     truth = on_canvas(scene.truth, scale, corner, canvas) if known else None
-    output = detection.cpu(), relation.cpu()
+    output = detection.cpu(), relation if asked else relation.cpu()
     predictions, seen = decoded(scene, frame, output, truth, reading)
-    fields = relation[0].cpu().numpy()
+    fields = np.zeros((0, 7, *frame.cells), np.float32) if asked else relation[0].cpu().numpy()
     places = np.moveaxis(fields[:, 1:5], 1, 3).reshape(len(fields), *frame.cells, 2, 2)
     points = frame.pixels(places).reshape(len(fields), *frame.cells, 4)
     heat = detection[0, :-4].cpu().numpy()
     return Reading(vocabulary, frame, heat, fields[:, 0], points, offsets, predictions, seen, truth,
-                   output)
+                   output, asked)
+
+# %% ../../nbs/explore/01_scene.ipynb #sampled
+def sampled(reading, graph,  # `Prediction` or `SceneGraph` in pixels of the canvas
+            rows):  # (T, 2) or (T, 3): subjects and objects, numbers of objects of `graph`
+    """Where the networks of a reading look for pairs, {'student', 'teacher': (T, 4, K, 3)}: x and y in
+    pixels of the picture, and attention; {} of a network of fields."""
+    rows, found = np.asarray(rows, int)[:, :2], {}
+    two = rows[:, 0] != rows[:, 1]
+    for name, network in (reading.pair_fields or {}).items():
+        places, attention = pair_points(network, graph, rows[two], reading.frame.stride)
+        found[name] = np.full((len(rows), *attention.shape[1:], 3), np.nan, np.float32)
+        at = reading.frame.pixels(places / reading.frame.stride)
+        found[name][two] = np.concatenate([at, attention[..., None]], -1)
+    return found
 
 # %% ../../nbs/explore/01_scene.ipynb #votes
 def votes(reading, most=2000):

@@ -27,6 +27,7 @@ from stdg.explore.controls import (
     arrange_controls,
     as_published,
     make_controls,
+    offer_controls,
     remarks,
 )
 from .networks import READINGS
@@ -152,7 +153,9 @@ class Explorer:
             graph = records.graph_record(*at, network, controls.task.value, controls.reading.value)
         except Exception as error:  # one odd picture does not end the explorer
             return self._say(one_line(error, 400) or type(error).__name__)
-        self._name_options(records.reading(*at, network).vocabulary)
+        made = records.reading(*at, network)
+        self._name_options(made.vocabulary)
+        offer_controls(controls, bool(made.pair_fields))
         controls.reading.disabled = as_published(records.network(network)[-1])
         with self.view.hold_sync():
             if graph is not self.view.graph: self.view.pinned = []
@@ -206,7 +209,7 @@ class Explorer:
         "Say what is asked and cannot be shown, and disable what has no effect."
         overlay, at = self.controls.overlay.index, self._picture()
         self.controls.object_class.disabled = overlay != 1
-        self.controls.head.disabled = overlay != 4
+        self.controls.head.disabled = overlay != 2
         if at[0] == 'own' and not self.records.own: return
         try: self._say(self._remarks_on(*at))
         except Exception as error: self._say(one_line(error, 400) or type(error).__name__)

@@ -72,8 +72,9 @@ def _figures(model):
 
 def _reading(model):
     "How the fields become graphs, and what the prior is."
-    way = Reading.from_facts(model.facts)
-    lines = [f"Relations are read by **{way.relations}**"
+    way, asks = Reading.from_facts(model.facts), model.network.network.asks_pairs
+    lines = [f"Relations are read by **{'pairs' if asks else way.relations}**"
+             + f': the network is asked about all ordered pairs of the surest {way.objects} boxes' * asks
              + f' (tau = {way.tau:g} cells)' * (way.relations == 'lines')
              + f"; suppression of boxes over all classes: {way.suppress}"
              + f' (IoU {way.overlap:g})' * (way.suppress != 'none')

@@ -5,6 +5,7 @@ const SVG = 'http://www.w3.org/2000/svg', HEIGHT = 24;
 const [PREDICTION, TRUTH, BOTH] = [0, 1, 2];
 const STATE = ['show', 'least_object', 'least_triplet', 'count', 'overlay', 'object_class', 'predicate', 'head'];
 const VERDICTS = { hit: ['✓', 'hit'], miss: ['○', 'missed'], wrong: ['✕', 'wrong'], unannotated: ['+', 'holds, not annotated'] };
+const FRAMES = ['subject', 'object', 'union', 'line'];  // of the places where a head of pairs looks
 const SUREST = [5, 10], TRUE = { true: ['✓', 'true'], false: ['✕', 'not true'] };  // by the dense truth
 const KEYS = 'Tab goes from picture to boxes, nodes, edges and rows, arrows move within; Enter pins, Escape clears.';
 
@@ -99,12 +100,32 @@ class Reading {
     this.drawn.set(name, canvas.toDataURL());
     return this.drawn.get(name);
   }
+  looks(who, head) { return who in this.offsets && this.offsets[who].length >= (head + 1) * 36 * this.rows * this.columns; }
   sampled(who, head, block, row, column) {
     // The nine places (x, y) where the kernel of this cell looks, in pixels; `who` may be 'regular'.
     const n = this.rows * this.columns, offsets = this.offsets[who], first = ((2 * head + 2 - block) * 18) * n + row * this.columns + column;
     return [...Array(9).keys()].map(k => {
       const [dy, dx] = offsets ? [offsets[first + 2 * k * n] / this.unit, offsets[first + (2 * k + 1) * n] / this.unit] : [0, 0];
       return this.pixels(column + k % 3 - 1 + dx + .5, row + Math.floor(k / 3) - 1 + dy + .5);
+    });
+  }
+}
+
+// Where a head of pairs looks: for each triplet of the prediction, then of the truth, places in pixels and their attention
+
+class Looks {
+  constructor(graph) {
+    this.first = { t: 0, T: graph.triplets.length };
+    this.count = graph.triplets.length + (graph.truth ? graph.truth.triplets.length : 0);
+    this.sets = Object.entries(graph.sampling || {}).filter(([, view]) => view.byteLength).sort().reverse().map(([who, view]) => [who, numbers(Int16Array, view)]);
+  }
+  of(key) {
+    // [network, [{ x, y, attention, frame }]] of each network that is asked about the pair, the teacher first.
+    const row = this.first[key[0]] + Number(key.slice(1));
+    return this.sets.map(([who, all]) => {
+      const n = all.length / this.count, mine = all.subarray(row * n, (row + 1) * n), points = [];
+      for (let i = 0; i < n; i += 3) points.push({ x: mine[i] / 10, y: mine[i + 1] / 10, attention: mine[i + 2] / 1e4, frame: FRAMES[Math.floor(4 * i / n)] });
+      return [who, points.filter(point => point.attention >= 0)];
     });
   }
 }
@@ -216,6 +237,7 @@ class View {
     if (changed.has('base')) this.base();
     if (changed.has('reading')) this.reading = new Reading(model.get('reading'));
     if (changed.has('reading')) this.palette = bytes(model.get('palette'));
+    if (this.graph !== model.get('graph')) this.looks = new Looks(model.get('graph'));
     this.graph = model.get('graph');
     const focused = this.root.contains(document.activeElement) ? document.activeElement : null;
     const [key, part] = [focused?.dataset?.key, focused?.dataset?.part];
@@ -373,21 +395,24 @@ class View {
   overlay() {
     const state = this.state(), reading = this.reading, item = this.focus, marks = [];
     let field = null;
-    if (item && 'p' in item) { field = ['confidence', item.p]; marks.push(...this.voteMarks(this.graph.lines ? this.onLine(item) : v => this.belongs(v, item))); }
+    const pair = item && 'p' in item && reading.pairs;
+    if (pair) marks.push(...this.pairMarks(item));
+    else if (item && 'p' in item) { field = ['confidence', item.p]; marks.push(...this.voteMarks(this.graph.lines ? this.onLine(item) : v => this.belongs(v, item))); }
     else if (item) field = ['heat', item.c];
     else if (state.overlay === 1) field = ['heat', state.object_class];
-    else if (state.overlay === 2) field = ['confidence', state.predicate];
-    else if (state.overlay === 3) marks.push(...this.voteMarks(v => state.predicate < 0 || v[0] === state.predicate));
-    if (state.overlay === 4) marks.push(...this.pointMarks(state.head));
-    this.image.classList.toggle('stdg-sampling', state.overlay === 4);
+    else if (state.overlay === 3 && !reading.pairs) field = ['confidence', state.predicate];
+    else if (state.overlay === 4) marks.push(...this.voteMarks(v => state.predicate < 0 || v[0] === state.predicate));
+    if (state.overlay === 2 && !pair) marks.push(...this.pointMarks(reading.pairs ? state.head % 2 : state.head));
+    this.image.classList.toggle('stdg-sampling', state.overlay === 2);
     this.field.style.display = field ? '' : 'none';
     this.picture.classList.toggle('stdg-faded', !!field);
+    this.picture.classList.toggle('stdg-paled', !!pair);
     if (field) {
       const [x, y] = reading.pixels(0, 0), [x2, y2] = reading.pixels(reading.columns, reading.rows), u = this.unit;
       for (const [name, value] of Object.entries({ x: x * u, y: y * u, width: (x2 - x) * u, height: (y2 - y) * u, href: reading.field(...field, this.palette) })) this.field.setAttribute(name, value);
     }
     this.marks.replaceChildren(...marks);
-    this.tell(field);
+    this.tell(field, pair);
   }
   belongs(vote, t) {
     const inside = (x, y, b) => x >= b[0] && x <= b[2] && y >= b[1] && y <= b[3];
@@ -415,14 +440,27 @@ class View {
     const place = who => r.sampled(who, ...args, row, column).map(([x, y]) => [x * u, y * u]), regular = place('regular');
     const [ax, ay] = r.pixels(column, row).map(v => v * u), size = [0, 1].map(k => r.stride / r.scale[k] * u), marks = [make('rect', { class: 'stdg-at', x: ax, y: ay, width: size[0], height: size[1] })];
     marks.push(...regular.map(([cx, cy]) => make('circle', { class: 'stdg-regular', cx, cy, r: 2 })));
-    const sets = ['teacher', 'student'].filter(who => who in r.offsets).map(who => [who, place(who)]);
+    const sets = ['teacher', 'student'].filter(who => r.looks(who, args[0])).map(who => [who, place(who)]);
     if (sets.length === 2) sets[0][1].forEach(([x1, y1], k) => marks.push(make('line', { class: 'stdg-apart', x1, y1, x2: sets[1][1][k][0], y2: sets[1][1][k][1] })));
     for (const [who, points] of sets) for (const [x, y] of points)
       marks.push(who === 'teacher' ? make('path', { class: 'stdg-teacher', d: `M${x} ${y - 5}l5 5l-5 5l-5 -5Z` }) : make('circle', { class: 'stdg-student', cx: x, cy: y, r: 3.6 }));
     this.apart = sets.length === 2 ? sets[0][1].reduce((sum, p, k) => sum + Math.hypot((p[0] - sets[1][1][k][0]) / size[0], (p[1] - sets[1][1][k][1]) / size[1]), 0) / 9 : null;
     return marks;
   }
-  tell(field) {
+  pairMarks(t) {
+    // Where student and teacher look for a pair: the colour is the frame, the area the attention.
+    const u = this.unit, r = this.reading, sets = this.looks.of(t.key), marks = [];
+    const pairs = sets.length === 2 ? sets[0][1].map((point, i) => [point, sets[1][1][i]]) : [];
+    marks.push(...pairs.map(([a, b]) => make('line', { class: 'stdg-apart', x1: a.x * u, y1: a.y * u, x2: b.x * u, y2: b.y * u, opacity: .1 + .7 * a.attention })));
+    for (const [who, points] of sets) for (const { x, y, attention, frame } of points) {
+      const [cx, cy, size] = [x * u, y * u, Math.max(1.2, 8 * Math.sqrt(attention))], more = { class: `stdg-look stdg-${who} stdg-of-${frame}`, 'data-attention': attention };
+      marks.push(who === 'teacher' ? make('path', { ...more, d: `M${cx} ${cy - size}l${size} ${size}l${-size} ${size}l${-size} ${-size}Z` }) : make('circle', { ...more, cx, cy, r: .85 * size }));
+    }
+    const far = ([a, b]) => Math.hypot((a.x - b.x) * r.scale[0], (a.y - b.y) * r.scale[1]) / r.stride, weight = pairs.reduce((sum, [a]) => sum + a.attention, 0);
+    this.apart = weight ? pairs.reduce((sum, pair) => sum + pair[0].attention * far(pair), 0) / weight : null;
+    return marks;
+  }
+  tell(field, pair) {
     // The line below the picture.
     const base = this.size, r = this.reading, said = [], state = this.state(), [row, column] = this.cursor ? r.cell(...this.cursor) : [-1, -1];
     if (this.cursor) {
@@ -434,12 +472,14 @@ class View {
       const [kind, index] = field, names = kind === 'heat' ? r.objects : r.predicates, here = row >= 0 && column >= 0 && row < r.rows && column < r.columns;
       const name = index >= 0 ? names[index] : kind === 'heat' ? 'all classes' : 'all predicates';
       said.push(`${kind === 'heat' ? 'heat-map' : 'confidence'} of ${name}` + (here && index >= 0 ? `: ${share(r[kind][(index * r.rows + row) * r.columns + column] / 255)}` : ''));
-    } else if (state.overlay === 3) said.push('each confident cell points at its subject (round) and its object (square)');
-    if (state.overlay === 4) {
-      const looking = [['student', '●'], ['teacher', '◆']].filter(([who]) => who in r.offsets).map(([who, mark]) => `${mark} ${who}`).join(', ');
+    } else if (state.overlay === 4 && !r.pairs) said.push('each confident cell points at its subject (round) and its object (square)');
+    if (state.overlay === 2 || pair) {
+      const there = pair ? this.looks.sets.map(([who]) => who) : Object.keys(r.offsets);
+      const looking = [['student', '●'], ['teacher', '◆']].filter(([who]) => there.includes(who)).map(([who, mark]) => `${mark} ${who}`).join(', ');
       said.push(looking + (this.apart == null ? '' : `: ${this.apart.toFixed(2)} cells apart`));
     }
     this.readout.textContent = said.length ? said.join(' · ') : `${base.layer} of ${base.name}`;
+    if (pair) this.readout.append(' · looks at ', ...FRAMES.map(frame => make('span', { class: `stdg-frame stdg-of-${frame}` }, frame)));
   }
   point(event) {
     const box = this.image.getBoundingClientRect(), base = this.size, k = Math.max(base.width / box.width, base.height / box.height);

@@ -34,6 +34,7 @@ def _run(study, cell, seed, kind, stage, rooms, parameters, needs=(), configurat
     values = dict(parameters, **rooms, seed=seed, stages=[stage], teacher_share=1., prior=False,
                   suppress='soft', untrained=False, pictures=False)
     values['data'] = values.pop('data', f'rooms_{study}_{_short(cell)}')
+    if values.get('relation') == 'fields': del values['relation']  # as it is without a word
     values['more'] = dict(told=True, **values.pop('more', {}), **more)
     return Run(f'{study}/{_short(cell)}-{seed}-{kind}', values, cell, configuration or kind, seed,
                tuple(dict.fromkeys(needs)))

@@ -14,7 +14,7 @@ from importlib.resources import files
 from ..graph import TASKS
 from ..io.parameters import Choice, Device, Flag, FlagOr, Many, Real, RunName, Table, Text, Whole, check, near
 from ..matching import SUREST, TOP
-from ..reading import RELATIONS, SUPPRESS
+from ..reading import FIELD_READINGS, SUPPRESS
 
 # %% ../../nbs/training/01_settings.ipynb #settings
 LESSONS = 'offsets', 'mean', 'features'
@@ -53,6 +53,7 @@ class Settings:
     backbone: str = 'small'  # 'small', 'resnet50', 'swin_s' or any name of timm
     pretrained: bool = True  # start from ImageNet
     weights: str = ''  # a local file of ImageNet weights, for machines that cannot fetch them
+    relation: str = 'fields'  # head of relations: 'fields' as published, or 'pairs', asked about pairs of boxes
 
     # Optimisation: AdamW
     epochs: int = 4  # passes over the training pictures, in each stage
@@ -91,7 +92,8 @@ class Settings:
     teach: str = 'offsets'  # what a student copies: the teacher's 'offsets', their 'mean' field, its 'features'
     taught_parts: list = _default(*PARTS)  # of which deformable convolutions
     teacher_pictures: str = ''  # a database of the same pictures, which a teacher of colours sees instead
-    unlabelled: float = 0.0  # share of their weight that cells between unrelated objects lose as negatives
+    unlabelled: float = 0.0  # share of their weight that unrelated objects lose as negatives
+    balance: float = 0.0  # pairs: how far rare predicates are brought forward; 1: as if all were equally frequent
     device: str = ''  # 'cpu' or 'cuda'; '': a GPU if there is one
     teacher_memory: float = 1.0  # GiB for what a teacher said of pictures that come again as they were (on CPUs)
     accumulate: int = 1  # parts of a batch, one after the other, to save memory; batch norms see the parts
@@ -124,6 +126,7 @@ _range = Many(Real(0, above=True), 2, 2, rising=True)
 SCHEDULES = 'steps', 'cosine'
 TERMS = ('detection_heatmap', 'detection_size', 'detection_offset', 'relation_confidence',
          'relation_object', 'relation_subject', 'relation_subject_scale', 'relation_object_scale',
+         'relation_predicate', 'relation_related',  # of a head of pairs
          'teaching')  # of the loss, as the log names them
 
 ALLOWED = dict(
@@ -136,7 +139,7 @@ ALLOWED = dict(
     depth_source=Text(empty=False), hold_out=Whole(), overlap=Flag(),
     overfit=Whole(),
     # Network
-    backbone=Text(empty=False), pretrained=Flag(), weights=Text(),
+    backbone=Text(empty=False), pretrained=Flag(), weights=Text(), relation=Choice(('fields', 'pairs')),
     # Optimisation
     epochs=Whole(1), teacher_share=Real(0, 1, above=True), batch_size=Whole(1),
     lr=Real(0, above=True), lr_backbone=Real(0), weight_decay=Real(0), warm_up=Real(0), schedule=Choice(SCHEDULES),
@@ -148,11 +151,12 @@ ALLOWED = dict(
     devices=Whole(1), workers=Whole(0, 1024),
     precision=Choice(('float32', 'bfloat16', 'float16')), recompute=Flag(),
     # Evaluation
-    split=Choice(('test', 'val')), validate_every=Whole(), reading=Choice((*RELATIONS, 'chosen')),
+    split=Choice(('test', 'val')), validate_every=Whole(), reading=Choice((*FIELD_READINGS, 'chosen')),
     suppress=Choice((*SUPPRESS, 'chosen')), prior=Flag(), untrained=Flag(), pictures=Flag(),
     # Rarer options
     teach=Choice(LESSONS),
-    taught_parts=Many(Choice(PARTS), 1, distinct=True), teacher_pictures=Text(), unlabelled=Real(0, 1), device=Device(),
+    taught_parts=Many(Choice(PARTS), 1, distinct=True), teacher_pictures=Text(), unlabelled=Real(0, 1),
+    balance=Real(0, 4), device=Device(),
     teacher_memory=Real(0), accumulate=Whole(1), compile=FlagOr(('auto', 'reduce-overhead')),
     look=Whole(), beside=Flag(), sync_bn=Flag(), clip=Real(0),
     skip=Whole(), released=Flag(), validate_images=Whole(), best=Text(empty=False),
@@ -216,6 +220,19 @@ def _few_pictures(settings):
     if settings.validate_every and not settings.n_val and not settings.hold_out:
         yield f"validate_every is {settings.validate_every}, but n_val and hold_out are both 0"
 
+def _of_other_heads(settings):
+    "What in `settings` is of another relation head than theirs, or leaves nothing to teach; sentences."
+    asks = settings.relation == 'pairs'
+    if settings.balance and not asks:
+        yield f"balance is {settings.balance}, and relation 'fields': it is for a head of pairs, relation: pairs"
+    own = ('relation_predicate', 'relation_related')
+    if odd := [name for name in settings.loss_weights if name.startswith('relation') and (name in own) != asks]:
+        yield f"loss_weights: there is no {odd[0]!r} in the loss of a head of {settings.relation}"
+    of_heads = [part for part in settings.taught_parts if part.startswith('detection')]
+    if asks and settings.teach == 'features' and not of_heads:
+        yield ("teach is 'features', and taught_parts name no part of 'detection': a head of pairs has no "
+               "features of its own to copy. Teach its offsets")
+
 def _disagreements(settings):
     "What does not go together in `settings`, sentences."
     if not settings.data.strip():
@@ -227,6 +244,7 @@ def _disagreements(settings):
     if settings.validate_every and settings.best not in FIGURES:
         yield (f"best is {settings.best!r}; a figure such as 'sgdet/R@50' or 'AP50' is needed"
                f"{near(settings.best, FIGURES)}")
+    yield from _of_other_heads(settings)
     if settings.patience and not settings.validate_every:
         yield f"patience is {settings.patience}, but validate_every is 0: nothing is validated"
 
