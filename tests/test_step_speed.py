@@ -211,3 +211,33 @@ def test_a_teacher_is_not_asked_twice(database, tmp_path, monkeypatch):
     assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
     kept = asked[1].kept
     assert asked[0].kept is None and kept.asked == 18 and 6 <= kept.hits <= 12
+
+
+def test_a_short_run_is_not_compiled(database, tmp_path, capsys):
+    "`compile='auto'` says once what was chosen and why, and the run is as it would have been."
+    found = []
+    for name in (False, 'auto'):
+        model = network()
+        fit(model, samples(database, model), tmp_path/str(name), 'control', compile=name, **OPTIONS)
+        found.append((state(model), lines(tmp_path/str(name))))
+        assert model.network._compiled_call_impl is None
+    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].startswith('control: compile: eager, since 1 more steps of '), said
+
+
+def test_a_run_that_is_compiled_in_the_middle_agrees(database, tmp_path, monkeypatch):
+    "Where compiling pays (a clock says so, and no compiler changes the code) the rest of the run is compiled."
+    clock, found = iter(range(10**6)), []
+    true_trial = loop.Trial
+    class Trial(true_trial):
+        def _now(self): return next(clock) * (.1 if self.network._compiled_call_impl else 100.)
+    monkeypatch.setattr(loop, 'Trial', Trial)
+    def compiled(module, **_): module._compiled_call_impl = module._call_impl  # the code of no compiler
+    monkeypatch.setattr(torch.nn.Module, 'compile', compiled)
+    for name in (False, 'auto'):
+        model = network()
+        options = dict(OPTIONS, epochs=7)
+        fit(model, samples(database, model), tmp_path/str(name), 'control', compile=name, **options)
+        found.append((state(model), model.network._compiled_call_impl is not None))
+    assert same(found[0][0], found[1][0]) and [one[1] for one in found] == [False, True]

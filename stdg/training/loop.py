@@ -10,6 +10,7 @@ import math
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ from stdg.training.step import (
     schedule,
     seed_step,
 )
+from .trial import Trial
 
 # %% ../../nbs/training/06_loop.ipynb #check-start
 STAGES = ('teacher', 'control', 'student')
@@ -112,10 +114,14 @@ class _Run:
         self.optimiser = optimiser(model, o.lr, o.lr_backbone, o.weight_decay, o.released)
         self.step = TrainStep(model, self.optimiser, o.accumulate, o.precision, o.clip, o.sync_bn,
                               o.loss_weights, lesson_of(model, dataset, o), pair_options(dataset, o), o.beside)
+        self.trial = Trial(model.network, self.step.device, self.say) if options.compile == 'auto' else None
         self.look, self.waiting, self.seen, self.buffers = look_of(o, self.step.device), [], {}, None
         self.average = Average(model, options.ema)
         self.done = self.skipped = self.stale = 0
         self.best, self.judged, self.begun, self.saved = None, True, False, time.monotonic()
+
+    def say(self, line):
+        if self.first: tqdm.write(f'{self.stage}: {line}')
 
     def keep_buffers(self):
         "Note the running statistics, but for those that a step has seen that was not finite; without waiting."
@@ -298,7 +304,8 @@ def _epoch(run, batches, validate, log, bar, asked):
     Raises `Interrupted` when the process was asked to stop."""
     run.model.train()
     for batch in batches:
-        terms = _one_step(run, batch, log)
+        work = partial(_one_step, run, batch, log)
+        terms = run.trial.step(work, run.total - run.done) if run.trial else work()
         ended = run.done % run.per_epoch == 0 or run.done >= run.total
         if ended or len(run.waiting) >= run.look: look_at(run, log)
         short = {'.'.join(part[:3] for part in name.split('_')): f'{value:.2f}'
