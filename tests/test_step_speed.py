@@ -16,7 +16,6 @@ from stdg.testing import toy_database
 from stdg.training import loop, step
 from stdg.training.log import Stopwatch
 from stdg.training.loop import fit
-from stdg.training.settings import Settings
 from stdg.training.step import TrainStep, build_network, optimiser
 
 TINY = dict(n_objects=2, n_predicates=2, pretrained=False, fpn=16, channels=16)
@@ -145,8 +144,8 @@ def test_a_step_that_is_not_finite_is_named_however_late(database, tmp_path, mon
     true_terms, found = step.terms_of, {}
     for look in (1, 4):
         model, before, calls = network(), [], []
-        def terms_of(*inputs, calls=calls, model=model, before=before):
-            terms = true_terms(*inputs)
+        def terms_of(*inputs, calls=calls, model=model, before=before, **options):
+            terms = true_terms(*inputs, **options)
             if len(calls) == bad:
                 before.extend(p.detach().clone() for p in model.parameters())
                 if bad == 4:  # the loss is finite, its gradient is not
@@ -172,33 +171,26 @@ def test_a_step_that_is_not_finite_is_named_however_late(database, tmp_path, mon
 
 def test_statistics_are_those_before_the_bad_step(database, tmp_path, monkeypatch):
     "What batch norms have seen of a step that is not finite, and of those after it, is put back."
-    seen, true_look = {}, loop._look
+    seen, true_look = {}, loop.look_at
     def look(run, log):
         seen['after'] = [b.clone() for b in run.model.network.buffers()]
         return true_look(run, log)
     true_terms, model, before = step.terms_of, network(), []
-    def terms_of(*inputs):
-        terms = true_terms(*inputs)
+    def terms_of(*inputs, **options):
+        terms = true_terms(*inputs, **options)
         if not before: before.extend([0])
         else: terms['detection_size'] = terms['detection_size'] * math.inf
         return terms
     first = []
-    true_queue = loop._queue_step
+    true_queue = loop.queue_step
     def queue(run, batch):
         true_queue(run, batch)
         if not first: first.extend(b.clone() for b in run.model.network.buffers())
-    for name, change in (('_look', look), ('_queue_step', queue)): monkeypatch.setattr(loop, name, change)
+    for name, change in (('look_at', look), ('queue_step', queue)): monkeypatch.setattr(loop, name, change)
     monkeypatch.setattr(step, 'terms_of', terms_of)
     with pytest.raises(FloatingPointError, match='step 1: detection_size'):
         fit(model, samples(database, model), tmp_path, 'control', look=3, **OPTIONS)
     assert same(list(model.network.buffers()), first) and not same(seen['after'], first)
-
-
-def test_where_every_step_is_looked_at():
-    gpu, cpu = torch.device('cuda'), torch.device('cpu')
-    looks = [(dict(), gpu, 20), (dict(), cpu, 1), (dict(look=7), gpu, 7), (dict(look=7), cpu, 7),
-             (dict(skip=1), gpu, 1), (dict(precision='float16', look=9), gpu, 1), (dict(precision='bfloat16'), gpu, 20)]
-    for given, device, often in looks: assert loop.look_of(Settings(**given), device) == often, given
 
 
 def test_a_teacher_is_not_asked_twice(database, tmp_path, monkeypatch):
@@ -219,3 +211,33 @@ def test_a_teacher_is_not_asked_twice(database, tmp_path, monkeypatch):
     assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
     kept = asked[1].looks
     assert not hasattr(asked[0].looks, 'hits') and kept.asked == 18 and 6 <= kept.hits <= 12
+
+
+def test_a_short_run_is_not_compiled(database, tmp_path, capsys):
+    "`compile='auto'` says once what was chosen and why, and the run is as it would have been."
+    found = []
+    for name in (False, 'auto'):
+        model = network()
+        fit(model, samples(database, model), tmp_path/str(name), 'control', compile=name, **OPTIONS)
+        found.append((state(model), lines(tmp_path/str(name))))
+        assert model.network._compiled_call_impl is None
+    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].startswith('control: compile: eager, since 1 more steps of '), said
+
+
+def test_a_run_that_is_compiled_in_the_middle_agrees(database, tmp_path, monkeypatch):
+    "Where compiling pays (a clock says so, and no compiler changes the code) the rest of the run is compiled."
+    clock, found = iter(range(10**6)), []
+    true_trial = loop.Trial
+    class Trial(true_trial):
+        def _now(self): return next(clock) * (.1 if self.network._compiled_call_impl else 100.)
+    monkeypatch.setattr(loop, 'Trial', Trial)
+    def compiled(module, **_): module._compiled_call_impl = module._call_impl  # the code of no compiler
+    monkeypatch.setattr(torch.nn.Module, 'compile', compiled)
+    for name in (False, 'auto'):
+        model = network()
+        options = dict(OPTIONS, epochs=7)
+        fit(model, samples(database, model), tmp_path/str(name), 'control', compile=name, **options)
+        found.append((state(model), model.network._compiled_call_impl is not None))
+    assert same(found[0][0], found[1][0]) and [one[1] for one in found] == [False, True]

@@ -11,9 +11,10 @@ from .experiments import Run, run_study
 from .log import Log, step_times
 from .loop import STAGES, check_resume, check_start, fit
 from .options import OPTIONS
+from .replay import replay
 from .resume import start_over
 from .settings import Settings
-from .step import Average, TrainStep, build_network, loss_terms, optimiser, replay, schedule
+from .step import Average, TrainStep, build_network, loss_terms, optimiser, schedule
 from .timing import forecast
 
 _all_ = ['Average', 'Log', 'OPTIONS', 'Run', 'STAGES', 'Settings', 'TrainStep', 'build_network',

@@ -4,14 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'build_network', 'seed_step', 'optimiser', 'schedule', 'Average', 'network_inputs', 'asked_of',
-           'terms_of', 'loss_terms', 'features_loss', 'Lesson', 'check_step', 'TrainStep', 'keep_batch', 'replay',
-           'replay_path']
+           'terms_of', 'loss_terms', 'features_loss', 'Lesson', 'check_step', 'TrainStep']
 
 # %% ../../nbs/training/05_step.ipynb #imports
 import math
-import re
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,8 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import losses
 from ..data import network_input
 from ..io.devices import choose_device
-from ..io.files import write_json
-from ..io.tensors import TensorFile, save_tensors
 from ..model import STDG
 from ..pairs import Sampling, pair_loss, split_asked, training_pairs
 from .distributed import all_reduce, rank_and_world
@@ -147,7 +142,7 @@ class Lesson:
     'features' (B, C, h, w) of the pre-heads; `parts` are some of `PARTS`, of features only the heads
     count, and a head of pairs is taught if any part of 'relation' is among them. The mean is over
     `pictures`, an iterable of batches that the teacher reads, each with its pairs or None. Offsets are kept
-    in up to `room` bytes, so that those of a picture that comes again are not computed again (`12_kept`).
+    in up to `room` bytes, so that those of a picture that comes again are not computed again (`15_kept`).
 
     Raises `ValueError` for a mean of no pictures, and for features where no head that has any is taught."""
     def __init__(self, teacher, kind='offsets', parts=PARTS, pictures=(), room=0):
@@ -390,46 +385,3 @@ class TrainStep:
             self.scaler.update()  # falls only if the gradient itself has overflowed
             self.scaler.update(before * self.scaler.get_backoff_factor())
         self.optimiser.zero_grad()
-
-# %% ../../nbs/training/05_step.ipynb #replay
-def keep_batch(path, model, batch, **record):
-    """Write `batch` and the weights of `model` to `path`, a .safetensors, and the `record` of the
-    step to its JSON: at least `seed` and `step`, as `seed_step` takes them; the rank of this process
-    is added."""
-    tensors = {f'batch.{k}': v for k, v in batch.items() if k != 'targets'}
-    tensors |= {f'batch.targets.{k}': v for k, v in batch['targets'].items()}
-    tensors |= {f'model.{k}': v for k, v in model.state_dict().items()}
-    record = dict(config=model.config, rank=rank_and_world()[0]) | record
-    record = save_tensors(path, tensors, record)
-    write_json(Path(path).with_suffix('.json'), record)
-
-def replay(path):
-    "The terms of the loss, {name: value}, of a batch that `keep_batch` has written to `path`."
-    hint = 'Both files that the run has kept are needed.'
-    file = TensorFile(path, hint)
-    record, tensors = file.record(hint), file.tensors()
-    def part(start):
-        return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-    model = STDG(**record['config'], pretrained=False)
-    model.load_state_dict(part('model.'))
-    seed_step(record['seed'], record['step'], record.get('rank', 0))
-    batch = {k: v for k, v in part('batch.').items() if not k.startswith('targets.')}
-    batch['targets'] = part('batch.targets.')
-    return {name: float(value) for name, value in loss_terms(model.train(), batch).items()}
-
-# %% ../../nbs/training/05_step.ipynb #replay-path
-_FIRST = 3  # steps of which the batch is kept in any case
-
-def replay_path(folder, stage, step):
-    """Where `keep_batch` may write what this process had at a step of `stage`.
-
-    Such a file is larger than the network. To make room, those of other steps are removed, except
-    the first three."""
-    folder, rank = Path(folder), rank_and_world()[0]
-    path = folder/f'{stage}-{step:08d}-{rank}.replay.safetensors'
-    name = re.compile(rf'{re.escape(stage)}-\d{{8}}-{rank}\.replay')
-    others = sorted(file for file in folder.glob('*.replay.safetensors')
-                    if name.fullmatch(file.stem) and file != path)
-    for old in others[_FIRST:]:
-        for file in (old.with_suffix('.json'), old): file.unlink(missing_ok=True)
-    return path
