@@ -74,10 +74,8 @@ class PairPrior:
 
     @classmethod
     def from_json(cls, found, names=None):
-        """The prior that `to_json` wrote; with `names`, of the same classes.
-
-        Raises `ValueError` for what is no table of counts, for one of more than `LARGEST` numbers,
-        and as `check_names`, before memory is taken."""
+        """The prior that `to_json` wrote; with `names`, of the same classes. Raises `ValueError` for what is no
+        table of counts, for one of more than `LARGEST` numbers, and as `check_names`, before memory is taken."""
         if not isinstance(found, dict) or found.keys() - {'shape', 'names', 'counts', 'pairs'}:
             raise ValueError("prior: shape, names, counts and pairs are needed, and nothing else")
         shape, ours = found.get('shape'), found.get('names')
@@ -167,11 +165,8 @@ class Reading:
 
     @classmethod
     def from_facts(cls, facts):
-        """The reading in the `facts` of a network's file, entries `reading` and `prior`; the
-        published one if there is none.
-
-        Raises `ValueError` for values that cannot be meant and for a prior of other classes than
-        the network's."""
+        """The reading in the `facts` of a network's file, entries `reading` and `prior`; the published one if
+        there is none. Raises `ValueError` for values that cannot be meant and for a prior of other classes."""
         found = facts.get('reading', {})
         known = {f.name for f in fields(cls)} - {'table'}
         if not isinstance(found, dict) or not found.keys() <= known:

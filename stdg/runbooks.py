@@ -81,7 +81,7 @@ RUNBOOKS = dict(
     levers=dict(
         _of_a_run('name', 'data', 'n_train', 'n_val', 'n_test', 'size', 'backbone', 'epochs', 'decay'),
         seeds=Many(ALLOWED['seed'], 1, distinct=True), processes=Whole(1)),
-    pairs=dict(
+    heads=dict(
         _of_a_run('name', 'data', 'n_train', 'n_val', 'n_test', 'size', 'backbone', 'split', 'epochs', 'decay'),
         seeds=Many(ALLOWED['seed'], 1, distinct=True), processes=Whole(1)),
     benchmark=dict(
