@@ -279,7 +279,7 @@ class OnnxModel:
     missing."""
     def __init__(self, path, threads=0, providers=('CPUExecutionProvider',)):
         self.session = open_session(path, threads, providers)
-        self.facts = facts_of(self.session, path)
+        self.facts = facts_of(self.session, path, 'stdg.inference.export.export_onnx')
         if 'input' in self.facts:
             raise ValueError(f"{path} holds fields, and no objects. stdg predict -c reads it; for this "
                              "class write one with stdg.inference.export.export_onnx")

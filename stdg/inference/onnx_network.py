@@ -33,15 +33,16 @@ def open_session(path, threads=None, providers=('CPUExecutionProvider',)):
         raise ValueError(f"{path} is not a whole ONNX file that onnxruntime "
                          f"{runtime.__version__} reads ({error})") from None
 
-def facts_of(session, path):
-    """The facts of a network in the metadata of `session`, which was opened from `path`.
+def facts_of(session, path, writer='stdg.inference.export.export_fields'):
+    """The facts of a network in the metadata of `session`, which was opened from `path`, a file of
+    `writer`.
 
     Raises `ValueError` naming the file if there are none, or such as no network has."""
     try:
         facts = json.loads(session.get_modelmeta().custom_metadata_map['stdg'])
         check_facts(facts, facts['config'])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} was not written by stdg.inference.export ({error!r})") from None
+        raise ValueError(f"{path} was not written by {writer} ({error!r})") from None
     return facts
 
 # %% ../../nbs/inference/11_onnx_network.ipynb #onnx-network
