@@ -6,7 +6,7 @@ BIN := .venv/bin
 RUN ?= default
 CI_ENV := OMP_NUM_THREADS=1 MPLBACKEND=agg
 
-.PHONY: train train-full test lab docs hooks clean help
+.PHONY: train train-full test package lab docs hooks clean help
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -14,7 +14,7 @@ help:  ## what can be made
 .venv/installed: setup.py settings.ini constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	@touch $@
 
 # The name of a run may hold spaces and quotes: the shell gets it from the environment, papermill as text (-r).
@@ -33,6 +33,9 @@ train-full: train  ## the same at a larger size, about two hours on 2 cores or m
 
 test: .venv/installed  ## everything that CI runs
 	@bash tests/run.sh
+
+package: .venv/installed  ## wheel and source distribution, built, checked, and used in an empty environment
+	$(PY) tests/installed.py
 
 lab: .venv/installed  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

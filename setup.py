@@ -9,9 +9,9 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('depth', 'tensorboard', 'wandb',
-    'video', 'onnx', 'voila', 'hub')}
-tested = [package for name in extras if name != 'wandb' for package in extras[name]]
+ending = '_requirements'
+extras = {name.removesuffix(ending): cfg[name].split() for name in cfg if name.endswith(ending)}
+extras['all'] = [f"{cfg['lib_name']}[{','.join(name for name in extras if name not in ('dev', 'wandb'))}]"]
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
@@ -27,5 +27,5 @@ setup(
       zip_safe=False,
     install_requires=cfg['requirements'].split(),
       entry_points=dict(console_scripts=cfg['console_scripts'].split()),
-    extras_require={**extras, 'dev': [*tested, *cfg['dev_requirements'].split()]},
+    extras_require=extras,
 )

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from . import __version__
 from .draw.style import drawn_here
 from .inference import video
 from stdg.inference.albums import (
@@ -35,6 +36,7 @@ from .inference.given_boxes import BoxWarning, GivenBoxes
 from .inference.graph_lines import Writer, json_text, resume_lines
 from stdg.inference.predictor import (
     LARGEST,
+    PRECISIONS,
     SMALLEST,
     load_predictor,
     network_files,
@@ -47,6 +49,7 @@ from .io.locks import lock_of, locked
 from .io.outputs import check_apart, check_output, names_within, path_list, same_file
 from .io.parameters import CommandLine, Real, Whole, argument
 from .io.text import one_line
+from .io.versions import versions
 
 # %% ../nbs/commands/03_command_line.ipynb #names
 DRAWINGS = ('.svg', '.png', '.pdf')
@@ -212,7 +215,8 @@ def predict_one(path, network, writer, output=None, drawing=None, boxes=None, **
               "--min-score")
 
 # %% ../nbs/commands/03_command_line.ipynb #parser
-SUBPROGRAMS = dict(train='stdg.train', prepare='stdg.prepare', released='stdg.released')
+SUBPROGRAMS = dict(train='stdg.train', prepare='stdg.prepare', released='stdg.released',
+                   export='stdg.inference.export_command')
 
 def _name(text):
     if text: return text
@@ -229,11 +233,12 @@ def _add_common(parser):
     "Options that pictures and videos share."
     add = parser.add_argument
     add('-c', '--checkpoint', type=_name,
-        help='the network, .safetensors or a released file; default: '
+        help='the network, .safetensors, .onnx of stdg export, or a released file; default: '
         'runs/default/student.safetensors, which make train writes')
     add('--size', type=argument(Whole(SMALLEST, LARGEST)),
         help='side of the canvas in pixels; default: as the network was trained')
     add('--device', help='cpu or cuda; default: a GPU if there is one')
+    add('--precision', choices=PRECISIONS, help='bfloat16 is faster where the processor has it')
     add('--min-score', type=argument(Real(0, 1)),
         help="show triplets that score more; default: the network's own threshold")
     add('--min-object', type=argument(Real(0, 1)),
@@ -244,8 +249,16 @@ def _add_common(parser):
     add('--all-names', action='store_true', help='show also boxes of one thing under several names')
     add('--jsonl', type=_name, help='file of JSON lines to write or to continue')
 
+class _Versions(argparse.Action):
+    "Prints `versions`, and that is all."
+    def __call__(self, parser, *given):
+        print(versions(__version__))
+        parser.exit()
+
 def _parser():
     parser = CommandLine('stdg', description='Scene graphs of your pictures.')
+    parser.add_argument('--version', action=_Versions, nargs=0,
+                        help='versions of this package and of what matters to it, for a report')
     commands = parser.add_subparsers(dest='command', required=True)
     one = commands.add_parser('predict',
                               help='scene graphs of pictures, of a folder or of a zip archive')
@@ -270,8 +283,8 @@ def _parser():
                       help='seconds over which scores and boxes are averaged; 0: none')
     clip.add_argument('--every', type=argument(Whole(1)), default=1, help='take each n-th frame')
     _add_common(clip)
-    for name in SUBPROGRAMS:  # these read what follows themselves
-        commands.add_parser(name, help=f'the same as python -m stdg.{name}')
+    for name, module in SUBPROGRAMS.items():  # these read what follows themselves
+        commands.add_parser(name, help=f'the same as python -m {module}')
     return parser
 
 # %% ../nbs/commands/03_command_line.ipynb #main
@@ -330,7 +343,7 @@ def _run(arguments):
         if not given.checkpoint and not path.is_file():
             raise FileNotFoundError('no network: give --checkpoint, or run make train first')
         network = load_predictor(path, given.size, given.device, given.prior,
-                                 'none' if given.all_names else None)
+                                 'none' if given.all_names else None, given.precision)
         writer = Writer(network, given.min_score, given.top, given.min_object,
                         getattr(given, 'boxes', None))
         with _notes(given.command):

@@ -266,7 +266,7 @@ def _by_pairs(relations, objects, most, stride, reading):
     used, row = torch.cat([image * n + subject, image * n + target]).unique(return_inverse=True)
     classes = F.one_hot(labels.flatten()[used], relations.head.n_objects).float()
     pairs = Pairs(boxes.flatten(0, 1)[used].float() / stride, classes, used // n, *row.view(2, -1))
-    return rank_pairs(image, subject, target, relations.ask(pairs)[0], objects, reading)
+    return rank_pairs(image, subject, target, relations.ask(pairs, reading.related)[0], objects, reading)
 
 def _by_lines(relations, objects, most, stride, reading, known):
     """As `relate` gives them: all ordered pairs of the `most` surest objects, read along their

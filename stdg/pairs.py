@@ -131,18 +131,19 @@ class PairFields:
     def float(self): return PairFields(self.head, self.values.float())
 
     @torch.no_grad()
-    def ask(self, pairs):
-        """The scores of the predicates of `Pairs`, (Q, P) from 0 to 1, and their `Sampling`.
+    def ask(self, pairs, related=0.):
+        """The `pair_scores` of the predicates of `Pairs`, (Q, P) from 0 to 1, and their `Sampling`.
 
         Raises `ValueError` as `check_pairs`."""
         check_pairs(pairs, self.head.n_objects, len(self))
         logits, sampling = self.head.answer(self.values, pairs)
-        return pair_scores(logits), sampling
+        return pair_scores(logits, related), sampling
 
-def pair_scores(logits):
-    "Scores (Q, P) of logits (Q, P + 1): the predicate holds, and the pair is related at all."
+def pair_scores(logits, related=0.):
+    """Scores (Q, P) of logits (Q, P + 1): that the predicate holds, times, to the power `related`, that the pair
+    is related at all."""
     chance = logits.sigmoid()
-    return chance[:, :-1] * chance[:, -1:]
+    return chance[:, :-1] * chance[:, -1:] ** related if related else chance[:, :-1]
 
 # %% ../nbs/method/17_pairs.ipynb #pair-head
 def _grid(n):
@@ -210,10 +211,13 @@ class PairHead(nn.Module):
         seen = read_points(values, pairs.image[pairs.subject], self.places(pairs, offsets), attention)
         return PairOutput(self.answer_layers(torch.cat([query, seen], 1)), Sampling(offsets, attention))
 
+    def asked(self, values, pairs):
+        "The `PairOutput` of `Pairs` that ask `values` (B, D, h, w) of any precision, in float32."
+        with torch.autocast(values.device.type, enabled=False): return self.answer(values.float(), pairs)
+
     def forward(self, x, pairs=None):
         values = self.value(x)
-        if pairs is None: return PairFields(self, values.float())
-        with torch.autocast(x.device.type, enabled=False): return self.answer(values.float(), pairs)
+        return PairFields(self, values.float()) if pairs is None else self.asked(values, pairs)
 
 # %% ../nbs/method/17_pairs.ipynb #training-pairs
 NEGATIVES, JITTER = 256, .08
@@ -265,7 +269,7 @@ def training_pairs(targets, n_objects, n_predicates, negatives=NEGATIVES, jitter
     return Asked(asked, carries)
 
 def split_asked(asked, pictures:int, parts:int):
-    "A list of what is `Asked` of each of `parts` of a batch of so many `pictures`, as `Tensor.tensor_split` makes them."
+    "What is `Asked` of each of `parts` of a batch of so many `pictures`, split as by `Tensor.tensor_split`: a list."
     (boxes, classes, image, subject, target), carries = asked
     sizes = [len(part) for part in torch.arange(pictures).tensor_split(parts)]
     edges = torch.tensor([0, *np.cumsum(sizes)], device=image.device)

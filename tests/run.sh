@@ -33,6 +33,6 @@ nbdev_test --n_workers 2
 rm -rf "${TMPDIR:?}"/*
 
 step "pytest, one file at a time in each of two processes, the longest first"
-long=(survival export train benchmark configs study stages devices steps processes estimation command browser)
+long=(survival export train benchmark configs study stages devices steps processes estimation command package browser)
 files=$( (printf 'tests/test_%s.py\n' "${long[@]}"; ls tests/test_*.py) | awk '!seen[$0]++')
 python -m pytest $files -q -rs -n 2 --dist loadfile --no-loadscope-reorder --durations=8

@@ -30,7 +30,7 @@ def test_every_piece_is_measured(results):
     names = ' '.join(row['name'] for row in results['rows'])
     for piece in ('HHA', 'target fields', 'loading', 'decoding', 'evaluator',
                   'deformable convolution', 'training step', 'inference', 'bytes to triplets',
-                  'onnxruntime', 'explorer, slowest', 'explorer, a new picture'):
+                  'onnxruntime', 'int8', 'live, small', 'explorer, slowest', 'explorer, a new picture'):
         assert piece in names
     assert all(row['ms'] > 0 for row in results['rows'])
     assert sum('ratio' in row for row in results['rows']) >= 9

@@ -590,7 +590,7 @@ def test_an_edge_shows_where_a_head_of_pairs_looks(open_explorer, known, work):
         assert np.allclose(numbers[:, 2], expected[who][0, ..., 2].ravel(), atol=6e-5)
         most, least = numbers[:, 2].argmax(), numbers[:, 2].argmin()
         assert drawn[most][4] > 2 * drawn[least][4], 'what counts is large'
-    assert len(page.find('.stdg-apart')) == 16 and not page.find('.stdg-faded')
+    assert len(page.find('.stdg-apart')) == 16 and not page.find('.stdg-faded') and len(page.find('.stdg-asked')) == 2
     said = page.text('.stdg-readout')
     assert said.startswith('● student, ◆ teacher: ') and said.endswith('looks at subjectobjectunionline')
     apart = np.linalg.norm((expected['student'] - expected['teacher'])[0, ..., :2], axis=-1) / 8

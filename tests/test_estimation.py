@@ -235,7 +235,7 @@ def test_a_picture_that_the_processor_cannot_read_is_named(database, tmp_path):
 
 def test_without_transformers(model, database, monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
-    why = r"needs the package transformers: pip install 'stdg\[depth\]'"
+    why = r"needs transformers, which is not installed; it comes with pip install 'stdg\[depth\]'"
     with pytest.raises(ImportError, match=why): estimate_depth(database, model)
     assert not list(database.folder.glob('depth*'))
 

@@ -259,7 +259,8 @@ def test_what_is_said_of_other_repositories(home, tmp_path, monkeypatch):
     refused(fetch(f'hub:{home}', '--kind', 'psg'), 2, 'a data set of the Hub brings its annotations', 'Leave kind')
     refused(command('fetch', '--raw', home, '--folder', tmp_path/'db'), 1, 'only data sets of the Hub are fetched')
     monkeypatch.setitem(sys.modules, 'datasets', None)
-    refused(fetch(f'hub:{home}'), 1, "read by the library datasets: pip install 'stdg[hub]'")
+    said = "needs datasets, which is not installed; it comes with pip install 'stdg[hub]'"
+    refused(fetch(f'hub:{home}'), 1, said)
     assert [path.name for path in (tmp_path/'db').rglob('*')] in ([], ['hub'])
 
 

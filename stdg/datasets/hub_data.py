@@ -22,6 +22,7 @@ from .annotations import ReadReport, image_key
 from .splits import split_name
 from .vg_files import SPLITS
 from ..io.archives import MAX_BYTES, picture_size
+from ..io.extras import needed
 from ..io.files import atomic_path, read_json, remove_dead, write_json
 from ..io.locks import lock_of, locked
 from ..io.packed import ahead
@@ -60,13 +61,6 @@ def place_of(raw):
 
 # %% ../../nbs/datasets/12_hub_data.ipynb #ask
 NAMES = 'categories.json'
-
-def _library():
-    "The library `datasets`. Raises `ImportError` that says how to get it."
-    try: return import_module('datasets')
-    except ImportError as error:
-        raise ImportError("data sets of the Hub are read by the library datasets: pip install "
-                          f"'stdg[hub]' ({one_line(error, 100)})") from None
 
 @contextmanager
 def _quiet(library):
@@ -181,7 +175,7 @@ def _streams(place, commit):
     Raises `OSError` or `ValueError` for a data set that cannot be read, or is not Parquet."""
     at = {} if place.local else dict(revision=commit)
     try:
-        builder = _library().load_dataset_builder(place.source, **at)
+        builder = needed('datasets').load_dataset_builder(place.source, **at)
         parquet = type(builder).__module__.rsplit('.', 1)[-1] == 'parquet'
         found = builder.as_streaming_dataset() if parquet else {}
         found = {name: table.reshard() for name, table in found.items()}
@@ -200,7 +194,7 @@ def _tables(place, commit):
     """{split: stream of rows} of a data set at `commit`, and its description.
 
     Raises what `_streams` does, and `ValueError` for one of another form or without train."""
-    (found, description), picture, tables = _streams(place, commit), _library().Image, {}
+    (found, description), picture, tables = _streams(place, commit), needed('datasets').Image, {}
     for name, table in found.items():
         try: split = split_name(name)
         except ValueError: continue  # neither for training nor for tests
@@ -383,7 +377,7 @@ def fetch_parts(parts, shard=(0, 1), workers=None, progress=True):
     process with this share is waited for.
 
     Raises `ImportError` without the library, `OSError` or `ValueError` naming data set or file."""
-    with _quiet(_library()):
+    with _quiet(needed('datasets')):
         tables = _begin(parts)
         remove_dead(parts.folder)
         share = lock_of(parts.folder, f'-{shard[0]}-of-{shard[1]}')

@@ -20,6 +20,7 @@ from scipy.sparse import csr_array
 
 from .visual_genome import SPLITS, Database
 from ..graph import Vocabulary
+from ..io.extras import needed
 from ..io.files import atomic_path, readable_file, write_json
 from ..io.text import one_line
 from ..reading import PairPrior
@@ -179,7 +180,7 @@ _BLUE, _ORANGE = GROUP_COLOURS['head'], GROUP_COLOURS['body']
 
 def _figure(width, height, columns=1, **options):
     "A figure and its axes (columns,), closed for pyplot, so that Jupyter shows it once."
-    import matplotlib.pyplot as plt  # a second, and few callers draw
+    plt = needed('matplotlib.pyplot')  # a second, and few callers draw
 
     figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False,
                                 layout='constrained', **options)
@@ -245,9 +246,7 @@ def plot_triplets(annotations, predicate:str, top:int=12):
     object classes (columns).
 
     Raises `ValueError` for a name that is no predicate."""
-    from matplotlib import colormaps  # see `_figure`
-    from matplotlib.colors import LogNorm
-
+    colormaps, LogNorm = needed('matplotlib:colormaps'), needed('matplotlib.colors:LogNorm')
     chosen = annotations.relations[:, 2] == annotations.vocabulary.predicate_index(predicate)
     n, names = annotations.shape[0], annotations.vocabulary.objects
     keys = annotations.labels[annotations.relations[chosen, :2]] @ (n, 1)
@@ -269,8 +268,7 @@ def plot_triplets(annotations, predicate:str, top:int=12):
 # %% ../../nbs/datasets/09_statistics.ipynb #plot-images
 def plot_images(splits:dict):  # name of a split to its `FlatGraphs`
     "A figure of how many objects, and how many relations, the images of each split have."
-    from matplotlib.ticker import MaxNLocator  # see `_figure`
-
+    MaxNLocator = needed('matplotlib.ticker:MaxNLocator')
     figure, axes = _figure(10, 2.8, 2)
     for which, (ax, title) in enumerate(zip(axes, ('objects', 'relations'))):
         numbers = {name: part.per_image()[which] for name, part in splits.items()}

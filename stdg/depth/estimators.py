@@ -19,19 +19,11 @@ from ..datasets.listing import read_listing
 from .depth_file import DepthFile, PfmFolder, depth_path, finish_parts, model_tag
 from .maps import FAR_MEDIAN, NEAR, write_pfm
 from ..io.devices import choose_device
+from ..io.extras import needed
 from ..io.packed import OddPieces, Parts, run_parts, started_parts
 
 # %% ../../nbs/depth/04_estimators.ipynb #transformers
 MODEL = 'Intel/dpt-beit-large-512'  # what the method used
-
-def _transformers():
-    "The package `transformers`. Raises `ImportError` that says how to install it."
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("estimating depth needs the package transformers: "
-                          "pip install 'stdg[depth]'") from error
-    return transformers
 
 # %% ../../nbs/depth/04_estimators.ipynb #is-metric
 # by model_type
@@ -63,9 +55,9 @@ def _check_folder(model):
         if local.exists() or local.is_absolute() or not on_hub:
             raise FileNotFoundError(f"{model} is not a folder of a depth model. {_LOAD_HINT}")
         return
-    for needed in ('config.json', 'preprocessor_config.json'):
-        if not (local/needed).is_file():
-            raise FileNotFoundError(f"{local} has no {needed}. {_LOAD_HINT}")
+    for file in ('config.json', 'preprocessor_config.json'):
+        if not (local/file).is_file():
+            raise FileNotFoundError(f"{local} has no {file}. {_LOAD_HINT}")
     if not any(local.glob('*.safetensors')):
         raise FileNotFoundError(f"{local} has no weights as .safetensors; "
                                 f"pickled weights (.bin, .pt) are not read. {_LOAD_HINT}")
@@ -74,7 +66,7 @@ def _check_folder(model):
 def _load(model, metric):
     """Image processor, network, whether it gives metres, and the names of weights that were absent
     (they are NaN now)."""
-    transformers = _transformers()
+    transformers = needed('transformers')
     _check_folder(model)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(model, trust_remote_code=False)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from ..io.extras import needed
 from ..io.files import atomic_path, readable_file
 
 # %% ../../nbs/depth/01_maps.ipynb #camera-matrix
@@ -35,8 +36,7 @@ def stereo_motorcycle():
 
     Source: Middlebury 2014 stereo benchmark, from `skimage.data.stereo_motorcycle`, whose docstring
     holds the calibration."""
-    from skimage import data
-    image, _, disparity = data.stereo_motorcycle()
+    image, _, disparity = needed('skimage.data').stereo_motorcycle()
     depth = .193001*994.978 / (disparity.astype(np.float32) + 31.086)
     depth = np.where(np.isfinite(depth), depth, 0).astype(np.float32)
     return image, depth, camera_matrix(994.978, 311.193, 254.877)

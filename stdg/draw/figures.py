@@ -10,20 +10,23 @@ __all__ = ['HHA_CHANNELS', 'depth_map', 'hha_channels', 'rgbd', 'fields', 'offse
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..deform import sampling_points
 from .boxes import image_boxes, likely_objects, titles
 from .graphs import draw_graph, edges_of, graph_picture
 from .style import HIT, MISS, PAGE, as_picture, colour_bar, for_print, new_figure, own_axes, show_image
 from ..graph import SceneGraph, Vocabulary, check_vocabulary
+from ..io.extras import Later
 from ..io.text import one_line
 from ..matching import match, same_objects
 
+
+# %% ../../nbs/draw/04_figures.ipynb #later
+plt, Line2D = Later('matplotlib.pyplot'), Later('matplotlib.lines:Line2D')
+LogLocator = Later('matplotlib.ticker:LogLocator')
+NullFormatter = Later('matplotlib.ticker:NullFormatter')
 
 # %% ../../nbs/draw/04_figures.ipynb #depth-map
 @for_print

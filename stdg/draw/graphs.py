@@ -12,19 +12,21 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
-import graphviz
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.font_manager import FontProperties
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-from matplotlib.path import Path as Curve
-from matplotlib.textpath import text_to_path
-from matplotlib.transforms import Affine2D
 
-from .boxes import BeforeDrawing, likely_objects, nearest_free, overlap, titles
+from .boxes import before_drawing, likely_objects, nearest_free, overlap, titles
 from .style import class_colour, for_print, own_axes, rendered, save
 from ..graph import SceneGraph, Vocabulary, check_vocabulary, triplets
+from ..io.extras import Later
 from ..io.text import one_line, score_text
+
+# %% ../../nbs/draw/03_graphs.ipynb #later
+graphviz, plt = Later('graphviz'), Later('matplotlib.pyplot')
+FontProperties = Later('matplotlib.font_manager:FontProperties')
+FancyArrowPatch = Later('matplotlib.patches:FancyArrowPatch')
+FancyBboxPatch = Later('matplotlib.patches:FancyBboxPatch')
+Curve, Affine2D = Later('matplotlib.path:Path'), Later('matplotlib.transforms:Affine2D')
+text_to_path = Later('matplotlib.textpath:text_to_path')
 
 # %% ../../nbs/draw/03_graphs.ipynb #layout
 NODE, EDGE = 9., 8.  # letters, points
@@ -235,7 +237,7 @@ def draw_graph(picture, ax, layout=None, room=None):
                        **style)
         scaled += [(arrow.set_mutation_scale, 9.), (text.set_fontsize, EDGE)]
     if room is None: room = layout.size
-    BeforeDrawing(ax, partial(_fit, ax, room, layout.size, transform, scaled))
+    before_drawing(ax, partial(_fit, ax, room, layout.size, transform, scaled))
     return ax
 
 # %% ../../nbs/draw/03_graphs.ipynb #graph-picture
@@ -311,7 +313,7 @@ def graph(graph,  # `SceneGraph` or `Prediction`
 
     Raises `ValueError` for a graph that does not fit the vocabulary or an unknown engine."""
     check_vocabulary(graph, vocabulary)
-    if engine not in graphviz.ENGINES:
+    if engine != 'dot' and engine not in graphviz.ENGINES:
         known = ', '.join(sorted(graphviz.ENGINES))
         raise ValueError(f"engine {engine!r} is not one of graphviz' {known}")
     return graph_picture(graph, vocabulary, *edges_of(graph, min_score, top), engine)

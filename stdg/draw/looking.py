@@ -6,16 +6,18 @@
 __all__ = ['FRAME_COLOURS', 'pair_points', 'sampling']
 
 # %% ../../nbs/draw/05_looking.ipynb #imports
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.lines import Line2D
 
 from .boxes import titles
 from .style import PAGE, as_picture, for_print, new_figure, show_image
 from ..graph import Vocabulary, check_vocabulary
+from ..io.extras import Later
 from ..io.text import one_line
 from ..pairs import FRAMES, Pairs
+
+# %% ../../nbs/draw/05_looking.ipynb #later
+plt, Line2D = Later('matplotlib.pyplot'), Later('matplotlib.lines:Line2D')
 
 # %% ../../nbs/draw/05_looking.ipynb #pair-points
 FRAME_COLOURS = dict(zip(FRAMES, ('#56b4e9', '#e69f00', '#cc79a7', '#009e73')))
@@ -60,13 +62,15 @@ def sampling(image,  # (H, W, 3) or (3, H, W)
     if not (len(rows) and networks):
         raise ValueError(f"sampling: {len(rows)} pairs and {len(networks)} networks; give a triplet of the "
                          "graph and a network")
-    names = titles(check_vocabulary(graph, vocabulary), vocabulary, rows[:, :2].unique().tolist())
+    check_vocabulary(graph, vocabulary)
+    found = [pair_points(network, graph, rows, stride) for network in networks.values()]
+    names = titles(graph, vocabulary, rows[:, :2].unique().tolist())
     wide = PAGE / max(3, len(rows))
     tall = wide * picture.shape[0] / picture.shape[1]
     figure, axes = new_figure(len(networks), len(rows), wide * len(rows), .5 + tall * len(networks))
-    for line, (name, network) in zip(axes, networks.items()):
-        for ax, (s, o, _), *found in zip(line, rows.tolist(), *pair_points(network, graph, rows, stride)):
-            _pair_panel(ax, picture, graph.boxes[[s, o]].tolist(), *found)
+    for line, name, seen in zip(axes, networks, found):
+        for ax, (s, o, _), *points in zip(line, rows.tolist(), *seen):
+            _pair_panel(ax, picture, graph.boxes[[s, o]].tolist(), *points)
         line[0].set_ylabel(one_line(name, 28), parse_math=False)
     for ax, (s, o, p) in zip(axes[0], rows.tolist()):
         ax.set_title(f'{names[s]} {one_line(vocabulary.predicates[p], 28)} {names[o]}', parse_math=False)

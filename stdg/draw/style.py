@@ -7,6 +7,7 @@ __all__ = ['HIT', 'MISS', 'PAGE', 'COLUMN', 'as_picture', 'luminance', 'class_co
            'show_image', 'colour_bar', 'rendered', 'save', 'drawn_here']
 
 # %% ../../nbs/draw/01_style.ipynb #imports
+import colorsys
 import io
 import re
 import zlib
@@ -16,8 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..io.extras import Later
 from ..io.files import atomic_path
 from ..io.text import one_line
+
+# %% ../../nbs/draw/01_style.ipynb #later
+plt = Later('matplotlib.pyplot')  # a second, and few callers draw
 
 # %% ../../nbs/draw/01_style.ipynb #basics
 # blue and vermilion, which colour-blind readers can tell apart too
@@ -46,14 +51,12 @@ def luminance(rgb):
 def class_colour(name):
     """The colour of a class, as '#rrggbb': always the same for the same name, and dark enough for
     white letters on it."""
-    from matplotlib.colors import hsv_to_rgb, to_hex  # half a second, and few callers draw
-
     code = zlib.crc32(str(name).encode('utf-8', 'replace'))
     saturation, most = ((.8, .17), (.6, .11), (1., .06))[code // 24 % 3]
-    light, linear = luminance(hsv_to_rgb((code % 24 / 24, saturation, 1)))
+    light, linear = luminance(np.array(colorsys.hsv_to_rgb(code % 24 / 24, saturation, 1)))
     linear = linear * min(1, most / light)
     rgb = np.where(linear <= .0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - .055)
-    return to_hex(rgb.clip(0, 1))
+    return '#' + ''.join(f'{round(value):02x}' for value in (255 * rgb.clip(0, 1)).tolist())
 
 # %% ../../nbs/draw/01_style.ipynb #for-print
 PAGE, COLUMN = 7.1, 3.4  # inches
@@ -67,8 +70,6 @@ def for_print(draw):
     "`draw`, with letters and lines in the sizes for print."
     @wraps(draw)
     def styled(*args, **kwargs):
-        import matplotlib.pyplot as plt  # a second, and few callers draw
-
         with plt.rc_context(_STYLE): return draw(*args, **kwargs)
     return styled
 
@@ -76,16 +77,12 @@ def for_print(draw):
 def own_axes(ax, width=COLUMN, height=.85 * COLUMN):
     "`ax`, or new ones."
     if ax is not None: return ax
-    import matplotlib.pyplot as plt  # a second, and few callers draw
-
     return plt.subplots(figsize=(width, height), layout='constrained')[1]
 
 def new_figure(rows, columns, width, height, **options):
     """A figure and its axes (rows, columns).
 
     The figure is closed in pyplot, so that Jupyter shows it once and it can be freed."""
-    import matplotlib.pyplot as plt  # a second, and few callers draw
-
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False,
                                 layout='constrained', **options)
     plt.close(figure)
@@ -112,8 +109,6 @@ _SAID = dict(svg={'Creator': 'stdg', 'Date': None}, pdf={'Creator': 'stdg', 'Cre
 def rendered(figure, kind, dpi=300, **options):
     """The bytes of `figure` as 'svg', 'pdf' or 'png'; `dpi` is that of pictures, `options` are
     further ones of `savefig`."""
-    import matplotlib.pyplot as plt  # a second, and few callers draw
-
     buffer = io.BytesIO()
     with plt.rc_context(_FILES):
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=_SAID[kind], **options)

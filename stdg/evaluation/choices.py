@@ -58,16 +58,18 @@ def _candidates(prior, relations, suppress):
         yield 'predcls', [dict(prior=beta) for beta in (0., .25, .5, 1.)]
         yield 'predcls', [dict(epsilon=value) for value in (.02, 1e-3)]
     yield 'predcls', [dict(tau=cells) for cells in (4., 2.)]
+    yield 'sgdet', [dict(related=power) for power in (0., 1.)]
     kinds = SUPPRESS if suppress == 'chosen' else (suppress,)
     yield 'sgdet', [dict(suppress=kind, overlap=iou) for kind in kinds
-                    for iou in ((.5, .7) if kind == 'hard' else (.5,))]
+                    for iou in ((.5,) if kind == 'none' else (.5, .7))]
     yield 'sgdet', [dict(power=value) for value in (1., 2.)]
     if prior: yield 'sgdet', [dict(prior_detected=beta) for beta in (None, 0., .25, .5, 1.)]
 
 def _idle(reading, change):
     "Whether `change`, of one of the `_candidates`, would change nothing in what is read."
     return ('epsilon' in change and not reading.prior
-            or 'tau' in change and reading.relations != 'lines')
+            or 'tau' in change and reading.relations != 'lines'
+            or 'related' in change and reading.relations != 'pairs')
 
 # %% ../../nbs/evaluation/06_choices.ipynb #choose-reading
 def _figure(figures, task):

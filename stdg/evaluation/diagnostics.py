@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from ..datasets.statistics import GROUP_COLOURS, predicate_groups
+from ..io.extras import needed
 from ..io.text import one_line
 from ..matching import SUREST, TOP
 
@@ -39,7 +40,7 @@ def reliability(scores, right, bins:int=10):
 def plot_reliability(curves:dict):  # title of a panel -> what `reliability` gave
     """A figure with a panel for each of `curves`: share that is right over the mean score of each
     bin, and the number of claims."""
-    import matplotlib.pyplot as plt  # a second, and few callers draw
+    plt = needed('matplotlib.pyplot')  # a second, and few callers draw
 
     figure, axes = plt.subplots(2, len(curves), figsize=(3.4 * len(curves), 4.2), squeeze=False,
                                 height_ratios=(3, 1), sharex=True, layout='constrained')
@@ -84,7 +85,7 @@ def plot_predicate_recall(figures:dict,  # of one task, of `evaluate` with proto
     """A figure of the recall of every predicate, by frequency in training.
 
     Raises `ValueError` if the lengths disagree, or for figures of the reference protocol."""
-    import matplotlib.pyplot as plt  # a second, and few callers draw
+    plt = needed('matplotlib.pyplot')  # a second, and few callers draw
 
     if 'truths_per_predicate' not in figures:
         raise ValueError("figures lack 'truths_per_predicate'; evaluate with protocol='strict'")

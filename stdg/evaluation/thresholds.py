@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import checkpoint
 from .core import records
+from ..io.extras import needed
 from ..reading import PUBLISHED
 
 # %% ../../nbs/evaluation/04_thresholds.ipynb #operating-curve
@@ -69,7 +70,7 @@ def curves_of(records):
 def plot_curves(curves:dict):  # kind -> `operating_curve`
     """A figure with a panel for each of `curves`: precision, recall and F1 over the threshold, and
     where F1 is largest."""
-    import matplotlib.pyplot as plt  # a second, and few callers draw
+    plt = needed('matplotlib.pyplot')  # a second, and few callers draw
 
     figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 2.8), squeeze=False,
                                 layout='constrained')

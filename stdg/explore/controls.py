@@ -9,13 +9,15 @@ __all__ = ['SHOW', 'TASK_TITLES', 'OVERLAYS', 'KERNELS', 'make_controls', 'arran
 # %% ../../nbs/explore/07_controls.ipynb #imports
 from types import SimpleNamespace
 
-import ipywidgets as widgets
-
 from .compare import MOST
 from .networks import READINGS
 from .scene import LAYERS
+from ..io.extras import Later
 from ..io.text import one_line
 from ..reading import PUBLISHED
+
+# %% ../../nbs/explore/07_controls.ipynb #later
+widgets = Later('ipywidgets')
 
 # %% ../../nbs/explore/07_controls.ipynb #controls
 SHOW = ('prediction', 'truth', 'both, compared')

@@ -51,8 +51,8 @@ def reading_record(reading):
     small = lambda field: (255 * field.clip(0, 1)).round().astype(np.uint8).tobytes()
     offsets = {network: (OFFSET_UNIT * o).round().clip(-32768, 32767).astype('<i2').tobytes()
                for network, o in reading.offsets.items()}
-    return dict(pairs=bool(reading.pair_fields), cells=frame.cells, stride=frame.stride, scale=frame.scale, corner=frame.corner,
-                unit=OFFSET_UNIT, heat=small(reading.heat),
+    return dict(cells=frame.cells, stride=frame.stride, scale=frame.scale, corner=frame.corner,
+                unit=OFFSET_UNIT, pairs=bool(reading.pair_fields), heat=small(reading.heat),
                 confidence=small(reading.confidence), votes=votes(reading).astype('<f4').tobytes(),
                 offsets=offsets,
                 objects=[one_line(name, 28) for name in names.objects],

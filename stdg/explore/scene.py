@@ -10,7 +10,6 @@ __all__ = ['LONGEST', 'LAYERS', 'Scene', 'database_scene', 'upload_scene', 'Fram
 import io
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
@@ -25,9 +24,12 @@ from ..draw.looking import pair_points
 from ..graph import TASKS, SceneGraph, Vocabulary
 from ..inference.predictor import letterbox, unbox
 from ..io.archives import read_picture
+from ..io.extras import Later
 from ..io.text import one_line
-from ..pairs import PairFields
 from ..reading import PUBLISHED
+
+# %% ../../nbs/explore/01_scene.ipynb #later
+plt = Later('matplotlib.pyplot')
 
 # %% ../../nbs/explore/01_scene.ipynb #scene
 @dataclass

@@ -9,18 +9,20 @@ __all__ = ['PREDICTION', 'TRUTH', 'BOTH', 'choose_shown', 'said_precision', 'dra
 import io
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import FancyBboxPatch, PathPatch
-from matplotlib.path import Path as Outline
 
 from ..draw.boxes import draw_boxes
 from ..draw.style import as_picture
 from .compare import VERDICTS
 from .graph_layout import HEIGHT, PANEL, curve
+from ..io.extras import Later
 from ..io.text import one_line
 from ..matching import SUREST
+
+# %% ../../nbs/explore/04_snapshot.ipynb #later
+FigureCanvasAgg = Later('matplotlib.backends.backend_agg:FigureCanvasAgg')
+Figure, Line2D = Later('matplotlib.figure:Figure'), Later('matplotlib.lines:Line2D')
+FancyBboxPatch = Later('matplotlib.patches:FancyBboxPatch')
+PathPatch, Outline = Later('matplotlib.patches:PathPatch'), Later('matplotlib.path:Path')
 
 # %% ../../nbs/explore/04_snapshot.ipynb #choose-predicted
 PREDICTION, TRUTH, BOTH = range(3)  # what is shown

@@ -13,12 +13,7 @@ import warnings
 from importlib.resources import files
 from pathlib import Path
 
-import anywidget
-import ipywidgets as widgets
-import matplotlib.pyplot as plt
 import numpy as np
-import traitlets
-from IPython.display import display
 
 from .. import checkpoint
 from ..datasets.visual_genome import Database
@@ -36,8 +31,15 @@ from .scene import upload_scene
 from .snapshot import draw_snapshot
 from ..inference.albums import left_out, no_pictures, pictures_in
 from ..io.archives import FolderSource
+from ..io.extras import needed
 from ..io.outputs import path_list
 from ..io.text import one_line
+
+# %% ../../nbs/explore/08_widget.ipynb #extras
+# a widget is a class of theirs, and says at once what is missing
+anywidget, traitlets = needed('anywidget'), needed('traitlets')
+widgets, plt = needed('ipywidgets'), needed('matplotlib.pyplot')
+display = needed('IPython.display:display')
 
 # %% ../../nbs/explore/08_widget.ipynb #view
 _STATIC = Path(str(files('stdg')))/'static'

@@ -13,10 +13,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import networkx as nx
+import numpy as np
 import torch
 
 from .. import draw
+from ..datasets.coco import to_coco
 from ..graph import Prediction, SceneGraph, Vocabulary, to_json, triplets
+from ..io.extras import needed
 from ..io.files import atomic_path
 from ..io.text import html_table, one_line, score_text
 
@@ -130,6 +133,33 @@ def _table(graph, most=12):
     return html_table('subject', ['predicate', 'object', 'score' + left],
                       [texts[s] for (s, *_), _ in rows], cells, [[False] * 3] * len(rows))
 
+def _page(found, part, graph):
+    "A `PicturePrediction`, its sure `part` and the `NamedGraph` of that as HTML: boxes, graph and table."
+    boxes = f"{found.name or 'A picture'} with the boxes of {len(part)} objects"
+    relations = f"Scene graph: {'; '.join(graph.sentences()[:12]) or 'no relations'}"
+    pictures = _img(found._png(part), 'png', one_line(boxes, 200))
+    pictures += _img(graph.drawing.svg().encode(), 'svg+xml', one_line(relations, 600))
+    said = (f"{len(part)} objects of at least {found.thresholds['objects']:.2f}, "
+            f"{len(graph.relations)} triplets above {score_text(found.thresholds['triplets'])}; "
+            "more or fewer with .graph(min_score=..., top=...)")
+    style = 'display:flex;gap:12px;align-items:center;flex-wrap:wrap;background:white'
+    return f'<div style="{style}">{pictures}</div>{_table(graph)}<small>{said}</small>'
+
+# %% ../../nbs/inference/01_display.ipynb #others
+def _coco(part, n_triplets, vocabulary, image_id, name):
+    "The dictionary of COCO kind of a `Prediction` `part` with its `n_triplets` surest triplets."
+    record = to_coco([(image_id, name, part)], vocabulary, top=n_triplets)
+    for one in record['annotations']: one.update(area=one['bbox'][2] * one['bbox'][3], iscrowd=0)
+    return record
+
+def _detections(graph):
+    "The `supervision.Detections` of a `NamedGraph`. Raises `ImportError` without the extra."
+    make = needed('supervision:Detections')
+    names = np.array([graph.name(i) for i in range(len(graph))], dtype=str)
+    return make(graph.boxes.numpy(), confidence=graph.scores.numpy(), class_id=graph.labels.numpy(),
+                data=dict(class_name=names, object=np.arange(len(graph))),
+                metadata=dict(relations=graph.to_json()['relations']))
+
 # %% ../../nbs/inference/01_display.ipynb #picture-prediction
 @dataclass(repr=False)
 class PicturePrediction(Prediction):
@@ -171,6 +201,18 @@ class PicturePrediction(Prediction):
     def to_networkx(self, min_score=None, top=None, min_object=None):
         return self.graph(min_score, top, min_object).to_networkx()
 
+    def to_coco(self, min_score=None, top=None, min_object=None, image_id:int=1):
+        """The sure part as a dictionary of COCO kind, for `stdg.io.files.write_json`: images, annotations
+        with score, categories; relations and predicates as `stdg.datasets.coco` reads them."""
+        part, rows, _ = self._sure(min_score, top, min_object)
+        return _coco(part, len(rows), self.vocabulary, image_id, self.name)
+
+    def to_supervision(self, min_score=None, top=None, min_object=None):
+        """The sure part as `supervision.Detections`: class names in `data`, relations in `metadata`.
+
+        Raises `ImportError` without the extra."""
+        return _detections(self.graph(min_score, top, min_object))
+
     def svg(self, min_score=None, top=None, min_object=None):
         "Picture with boxes, and graph beside it, as the text of one SVG."
         figure = _boxes_figure(self, self._sure(min_score, top, min_object)[0])
@@ -196,14 +238,4 @@ class PicturePrediction(Prediction):
 
     def _repr_png_(self): return self._png(self._sure()[0])
 
-    def _repr_html_(self):
-        part, graph = self._sure()[0], self.graph()
-        boxes = f"{self.name or 'A picture'} with the boxes of {len(part)} objects"
-        relations = f"Scene graph: {'; '.join(graph.sentences()[:12]) or 'no relations'}"
-        pictures = _img(self._png(part), 'png', one_line(boxes, 200))
-        pictures += _img(graph.drawing.svg().encode(), 'svg+xml', one_line(relations, 600))
-        said = (f"{len(part)} objects of at least {self.thresholds['objects']:.2f}, "
-                f"{len(graph.relations)} triplets above {score_text(self.thresholds['triplets'])}; "
-                "more or fewer with .graph(min_score=..., top=...)")
-        style = 'display:flex;gap:12px;align-items:center;flex-wrap:wrap;background:white'
-        return f'<div style="{style}">{pictures}</div>{_table(graph)}<small>{said}</small>'
+    def _repr_html_(self): return _page(self, self._sure()[0], self.graph())

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'PAIR_NAMES', 'sample_then_project', 'surest', 'nearest', 'finish', 'Deployed', 'pair_table', 'DeployedPairs',
-           'finish_pairs', 'export_program', 'export_onnx', 'OnnxModel']
+           'finish_pairs', 'export_program', 'export_onnx', 'export_fields', 'OnnxModel']
 
 # %% ../../nbs/inference/05_export.ipynb #imports
 import copy
-import importlib
 import json
 import mmap
 import warnings
@@ -23,8 +22,9 @@ from .. import decode
 from ..data import network_input
 from ..deform import DeformConv, project_then_gather, sampling_points
 from ..graph import Prediction, Vocabulary
-from .hub import check_facts
+from .onnx_network import FIELDS, facts_of, open_session
 from .predictor import letterbox, on_picture, read_image
+from ..io.extras import needed
 from ..io.files import atomic_path
 from ..io.outputs import check_output
 from ..pairs import Pairs, pair_scores
@@ -123,7 +123,7 @@ class Deployed(nn.Module):
         return boxes, labels, scores, counts, predicates, confidences, points, ends
 
 # %% ../../nbs/inference/05_export.ipynb #pair-tables
-def pair_table(fields, boxes, labels, stride:int):
+def pair_table(fields, boxes, labels, stride:int, related:float=0.):
     """What `stdg.pairs.PairFields` of B pictures say of all ordered pairs of objects, `boxes` (B, M, 4) in
     pixels and `labels` (B, M): the scores (B, M, M, P) by subject, object and predicate; 0 on the
     diagonal."""
@@ -135,7 +135,7 @@ def pair_table(fields, boxes, labels, stride:int):
     classes = F.one_hot(labels.flatten(), head.n_objects).float()
     pairs = Pairs(boxes.flatten(0, 1) / stride, classes, image.flatten(), (first + subject).flatten(),
                   (first + target).flatten())
-    scores = pair_scores(head.answer(fields.values, pairs).logits).view(b, m * m, -1)
+    scores = pair_scores(head.answer(fields.values, pairs).logits, related).view(b, m * m, -1)
     return (scores * (subject != target)[:, None]).view(b, m, m, -1)
 
 def _best_first(scores, *others):
@@ -170,7 +170,8 @@ class DeployedPairs(nn.Module):
             scores = suppress(boxes, scores, self.reading.suppress, self.reading.overlap)
             scores, boxes, labels = _best_first(scores, boxes, labels)
         m = min(self.reading.objects, scores.shape[1])
-        return boxes, labels, scores, pair_table(fields, boxes[:, :m], labels[:, :m], self.network.stride)
+        table = pair_table(fields, boxes[:, :m], labels[:, :m], self.network.stride, self.reading.related)
+        return boxes, labels, scores, table
 
 def finish_pairs(boxes, labels, scores, table,  # of `PAIR_NAMES`, of one picture
                  reading=PUBLISHED,  # the `Reading` of the network
@@ -186,13 +187,6 @@ def finish_pairs(boxes, labels, scores, table,  # of `PAIR_NAMES`, of one pictur
     return Prediction(boxes, labels, scores, *found, size)
 
 # %% ../../nbs/inference/05_export.ipynb #export
-def _needed(name):
-    "The module `name`. Raises `ImportError` that tells how to install it."
-    try: return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"{error.name or name} is not installed; it comes with pip install "
-                          "'stdg[onnx]'") from None
-
 def _is_ours(path):
     "Whether the file `path` holds facts of a network of this package, as exported files do."
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -210,15 +204,24 @@ def _deployed(model, top):
     if model.network.network.asks_pairs: return DeployedPairs(model.network, Reading.from_facts(model.facts))
     return Deployed(model.network, top)
 
-def _traced(model, size, whole):
-    """The module `whole`, made of a `Model`, as a program for any number of pictures of `size` pixels a side,
-    and its facts as JSON."""
-    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+def _traced(model, size, whole, kind=torch.uint8, **more):
+    """The module `whole`, made of the network of a `Model`, as a program for any number of pictures of
+    `size` pixels a side, numbers of a `kind`; and the model's facts with `more` as JSON."""
+    example = torch.zeros(2, 3, size, size, dtype=kind)
     program = torch.export.export(whole, (example,),
                                   dynamic_shapes=({0: torch.export.Dim('batch')},))
     facts = dict(model.facts, format='stdg', version=1, config=model.network.student().config,
-                 size=size)
+                 size=size, **more)
     return program, json.dumps(facts, allow_nan=False)
+
+def _write_graph(traced, path, *names):
+    "Write what `_traced` gives as an ONNX graph with `names` of its input and outputs."
+    program, facts = traced
+    graph = torch.onnx.export(program, (), dynamo=True, opset_version=20, external_data=False,
+                              verbose=False, input_names=names[:1], output_names=names[1:],
+                              dynamic_shapes=({0: 'batch'},))
+    graph.model.metadata_props['stdg'] = facts
+    with atomic_path(path) as partial: graph.save(partial)
 
 def export_program(model, path, size=None, top=4096):
     """Write a `Model` as a program for `torch.export.load(path).module()`; `size` is the side of
@@ -238,14 +241,31 @@ def export_onnx(model, path, size=None, top=4096):
 
     Raises `ImportError` where the extra is missing."""
     path = _target(path, '.onnx')
-    for name in ('onnx', 'onnxscript'): _needed(name)
+    for name in ('onnx', 'onnxscript'): needed(name)
     whole = _deployed(model, top)
-    program, facts = _traced(model, size or model.size, whole)
-    graph = torch.onnx.export(program, (), dynamo=True, opset_version=20, external_data=False,
-                              verbose=False, input_names=['picture'], output_names=whole.names,
-                              dynamic_shapes=({0: 'batch'},))
-    graph.model.metadata_props['stdg'] = facts
-    with atomic_path(path) as partial: graph.save(partial)
+    _write_graph(_traced(model, size or model.size, whole), path, 'picture', *whole.names)
+
+# %% ../../nbs/inference/05_export.ipynb #export-fields
+class _Fields(nn.Module):
+    "A copy of the `STDG` `network` that can be exported, from normalised pictures to fields."
+    def __init__(self, network):
+        super().__init__()
+        if network.mode == 'depth':
+            raise ValueError('this network reads HHA, not RGB: export a student')
+        self.network = _portable(network)
+
+    def forward(self, image): return self.network(image)
+
+def export_fields(model, path, size=None):
+    """Write the network of a `Model` as an ONNX graph for `stdg.inference.onnx_network.OnnxNetwork`,
+    from normalised pictures of `size` pixels a side to the two fields. Arguments and errors are
+    those of `export_onnx`."""
+    path = _target(path, '.onnx')
+    for name in ('onnx', 'onnxscript'): needed(name)
+    network = model.network
+    given = dict(mean=network.mean, std=network.std, stride=network.stride)
+    traced = _traced(model, size or model.size, _Fields(network), torch.float32, input=given)
+    _write_graph(traced, path, 'image', *FIELDS)
 
 # %% ../../nbs/inference/05_export.ipynb #runner
 class OnnxModel:
@@ -258,22 +278,11 @@ class OnnxModel:
     Raises `FileNotFoundError` or `ValueError` naming the file, `ImportError` where the extra is
     missing."""
     def __init__(self, path, threads=0, providers=('CPUExecutionProvider',)):
-        runtime = _needed('onnxruntime')
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is missing. stdg.inference.export.export_onnx writes "
-                                    "it")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads
-        try: self.session = runtime.InferenceSession(path, options, providers=list(providers))
-        except Exception as error:
-            raise ValueError(f"{path} is not a whole ONNX file that onnxruntime "
-                             f"{runtime.__version__} reads ({error})") from None
-        try:
-            self.facts = json.loads(self.session.get_modelmeta().custom_metadata_map['stdg'])
-            check_facts(self.facts, self.facts['config'])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} was not written by stdg.inference.export.export_onnx "
-                             f"({error!r})") from None
+        self.session = open_session(path, threads, providers)
+        self.facts = facts_of(self.session, path)
+        if 'input' in self.facts:
+            raise ValueError(f"{path} holds fields, and no objects. stdg predict -c reads it; for this "
+                             "class write one with stdg.inference.export.export_onnx")
         self.size, self.n_predicates = self.facts['size'], self.facts['config']['n_predicates']
 
     @property

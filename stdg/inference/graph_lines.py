@@ -49,7 +49,7 @@ def json_text(record, **how):
     return text + '\n'
 
 # %% ../../nbs/inference/09_graph_lines.ipynb #resume
-_OPTIONS = ('prior', 'suppress', 'boxes')  # are in a line only where they are given
+_OPTIONS = ('prior', 'suppress', 'precision', 'boxes')  # are in a line only where they are given
 _BEGINNING = '{"file": "'  # of every line
 
 def _record(path, number, line):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ..datasets.visual_genome import write_annotations, write_images
 from ..graph import SceneGraph, Vocabulary
+from ..io.extras import needed
 from ..io.files import atomic_path, read_json, remove_dead, remove_folder, writable_folder, write_json
 from ..io.locks import lock_of, locked
 from .background import pose, prints, shell
@@ -354,7 +355,7 @@ def make_rooms(
 
     Goes on where an interrupted call stopped; waits for another process that makes them; returns
     the folder, at once if all is there. Raises `ValueError` for a folder of other rooms, `OSError`
-    if it cannot be written. Source: method spec 1.2, 1.3 for the format."""
+    if it cannot be written, `ImportError` without the extra. Source: method spec 1.2, 1.3 for the format."""
     folder, total = Path(folder), int(n_train) + int(n_val) + int(n_test)
     if total < 1:
         raise ValueError('make_rooms: at least one room is needed, n_train + n_val + n_test is 0')
@@ -363,6 +364,7 @@ def make_rooms(
                     samples=int(samples), shard=SHARD, version=VERSION)
     if names := RoomStyle.of(style).names: settings['style'] = names
     if (folder / 'rooms.json').exists() and _claim(folder, settings): return folder
+    for package in ('trimesh', 'embreex'): needed(package)  # before the processes that render begin
     with locked(lock_of(folder / 'rooms.json'), what=f'the rooms in {folder}'):
         if not _claim(folder, settings): _make(folder, settings, total, workers or _cores())
     return folder

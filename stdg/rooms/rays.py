@@ -9,10 +9,13 @@ __all__ = ['Camera', 'RayScene', 'amodal_pixels', 'visible_boxes']
 from dataclasses import dataclass
 
 import numpy as np
-from embreex.mesh_construction import TriangleMesh
-from embreex.rtcore_scene import EmbreeScene
 
+from ..io.extras import Later
 from .textures import Textures
+
+# %% ../../nbs/rooms/06_rays.ipynb #later
+TriangleMesh = Later('embreex.mesh_construction:TriangleMesh')
+EmbreeScene = Later('embreex.rtcore_scene:EmbreeScene')
 
 # %% ../../nbs/rooms/06_rays.ipynb #camera
 @dataclass

@@ -10,11 +10,15 @@ __all__ = ['PATTERNS', 'Material', 'Part', 'Shape', 'shift', 'turn', 'mirror', '
 # %% ../../nbs/rooms/01_solids.ipynb #imports
 import colorsys
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import accumulate
 
 import numpy as np
-import trimesh
+
+from ..io.extras import Later
+
+# %% ../../nbs/rooms/01_solids.ipynb #later
+trimesh = Later('trimesh')
 
 # %% ../../nbs/rooms/01_solids.ipynb #material
 PATTERNS = 'plain', 'wood', 'stripes', 'checks', 'noise', 'tiles', 'dots', 'print', 'sky'
@@ -147,16 +151,20 @@ def join(parts):
                 np.concatenate([p.faces + s for p, s in zip(parts, start)]), parts[0].material)
 
 # %% ../../nbs/rooms/01_solids.ipynb #block
-_UNIT = trimesh.creation.box()
-_UNIT.unmerge_vertices()
-_CUBE, _CUBE_FACES = np.array(_UNIT.vertices) + [0, 0, .5], np.array(_UNIT.faces)
+@cache
+def _cube():
+    "Vertices (36, 3) of a cube of one metre on the floor, three a triangle, and its faces (12, 3)."
+    unit = trimesh.creation.box()
+    unit.unmerge_vertices()
+    return np.array(unit.vertices) + [0, 0, .5], np.array(unit.faces)
 
 def block(size, at, material, taper=1.):
     "A box of `size` (x, y, z) metres; `at` is the middle of its base, `taper` scales its top."
-    vertices = _CUBE * size
+    cube, faces = _cube()
+    vertices = cube * size
     if np.ndim(taper) or taper != 1:
-        vertices[:, :2] *= 1 + (np.asarray(taper) - 1) * _CUBE[:, 2:]
-    return Part(vertices + at, _CUBE_FACES, material)
+        vertices[:, :2] *= 1 + (np.asarray(taper) - 1) * cube[:, 2:]
+    return Part(vertices + at, faces, material)
 
 # %% ../../nbs/rooms/01_solids.ipynb #lathe
 def _sharpen(profile, degrees=35):

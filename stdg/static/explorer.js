@@ -449,11 +449,12 @@ class View {
   }
   pairMarks(t) {
     // Where student and teacher look for a pair: the colour is the frame, the area the attention.
-    const u = this.unit, r = this.reading, sets = this.looks.of(t.key), marks = [];
+    const u = this.unit, r = this.reading, sets = this.looks.of(t.key);
+    const marks = [t.s, t.o].map((key, i) => { const [x, y, x2, y2] = this.byKey.get(key).box.map(v => v * u); return make('rect', { class: `stdg-asked stdg-of-${FRAMES[i]}`, x, y, width: Math.max(x2 - x, 1), height: Math.max(y2 - y, 1) }); });
     const pairs = sets.length === 2 ? sets[0][1].map((point, i) => [point, sets[1][1][i]]) : [];
     marks.push(...pairs.map(([a, b]) => make('line', { class: 'stdg-apart', x1: a.x * u, y1: a.y * u, x2: b.x * u, y2: b.y * u, opacity: .1 + .7 * a.attention })));
     for (const [who, points] of sets) for (const { x, y, attention, frame } of points) {
-      const [cx, cy, size] = [x * u, y * u, Math.max(1.2, 8 * Math.sqrt(attention))], more = { class: `stdg-look stdg-${who} stdg-of-${frame}`, 'data-attention': attention };
+      const [cx, cy, size] = [x * u, y * u, Math.max(1.8, 8 * Math.sqrt(attention))], more = { class: `stdg-look stdg-${who} stdg-of-${frame}`, 'data-attention': attention };
       marks.push(who === 'teacher' ? make('path', { ...more, d: `M${cx} ${cy - size}l${size} ${size}l${-size} ${size}l${-size} ${-size}Z` }) : make('circle', { ...more, cx, cy, r: .85 * size }));
     }
     const far = ([a, b]) => Math.hypot((a.x - b.x) * r.scale[0], (a.y - b.y) * r.scale[1]) / r.stride, weight = pairs.reduce((sum, [a]) => sum + a.attention, 0);

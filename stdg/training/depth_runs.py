@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CELLS', 'DEPTH_FIGURES', 'LESSONS_OF_C', 'lead_runs', 'largest_and_smallest', 'lesson_runs', 'content_runs',
-           'detectable']
+           'taught_networks', 'detectable']
 
 # %% ../../nbs/training/11_depth_runs.ipynb #imports
 import re
 
 import numpy as np
 
+from ..io.files import project_folder
 from .experiments import Run
 from .settings import PARTS, Settings
 
@@ -34,7 +35,6 @@ def _run(study, cell, seed, kind, stage, rooms, parameters, needs=(), configurat
     values = dict(parameters, **rooms, seed=seed, stages=[stage], teacher_share=1., prior=False,
                   suppress='soft', untrained=False, pictures=False)
     values['data'] = values.pop('data', f'rooms_{study}_{_short(cell)}')
-    if values.get('relation') == 'fields': del values['relation']  # as it is without a word
     values['more'] = dict(told=True, **values.pop('more', {}), **more)
     return Run(f'{study}/{_short(cell)}-{seed}-{kind}', values, cell, configuration or kind, seed,
                tuple(dict.fromkeys(needs)))
@@ -114,6 +114,13 @@ def content_runs(study, seeds, cell, rooms, loss_weights=None, **parameters):
             runs.append(_run(study, cell, seed, f'copies-{_short(title)}', 'student', rooms, values, [teacher],
                              f'taught by {title}', **lesson))
     return runs
+
+# %% ../../nbs/training/11_depth_runs.ipynb #replaced
+def taught_networks(study, seeds, cell):
+    "{seed: (checkpoint of the student taught by depth, of its teacher)} of a finished experiment B."
+    base = project_folder()/'runs'/study
+    return {seed: (base/f'{_short(cell)}-{seed}-taught-depth'/'student.safetensors',
+                   base/f'{_short(cell)}-{seed}-depth'/'teacher.safetensors') for seed in seeds}
 
 # %% ../../nbs/training/11_depth_runs.ipynb #detectable
 def detectable(deviation, seeds, level=.05, power=.8):

@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 
 from ..io.devices import choose_device, devices_here
+from ..io.extras import needed
 from ..io.files import atomic_path, project_folder, read_json, writable_folder
 from ..io.text import html_table, markdown_table, one_line
 from ..io.yaml_files import parse_yaml, read_yaml
@@ -258,7 +259,7 @@ def _colours():
 
 def plot(found, metrics=None):
     "A figure of a `summary`: a row for each metric, a column for each group."
-    import matplotlib.pyplot as plt  # a second, and few callers draw
+    plt = needed('matplotlib.pyplot')  # a second, and few callers draw
 
     groups, configurations = list(found), list(next(iter(found.values())))
     colours = _colours()
@@ -300,7 +301,8 @@ def taught_or_not(study, seeds=(0, 1, 2, 3, 4), clutters=None, **parameters):
     for group, clutter in (clutters or dict(low=.1, high=.8)).items():
         first = f'{study}/{group}-{seeds[0]}-teacher'  # renders the pictures of all
         def add(seed, kind, stage, configuration='', teacher='', needs=()):
-            values = dict(parameters, seed=seed, clutter=clutter, data=f'rooms_{study}_{group}',
+            values = dict(relation='fields') | parameters
+            values = dict(values, seed=seed, clutter=clutter, data=f'rooms_{study}_{group}',
                           stages=[stage], teacher=teacher, untrained=False, pictures=False)
             name = f'{study}/{group}-{seed}-{kind}'
             needs = tuple(dict.fromkeys([*needs, first])) if name != first else ()
@@ -350,7 +352,7 @@ def lever_runs(study, seeds=(0,), levers=None, **parameters):
     runs, rare = [], list(list(parameter_help().values())[-1])
     for title, changes in (levers or LEVERS).items():
         for seed in seeds:
-            values = dict(parameters, batch_size=8, loss_weights={}) | changes
+            values = dict(relation='fields', batch_size=8, loss_weights={}) | parameters | changes
             values = dict(values, seed=seed, stages=['control'], split='val', prior=False,
                           suppress='soft', untrained=False, pictures=False)
             more = {name: values.pop(name) for name in rare if name in values}

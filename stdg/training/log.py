@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..io.extras import needed
 from ..io.files import atomic_path, writable_folder
 
 # %% ../../nbs/training/03_log.ipynb #lines
@@ -100,6 +101,7 @@ def cut_stage(path,  # a file of JSON lines that name their `stage` and `step`
 
 # %% ../../nbs/training/03_log.ipynb #trackers
 def _tensorboard(folder, step):
+    needed('tensorboard')
     from torch.utils.tensorboard import SummaryWriter
     writers = {}
     def write(stage, at, values):
@@ -111,7 +113,7 @@ def _tensorboard(folder, step):
     return write, close
 
 def _wandb(folder, step):
-    import wandb
+    wandb = needed('wandb')
     runs = []  # begun by the first line: a stage that is finished already writes none
     def write(stage, at, values):
         if not runs:
@@ -133,10 +135,7 @@ def tracker(name, folder, step=1):
     installed."""
     if name not in TRACKERS:
         raise ValueError(f"tracker {name!r} is unknown; there are {list(TRACKERS)}")
-    try: return TRACKERS[name](folder, step)
-    except ImportError as error:
-        raise ImportError(f"the tracker {name!r} is not installed ({error}): pip install "
-                          f"'stdg[{name}]'") from None
+    return TRACKERS[name](folder, step)
 
 # %% ../../nbs/training/03_log.ipynb #log
 class Log:
@@ -237,7 +236,7 @@ def read_times(path):
 
 def step_times(path):
     "A figure of where the time of a step goes, a bar for each stage. Raises as `read_times`."
-    import matplotlib.pyplot as plt  # a second, and few callers draw
+    plt = needed('matplotlib.pyplot')  # a second, and few callers draw
 
     stages = read_times(path)
     figure, ax = plt.subplots(figsize=(8, .8 + .45 * len(stages)), layout='constrained')

@@ -53,7 +53,7 @@ class Settings:
     backbone: str = 'small'  # 'small', 'resnet50', 'swin_s' or any name of timm
     pretrained: bool = True  # start from ImageNet
     weights: str = ''  # a local file of ImageNet weights, for machines that cannot fetch them
-    relation: str = 'fields'  # head of relations: 'fields' as published, or 'pairs', asked about pairs of boxes
+    relation: str = 'pairs'  # head of relations: asked about 'pairs' of boxes, or 'fields' as published
 
     # Optimisation: AdamW
     epochs: int = 4  # passes over the training pictures, in each stage
@@ -156,9 +156,8 @@ ALLOWED = dict(
     # Rarer options
     teach=Choice(LESSONS),
     taught_parts=Many(Choice(PARTS), 1, distinct=True), teacher_pictures=Text(), unlabelled=Real(0, 1),
-    balance=Real(0, 4), device=Device(),
-    teacher_memory=Real(0), accumulate=Whole(1), compile=FlagOr(('auto', 'reduce-overhead')),
-    look=Whole(), beside=Flag(), sync_bn=Flag(), clip=Real(0),
+    balance=Real(0, 4), device=Device(), teacher_memory=Real(0), accumulate=Whole(1),
+    compile=FlagOr(('auto', 'reduce-overhead')), look=Whole(), beside=Flag(), sync_bn=Flag(), clip=Real(0),
     skip=Whole(), released=Flag(), validate_images=Whole(), best=Text(empty=False),
     patience=Whole(), keep=Whole(), save_minutes=Real(0),
     trackers=Many(Choice(('tensorboard', 'wandb')), distinct=True), told=Flag())
