@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import __version__
 from .draw.style import drawn_here
 from .inference import video
 from stdg.inference.albums import (
@@ -252,7 +251,7 @@ def _add_common(parser):
 class _Versions(argparse.Action):
     "Prints `versions`, and that is all."
     def __call__(self, parser, *given):
-        print(versions(__version__))
+        print(versions(import_module('stdg').__version__))
         parser.exit()
 
 def _parser():

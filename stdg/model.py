@@ -179,18 +179,12 @@ class Network(nn.Module):
         relation, relation_offsets = self.relation(features)
         return detection, relation, [detection_offsets, relation_offsets]
 
-    def looks(self, image):
-        """A list of tensors (B, ...), what is needed of a teacher for these pictures: the offsets of each
-        head, or, of a head of pairs, what it will read."""
+    def offsets(self, image, pairs=None):
+        "The third of what `forward` gives alone: all that is needed of a teacher."
         features = self.backbone(image)
         own = self.detection.pre_head.offsets(features)
-        return [own, self.relation.value(features) if self.asks_pairs else self.relation.pre_head.offsets(features)]
-
-    def offsets(self, image, pairs=None):
-        """The third of what `forward` gives alone."""
-        found = self.looks(image)
-        if self.asks_pairs: found[1:] = [] if pairs is None else [self.relation.asked(found[1], pairs).sampling]
-        return found
+        if not self.asks_pairs: return [own, self.relation.pre_head.offsets(features)]
+        return [own] if pairs is None else [own, self.relation(features, pairs).sampling]
 
 # %% ../nbs/method/06_model.ipynb #teacher
 class Teacher(Network):

@@ -300,7 +300,7 @@ WHOLE = dict(seed=(0, 2**62), steps=(0, None), size=(16, 8192), n_train=(1, None
              keep=(0, None), look=(0, None))
 REAL = dict(clutter=(0, 1), unlabelled=(0, 1), balance=(0, 4), lr_backbone=(0, None),
             weight_decay=(0, None), warm_up=(0, None), clip=(0, None), save_minutes=(0, None),
-            lr=('above', None), ema=('above', 1), teacher_share=('above', 1), teacher_memory=(0, None))
+            lr=('above', None), ema=('above', 1), teacher_share=('above', 1))
 
 
 def test_limits_of_every_number():
@@ -337,7 +337,7 @@ def test_limits_of_lists():
 def test_the_rarer_defaults():
     "Those that stand in no runbook."
     rare = dict(teach='offsets', taught_parts=list(settings.PARTS), teacher_pictures='',
-                unlabelled=0., balance=0., device='', teacher_memory=1.,
+                unlabelled=0., balance=0., device='',
                 accumulate=1, compile=False, look=0, beside=False, sync_bn=False, clip=0., skip=0,
                 released=False, validate_images=0, best='sgdet/R@50', patience=0, keep=2,
                 save_minutes=10., trackers=[], told=False)

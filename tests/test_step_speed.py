@@ -195,26 +195,6 @@ def test_statistics_are_those_before_the_bad_step(database, tmp_path, monkeypatc
     assert same(list(model.network.buffers()), first) and not same(seen['after'], first)
 
 
-def test_a_teacher_is_not_asked_twice(database, tmp_path, monkeypatch):
-    "The same weights bit for bit, with less asked of the teacher; and it says the same in any company."
-    teacher, found = network('depth'), []
-    asked = []
-    true_lesson = loop.lesson_of
-    def lesson_of(*inputs):
-        lesson = true_lesson(*inputs)
-        asked.append(lesson)
-        return lesson
-    monkeypatch.setattr(loop, 'lesson_of', lesson_of)
-    for room in (0., 1.):
-        model = network('combine')
-        model.set_teacher(teacher)
-        fit(model, samples(database, model), tmp_path/str(room), 'student', teacher_memory=room, **OPTIONS)
-        found.append((state(model), lines(tmp_path/str(room))))
-    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
-    kept = asked[1].looks
-    assert not hasattr(asked[0].looks, 'hits') and kept.asked == 18 and 6 <= kept.hits <= 12
-
-
 def test_a_short_run_is_not_compiled(database, tmp_path, capsys):
     "`compile='auto'` says once what was chosen and why, and the run is as it would have been."
     found = []

@@ -23,7 +23,7 @@ _FIXED = ('batch_size', 'lr', 'lr_backbone', 'weight_decay', 'warm_up', 'schedul
           'loss_weights', 'teach', 'taught_parts', 'balance', 'clip', 'precision', 'released', 'seed')
 _FREE = ('epochs', 'steps', 'accumulate', 'recompute', 'compile', 'sync_bn', 'workers',
          'validate_every', 'best', 'patience', 'keep', 'save_minutes', 'skip', 'trackers',
-         'teacher_memory', 'look', 'beside')
+         'look', 'beside')
 OPTIONS = _FIXED + _FREE  # the parameters in `Settings` that `fit` takes
 # so it was before there was a choice
 _EARLIER = ('schedule', 'steps'), ('loss_weights', {}), ('teach', 'offsets'), ('taught_parts', [*PARTS]), \
@@ -53,19 +53,9 @@ def expected_of(model, dataset, options):
     return dict(data=dataset.fingerprint(), settings=json.loads(json.dumps(settings)))
 
 # %% ../../nbs/training/10_options.ipynb #lesson-of
-def _come_again(model, dataset):
-    "Whether the pictures that the teacher of `model` sees come again as they were: if they are at most mirrored."
-    changed = dataset.colour and (model.teacher_reads == 'rgb' or dataset.released)
-    moved = [dataset.augmentation.get(name, ()) for name in ('scale', 'stretch')]
-    return not changed and (not dataset.augment or all(tuple(one) == (1, 1) for one in moved))
-
 def lesson_of(model, dataset, options):
     """The `Lesson` of these `options`, the mean of a teacher over one pass of the training set as it is
-    augmented; on a processor with room for what a teacher has said, where pictures come again."""
-    room = 0
-    if model.teacher is not None and next(model.parameters()).device.type == 'cpu':
-        pays = options.teach == 'offsets' and options.epochs > 1 and _come_again(model, dataset)
-        room = int(options.teacher_memory * 2**30) * pays
+    augmented."""
     pictures = ()
     if options.teach == 'mean' and model.teacher is not None:
         place = next(model.parameters()).device
@@ -73,7 +63,7 @@ def lesson_of(model, dataset, options):
             _, other, targets = network_inputs(model, batch)
             return other, (asked_of(model, targets) or [None])[0]
         pictures = map(seen, loader(dataset, options.batch_size, options.seed, device=place))
-    return Lesson(model.teacher, options.teach, options.taught_parts, pictures, room)
+    return Lesson(model.teacher, options.teach, options.taught_parts, pictures)
 
 # %% ../../nbs/training/10_options.ipynb #pair-options
 def pair_options(dataset, options):

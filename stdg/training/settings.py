@@ -95,7 +95,6 @@ class Settings:
     unlabelled: float = 0.0  # share of their weight that unrelated objects lose as negatives
     balance: float = 0.0  # pairs: how far rare predicates are brought forward; 1: as if all were equally frequent
     device: str = ''  # 'cpu' or 'cuda'; '': a GPU if there is one
-    teacher_memory: float = 1.0  # GiB for what a teacher said of pictures that come again as they were (on CPUs)
     accumulate: int = 1  # parts of a batch, one after the other, to save memory; batch norms see the parts
     compile: bool = False  # by torch.compile; 'auto': if a trial says that it pays; 'reduce-overhead': CUDA graphs
     look: int = 0  # steps between two looks at the losses, which a GPU is kept waiting for; 0: 20, on CPUs 1
@@ -156,7 +155,7 @@ ALLOWED = dict(
     # Rarer options
     teach=Choice(LESSONS),
     taught_parts=Many(Choice(PARTS), 1, distinct=True), teacher_pictures=Text(), unlabelled=Real(0, 1),
-    balance=Real(0, 4), device=Device(), teacher_memory=Real(0), accumulate=Whole(1),
+    balance=Real(0, 4), device=Device(), accumulate=Whole(1),
     compile=FlagOr(('auto', 'reduce-overhead')), look=Whole(), beside=Flag(), sync_bn=Flag(), clip=Real(0),
     skip=Whole(), released=Flag(), validate_images=Whole(), best=Text(empty=False),
     patience=Whole(), keep=Whole(), save_minutes=Real(0),

@@ -22,7 +22,6 @@ from ..io.devices import choose_device
 from ..model import STDG
 from ..pairs import Sampling, pair_loss, split_asked, training_pairs
 from .distributed import all_reduce, rank_and_world
-from .kept import Kept
 from .log import Stopwatch
 from .settings import PARTS
 
@@ -141,11 +140,10 @@ class Lesson:
     `kind` is 'offsets' (B, 36, h, w) as published, 'mean', the same field for every picture, or
     'features' (B, C, h, w) of the pre-heads; `parts` are some of `PARTS`, of features only the heads
     count, and a head of pairs is taught if any part of 'relation' is among them. The mean is over
-    `pictures`, an iterable of batches that the teacher reads, each with its pairs or None. Offsets are kept
-    in up to `room` bytes, so that those of a picture that comes again are not computed again (`12_kept`).
+    `pictures`, an iterable of batches that the teacher reads, each with its pairs or None.
 
     Raises `ValueError` for a mean of no pictures, and for features where no head that has any is taught."""
-    def __init__(self, teacher, kind='offsets', parts=PARTS, pictures=(), room=0):
+    def __init__(self, teacher, kind='offsets', parts=PARTS, pictures=()):
         self.teacher, self.kind, self.field = teacher, kind, None
         self.heads = [name for name in ('detection', 'relation') if any(part.startswith(name) for part in parts)]
         self.left_out = [(head, slice(18 * (2 - number), 18 * (3 - number))) for head, name in
@@ -158,7 +156,6 @@ class Lesson:
             raise ValueError(f"teach='features', taught_parts={[*parts]}: a head of pairs has no features of its own "
                              "to copy. Name a part of 'detection', or teach offsets")
         if kind == 'mean' and teacher is not None: self.field = self._mean(pictures)
-        self.looks = teacher and (Kept(teacher.looks, room) if room else teacher.looks)
 
     @torch.no_grad()
     def _mean(self, pictures):
@@ -172,9 +169,7 @@ class Lesson:
         if self.kind == 'features':
             with self.listening(self.teacher) as heard: self.teacher(pictures)
             return heard
-        if self.field is None:
-            offsets = self.looks(pictures)
-            if self.teacher.asks_pairs: offsets[1] = self.teacher.relation.asked(offsets[1], pairs).sampling
+        if self.field is None: offsets = self.teacher.offsets(pictures, pairs)
         else: offsets = [self._spread(part, pictures if number == 0 or pairs is None else pairs.subject)
                          for number, part in enumerate(self.field)]
         for head, channels in self.left_out: offsets[head][:, channels] = _FAR
