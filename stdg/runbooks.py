@@ -89,7 +89,7 @@ RUNBOOKS = dict(
         loader_workers=_share, networks=_networks, exported=_networks, compiled=Flag(), out=Text()),
     benchmark_gpu=dict(
         batches=Many(Whole(1), 1), networks=_networks, precisions=Many(ALLOWED['precision'], 1),
-        compiled=Flag(), side=_side, steps=Whole(1), out=Text()))
+        compiled=Flag(), side=_side, steps=Whole(1), minutes=Real(0, above=True), out=Text()))
 
 # %% ../nbs/commands/04_runbooks.ipynb #check
 def _evaluate(v):

@@ -19,6 +19,7 @@ from stdg.io.devices import choose_device, current_device, device_for
 from stdg.prepare import prepare
 from stdg.testing import loud, toy_database
 from stdg.training import distributed, experiments, log, step
+from stdg.training.replay import keep_batch
 from stdg.training.resume import load_state, saved_states
 
 rounds = int(os.environ.get('STDG_ROUNDS', 3))
@@ -418,8 +419,9 @@ def test_replay_draws_as_the_process_did(database, tmp_path):
     model = network(backbone='convnext_atto', stride=16, drop_path_rate=.5).train()
     batch = next(iter(loader(SceneGraphs(database, 'train', train=True, stride=16), 4)))
     def terms(rank):
-        with patch('stdg.training.step.rank_and_world', lambda: (rank, 2)):
-            step.keep_batch(tmp_path/'odd.safetensors', model, batch, seed=0, step=3)
+        with (patch('stdg.training.step.rank_and_world', lambda: (rank, 2)),
+              patch.dict(keep_batch.__globals__, rank_and_world=lambda: (rank, 2))):
+            keep_batch(tmp_path/'odd.safetensors', model, batch, seed=0, step=3)
             step.seed_step(0, 3)
         return {name: float(term.detach()) for name, term in step.loss_terms(model, batch).items()}
     assert terms(0) != terms(1) == training.replay(tmp_path/'odd.safetensors')

@@ -2,7 +2,9 @@
 import json
 import math
 import warnings
+from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -221,3 +223,25 @@ def test_a_run_that_is_compiled_in_the_middle_agrees(database, tmp_path, monkeyp
         fit(model, samples(database, model), tmp_path/str(name), 'control', compile=name, **options)
         found.append((state(model), model.network._compiled_call_impl is not None))
     assert same(found[0][0], found[1][0]) and [one[1] for one in found] == [False, True]
+
+
+def test_the_notebook_for_gpus_runs_through(tmp_path):
+    "On a processor at toy size: every way of a step but the compiled ones, and inference; and what has no time."
+    path = Path(__file__).parent.parent/'nbs'/'benchmark_gpu.ipynb'
+    cells = {cell.id: cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == 'code'}
+    given = dict(batches=[2, 1], networks=['small'], precisions=['float32'], compiled=False, side=64, steps=1,
+                 minutes=9., out=str(tmp_path))
+    declared = {line.split(':')[0] for line in cells.pop('parameters').splitlines()}
+    assert declared == given.keys() and 'check_parameters' in cells.pop('check-parameters')
+    space = dict(given)
+    for source in cells.values(): exec(source, space)
+    found = json.loads((tmp_path/'gpu.json').read_text())
+    ways = [(row['batch'], row['way']) for row in found['rows']]
+    assert ways == [(2, 'queued'), (1, 'queued'), (2, 'waiting'), (2, 'beside')]
+    assert all(row['images_per_second'] > 0 and .5 < sum(row['parts'].values()) < 1.1 for row in found['rows'])
+    assert [(row['what'], row['batch']) for row in found['inference']] == [
+        ('network', 1), ('bytes to triplets', 1), ('network', 32), ('bytes to triplets', 32), ('from metres', 32)]
+    assert not found['left_out'] and found['minutes'] < 9
+    space['minutes'] = 0
+    space['row']('small', 2, 'float32', 'queued')
+    assert space['left_out'] == ['small 2 float32 queued'] and len(space['rows']) == 4
