@@ -22,7 +22,7 @@ from .. import decode
 from ..data import network_input
 from ..deform import DeformConv, project_then_gather, sampling_points
 from ..graph import Prediction, Vocabulary
-from .onnx_network import FIELDS, facts_of, open_session
+from .onnx_network import FIELDS, facts_of, head_text, open_session
 from .predictor import letterbox, on_picture, read_image
 from ..io.extras import needed
 from ..io.files import atomic_path
@@ -254,17 +254,20 @@ class _Fields(nn.Module):
             raise ValueError('this network reads HHA, not RGB: export a student')
         self.network = _portable(network)
 
-    def forward(self, image): return self.network(image)
+    def forward(self, image):
+        detection, relation = self.network(image)
+        return detection, relation.values if self.network.network.asks_pairs else relation
 
 def export_fields(model, path, size=None):
     """Write the network of a `Model` as an ONNX graph for `stdg.inference.onnx_network.OnnxNetwork`,
-    from normalised pictures of `size` pixels a side to the two fields. Arguments and errors are
-    those of `export_onnx`."""
+    from normalised pictures of `size` pixels a side to the two fields; a head of pairs goes with the facts.
+    Arguments and errors are those of `export_onnx`."""
     path = _target(path, '.onnx')
     for name in ('onnx', 'onnxscript'): needed(name)
     network = model.network
     given = dict(mean=network.mean, std=network.std, stride=network.stride)
-    traced = _traced(model, size or model.size, _Fields(network), torch.float32, input=given)
+    head = dict(head=head_text(network.network.relation)) if network.network.asks_pairs else {}
+    traced = _traced(model, size or model.size, _Fields(network), torch.float32, input=given, **head)
     _write_graph(traced, path, 'image', *FIELDS)
 
 # %% ../../nbs/inference/05_export.ipynb #runner

@@ -82,16 +82,20 @@ def calibration_pictures(place,  # folder of a database, or folder or archive of
 # %% ../../nbs/inference/10_quantised.ipynb #change
 def change(fields, wanted):
     """How far detection (B, C+4, h, w) and relation (B, P, 7, h, w) `fields` are from `wanted` ones: the
-    largest of four relative changes, see above."""
+    largest of four relative changes, see above. What a head of pairs reads (B, D, h, w) counts with its
+    own relative change in place of two of them."""
     (boxes, relation), (boxes_before, relation_before) = fields, wanted
-    heat, sure = boxes_before[:, :-4], relation_before[:, :, 0]
+    heat = boxes_before[:, :-4]
     there = heat.amax(1)[:, None]
     side = (there * boxes_before[:, -2:]).sum() / 2 / there.sum()
     away = lambda a, b, weight: (a - b).abs().mul(weight).sum() / weight.expand_as(a).sum() / side
-    return float(max((boxes[:, :-4] - heat).abs().sum() / heat.sum(),
-                     (relation[:, :, 0] - sure).abs().sum() / sure.sum(),
-                     away(boxes[:, -4:], boxes_before[:, -4:], there),
-                     away(relation[:, :, 1:5], relation_before[:, :, 1:5], sure[:, :, None])))
+    changes = [(boxes[:, :-4] - heat).abs().sum() / heat.sum(), away(boxes[:, -4:], boxes_before[:, -4:], there)]
+    if relation.ndim == 4: changes.append((relation - relation_before).abs().sum() / relation_before.abs().sum())
+    else:
+        sure = relation_before[:, :, 0]
+        changes += [(relation[:, :, 0] - sure).abs().sum() / sure.sum(),
+                    away(relation[:, :, 1:5], relation_before[:, :, 1:5], sure[:, :, None])]
+    return float(max(changes))
 
 # %% ../../nbs/inference/10_quantised.ipynb #graph
 LAYERS = 'Conv', 'MatMul', 'Gemm'  # operators that are products
@@ -184,14 +188,14 @@ def _float_file(source, size, folder):
     if isinstance(source, Model):
         path, network = Path(folder)/'float.onnx', source.network
         export_fields(source, path, size)
-        return network, path, OnnxNetwork(path).facts
+        return network, path, OnnxNetwork(path).written
     network = OnnxNetwork(source)
     if network.quantised:
         raise ValueError(f"{source} is quantised already. Give the checkpoint that it was made of")
     if network.size != size:
         raise ValueError(f"{source} reads pictures of {network.size} pixels, not {size}. Give the "
                          "checkpoint, or pictures of that size")
-    return network, source, network.facts
+    return network, source, network.written
 
 def quantise(source,  # `stdg.inference.hub.Model`, or the path of its float file of `export_fields`
              path,  # of the file to write, ends in .onnx
