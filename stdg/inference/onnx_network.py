@@ -78,8 +78,8 @@ ENDING = '.onnx'
 class OnnxNetwork(nn.Module):
     """The network in an ONNX file of `stdg.inference.export.export_fields`, called as an `STDG` in
     mode 'rgb' is: pictures (B, 3, `size`, `size`) as `network_input` gives them to detection (B, C+4, h, w)
-    and relation (B, P, 7, h, w), or `stdg.pairs.PairFields`. Its `facts` are those of the checkpoint, with `quantised` if its
-    products are of 8-bit numbers. `threads` as in `open_session`.
+    and relation (B, P, 7, h, w), or `stdg.pairs.PairFields`. Its `facts` are those of the checkpoint,
+    with `quantised` if its products are of 8-bit numbers. `threads` as in `open_session`.
 
     Raises `FileNotFoundError` or `ValueError` naming the file, `ImportError` without onnxruntime."""
     mode = reads = 'rgb'
