@@ -241,7 +241,7 @@ with process_group('cpu') as device:
     # unequal validation shares: 3 pictures, then 1
     for images in (0, 1):
         settings = train.Settings(validate_every=1, validate_images=images, epochs=2, batch_size=4,
-                                  best='AP50', warm_up=0., lr=1e-5, lr_backbone=1e-5,
+                                  relation='fields', best='AP50', warm_up=0., lr=1e-5, lr_backbone=1e-5,
                                   decay=[], keep=0)
         judge = train.validation(settings, database, 'rgb')
         model, before = network(), []

@@ -289,7 +289,7 @@ def home(tmp_path, monkeypatch):
     network = network_of()
     network.path = tmp_path/'net.safetensors'
     network.path.write_text('the weights')
-    monkeypatch.setattr(cli, 'load_predictor', lambda path, size, device, prior, suppress:
+    monkeypatch.setattr(cli, 'load_predictor', lambda path, size, device, prior, suppress, _:
                         load_predictor(network, size, device, prior, suppress))
     images = [dict(id=i, file_name=name) for i, name in enumerate(('a.png', 'b.png', 'd.png'))]
     boxes = [dict(image_id=0, category_id=c, bbox=[x, y, u - x, v - y]) for c, (x, y, u, v) in enumerate(BOXES)]

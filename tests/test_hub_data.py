@@ -121,7 +121,7 @@ def test_the_whole_way(home, tmp_path, monkeypatch):
         archive = zipfile.ZipFile(tmp_path/'hub'/('train-00000.zip' if i == 0 else 'val-00000.zip'))
         assert row(i)['image']['bytes'] in [archive.read(name) for name in archive.namelist()]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*') if path.is_file()}
-    monkeypatch.setattr(hub_data, '_library', lambda: pytest.fail('it asked for the library'))
+    monkeypatch.setattr(hub_data, 'needed', lambda name: pytest.fail('it asked for the library'))
     again = prepare.prepare(tmp_path, f'hub:{home}', ('check', 'images'), sizes=(64,), progress=False)
     assert [*again] == ['fetch', 'check', 'images'] and again['fetch']['result'] in said[0]
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*') if path.is_file()}

@@ -23,8 +23,9 @@ from stdg.pairs import PairHead, Pairs, ordered_pairs
 from stdg.reading import PUBLISHED, PairPrior, Reading
 from stdg.testing import TOY_VOCABULARY, loud, toy_database, toy_scene
 from stdg.training import step as steps
+from stdg.training.replay import keep_batch
 from stdg.training.resume import saved_states
-from stdg.training.step import Lesson, TrainStep, build_network, keep_batch, optimiser, seed_step
+from stdg.training.step import Lesson, TrainStep, build_network, optimiser, seed_step
 
 # autograd starts threads once, at the first gradient, and after an export it takes this machine for one with a
 # GPU: then forked processes could learn nothing

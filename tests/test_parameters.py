@@ -415,7 +415,7 @@ def test_what_cannot_be_trained_or_chosen_by_is_said_before(tmp_path):
             ('g', [0, 0, 1, 2], {}, dict(overlap=True), 'whose boxes overlap')):
         with pytest.raises(ValueError, match=said):
             train.check_splits(replace(SMALL, **change), toy(tmp_path/name, split, **kinds))
-    by_boxes = replace(SMALL, validate_every=1, best='AP50')
+    by_boxes = replace(SMALL, validate_every=1, best='AP50', relation='fields')
     database = toy(tmp_path/'f', [0, 0, 1, 2], (2,))
     assert train.check_splits(by_boxes, database) == []
     values = train.validation(by_boxes, database, 'rgb')(loud(network()))

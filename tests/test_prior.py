@@ -248,7 +248,7 @@ def test_what_is_fixed_is_not_chosen(database, network):
 # In a run
 
 TOY = train.Settings(name='run', stages=['control'], size=64, epochs=1, batch_size=4, pretrained=False,
-                     device='cpu', warm_up=.5, keep=0)
+                     device='cpu', warm_up=.5, keep=0, relation='fields')
 
 
 @pytest.fixture
@@ -306,5 +306,9 @@ def test_where_nothing_can_be_chosen_that_is_said(run, tmp_path, changed):
 def test_parameters_name_what_they_may_be():
     for wrong in (dict(reading='line'), dict(suppress='some'), dict(prior='much')):
         with pytest.raises(ValueError, match=f'^{[*wrong][0]} is .*needed'): train.Settings(**wrong)
-    assert train.start_reading(train.Settings(reading='chosen')) == Reading('lines')
-    assert train.start_reading(train.Settings(reading='votes', suppress='soft')) == Reading(suppress='soft')
+    fields = dict(relation='fields')
+    assert train.start_reading(train.Settings(reading='chosen', **fields)) == Reading('lines')
+    assert train.start_reading(train.Settings(reading='votes', suppress='soft', **fields)) == Reading(suppress='soft')
+    assert train.start_reading(train.Settings(suppress='soft')) == Reading('pairs', suppress='soft')
+    with pytest.raises(ValueError, match="reading is 'votes', and relation 'pairs'"):
+        train.settings_of(dict(reading='votes'))

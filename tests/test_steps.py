@@ -384,7 +384,7 @@ def judged(home, name, processes, monkeypatch):
     settings = train.Settings(name=name, data='toy', size=64, stages=['control'], pretrained=False,
                               epochs=2, batch_size=4, lr=1e-5, lr_backbone=1e-5, warm_up=0.,
                               validate_every=1, best='predcls/ng-R@20', device='cpu',
-                              reading='votes', suppress='none', prior=False)  # by lines recall is 1
+                              relation='fields', reading='votes', suppress='none', prior=False)  # else recall is 1
     train.write_settings(home/'run.yaml', settings)
     if processes == 1:
         monkeypatch.chdir(home)

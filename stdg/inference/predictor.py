@@ -257,8 +257,8 @@ def load_predictor(network, size=None, device=None, prior=None, suppress=None, p
         return network if (prior, suppress) == (None, None) else network.read_as(prior, suppress)
     if isinstance(network, STDG):
         return Predictor(network, size, device, None, prior, suppress, precision)
+    if Path(network).suffix != ENDING: device = choose_device(device)
     path = _file_of(network)
-    if path.suffix != ENDING: device = choose_device(device)
     changed = tuple(file.stat().st_mtime_ns if file.exists() else 0
                     for file in (path, path.with_suffix('.json')))
     return load_predictor(_loaded(str(path), changed, size, device, precision), None, None, prior, suppress)

@@ -223,6 +223,8 @@ def _of_other_heads(settings):
     asks = settings.relation == 'pairs'
     if settings.balance and not asks:
         yield f"balance is {settings.balance}, and relation 'fields': it is for a head of pairs, relation: pairs"
+    if asks and settings.reading == 'votes':
+        yield "reading is 'votes', and relation 'pairs', which has a way of its own: set relation to 'fields'"
     own = ('relation_predicate', 'relation_related')
     if odd := [name for name in settings.loss_weights if name.startswith('relation') and (name in own) != asks]:
         yield f"loss_weights: there is no {odd[0]!r} in the loss of a head of {settings.relation}"
