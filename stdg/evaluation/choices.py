@@ -59,7 +59,7 @@ def _candidates(prior, relations, suppress):
         yield 'predcls', [dict(epsilon=value) for value in (.02, 1e-3)]
     yield 'predcls', [dict(tau=cells) for cells in (4., 2.)]
     yield 'sgdet', [dict(related=power) for power in (0., 1.)]
-    kinds = SUPPRESS if suppress == 'chosen' else (suppress,)
+    kinds = SUPPRESS[1:] if suppress == 'chosen' else (suppress,)  # one thing, one name
     yield 'sgdet', [dict(suppress=kind, overlap=iou) for kind in kinds
                     for iou in ((.5,) if kind == 'none' else (.5, .7))]
     yield 'sgdet', [dict(power=value) for value in (1., 2.)]
