@@ -283,7 +283,7 @@ def test_two_processes(database, tmp_path):
         saved = load(tmp_path/str(images)/'control.best.safetensors')
         dataset = SceneGraphs(database, 'val', limit=images or None)
         alone = evaluation.evaluate(saved, dataset, protocol='strict', intervals=0, progress=False,
-                                    device='cpu', reading=train.start_reading(train.Settings()))
+                                    device='cpu', reading=train.start_reading(train.Settings(relation='fields')))
         said = json.loads((tmp_path/str(images)/'control.best.json').read_text())['metrics']
         assert alone['images'] == expected
         for name, value in said.items():
