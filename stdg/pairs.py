@@ -204,8 +204,9 @@ class PairHead(nn.Module):
         "Logits (Q, P + 1) and `Sampling` of `Pairs` that ask `values` (B, D, h, w)."
         objects = self._objects(values, pairs)
         geometry = pair_geometry(pairs.boxes[pairs.subject], pairs.boxes[pairs.object])
-        query = F.relu(self.subject(objects)[pairs.subject] + self.object(objects)[pairs.object]
-                       + self.geometry(geometry))
+        # index_select, whose gradient is summed in one order; that of [...] is not, with several threads
+        query = F.relu(self.subject(objects).index_select(0, pairs.subject)
+                       + self.object(objects).index_select(0, pairs.object) + self.geometry(geometry))
         offsets = self.offset(query).view(-1, 4, self.points, 2)
         attention = self.attention(query).view(-1, 4, self.points).softmax(-1)
         seen = read_points(values, pairs.image[pairs.subject], self.places(pairs, offsets), attention)

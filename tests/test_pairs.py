@@ -388,3 +388,17 @@ def test_another_head_is_told_in_one_line(seen):
             ('fields', dict(loss_weights=dict(relation_related=2.)), "no 'relation_related' in the loss"),
             ('pairs', dict(teach='features', taught_parts=['relation 1']), 'Teach its offsets')):
         with pytest.raises(ValueError, match=said): train.settings_of(dict(relation=head, **values))
+
+
+def test_a_gradient_is_the_same_with_several_threads():
+    "Sums over the pairs of an object are taken in one order, so that a run ends with the same bits."
+    before, image = torch.get_num_threads(), torch.zeros(40, dtype=torch.int64)
+    corner = torch.rand(40, 2) * 8
+    pairs = Pairs(torch.cat([corner, corner + 2], 1), torch.eye(2)[torch.arange(40) % 2], image, *ordered_pairs(image))
+    head, features = PairHead(8, 2, 2, 32), torch.randn(1, 8, 10, 10)
+    def gradients():
+        return torch.autograd.grad(head(features, pairs).logits.square().sum(), list(head.parameters()))
+    torch.set_num_threads(4)
+    try: found = [gradients() for _ in range(12)]
+    finally: torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
