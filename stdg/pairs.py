@@ -101,6 +101,11 @@ def read_points(values, image, places, weights):
 # %% ../nbs/method/17_pairs.ipynb #outputs
 FRAMES = 'subject', 'object', 'union', 'line'
 
+def _grid(n):
+    "Places (n*n, 2) of a regular pattern in a box, in units of half the box."
+    at = (torch.arange(n) + .5) / n * 2 - 1
+    return torch.stack(torch.meshgrid(at, at, indexing='xy'), -1).reshape(-1, 2)
+
 class Sampling(NamedTuple):
     "Where pairs look: what a teacher of pairs hands down."
     offsets: torch.Tensor  # (Q, 4, K, 2) in units of the frames, x and y
@@ -146,11 +151,6 @@ def pair_scores(logits, related=0.):
     return chance[:, :-1] * chance[:, -1:] ** related if related else chance[:, :-1]
 
 # %% ../nbs/method/17_pairs.ipynb #pair-head
-def _grid(n):
-    "Places (n*n, 2) of a regular pattern in a box, in units of half the box."
-    at = (torch.arange(n) + .5) / n * 2 - 1
-    return torch.stack(torch.meshgrid(at, at, indexing='xy'), -1).reshape(-1, 2)
-
 class PairHead(nn.Module):
     """Features (B, `in_channels`, h, w) and `Pairs` to a `PairOutput`; without pairs, to `PairFields`.
 
@@ -242,6 +242,11 @@ class Asked(NamedTuple):
     "What a head of pairs learns from."
     pairs: Pairs  # boxes and pairs in order of pictures
     carries: torch.Tensor  # (Q, P) float32: 1 for each predicate that a pair carries
+
+    def to(self, device):
+        "The same on `device`."
+        here = lambda tensor: tensor.to(device, non_blocking=True)
+        return Asked(Pairs(*map(here, self.pairs)), here(self.carries))
 
 def training_pairs(targets, n_objects, n_predicates, negatives=NEGATIVES, jitter=JITTER):
     """The pairs to learn from, `Asked`.

@@ -326,7 +326,7 @@ def line_scores(relations,  # (B, P, 7, h, w) float32
             scores[:, part] = said.div_(painted.clamp_(min=1)[..., None])
     return scores
 
-# %% ../nbs/method/16_reading.ipynb #suppress
+# %% ../nbs/method/16_reading.ipynb #rounds
 def _overlaps(boxes):
     "IoU (..., N, N) of `boxes` (..., N, 4); 0 where neither has an area."
     low = torch.maximum(boxes[..., :, None, :2], boxes[..., None, :, :2])
@@ -384,6 +384,7 @@ def _best_of_each(scores, overlaps, least):
     stays = torch.ones_like(scores, dtype=torch.bool)
     return _repeated(step, more, (stays, ~stays), beats)[0]
 
+# %% ../nbs/method/16_reading.ipynb #suppress
 def suppress(boxes, scores,  # (..., N, 4) in pixels; (..., N), at least 0
              how:str='hard',  # or 'soft', 'none'
              overlap:float=.5,  # the IoU above which two boxes are one thing

@@ -1,6 +1,7 @@
 """Other lessons than the published one, and the pictures by which a run is judged while one chooses:
 from the parameters to what a step is given."""
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from stdg import train, training
 from stdg.data import SceneGraphs, loader
 from stdg.depth.precompute import prepare_hha
 from stdg.testing import loud, toy_database, toy_scene
-from stdg.training.step import network_inputs
+from stdg.training.step import Lesson, network_inputs
 
 TINY = dict(n_objects=2, n_predicates=2, pretrained=False, fpn=16, channels=16)
 LEFT, NEAR = 0, 1
@@ -107,3 +108,22 @@ def test_tables_of_validation_pictures_and_of_what_is_told(home):
     assert found['images'] == 1 and found['told']['near']['true'] == 2 and found['told']['near']['AP'] == 1
     plain = train.figures_of(train.Settings(device='cpu'), database, model, sets, intervals=0, progress=False)
     assert 'told' not in plain
+
+
+def test_a_mean_keeps_no_batch():
+    "Of a teacher's answers over a whole training set one is there at a time; the mean is that of all pictures."
+    alive, n = [], 9
+    class Teacher:
+        asks_pairs = False
+        def offsets(self, pictures, pairs=None):
+            alive[:] = [one for one in alive if one() is not None]
+            assert len(alive) < 3, 'earlier answers are still held'
+            made = pictures.mean((1, 2, 3), keepdim=True).expand(-1, 36, 2, 2).clone()
+            alive.append(weakref.ref(made))
+            return [made, 2 * made]
+    batches = [torch.rand(1 + i % 3, 3, 4, 4) for i in range(n)]
+    field = Lesson(Teacher(), 'mean', pictures=((batch, None) for batch in batches)).field
+    wanted = torch.cat(batches).mean()
+    for part, factor in zip(field, (1, 2)):
+        assert part.shape == (1, 36, 2, 2)
+        torch.testing.assert_close(part, (factor * wanted).expand_as(part))

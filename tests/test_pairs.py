@@ -20,7 +20,7 @@ from stdg.inference.export import DeployedPairs, OnnxModel, export_onnx, finish_
 from stdg.inference.hub import Model, card_text
 from stdg.inference.predictor import Predictor
 from stdg.pairs import PairHead, Pairs, ordered_pairs
-from stdg.reading import PUBLISHED, PairPrior, Reading
+from stdg.reading import PUBLISHED, PairPrior, Reading, suppress
 from stdg.testing import TOY_VOCABULARY, loud, toy_database, toy_scene
 from stdg.training import step as steps
 from stdg.training.replay import keep_batch
@@ -152,6 +152,30 @@ def test_an_onnx_file_answers_as_its_checkpoint(seen, tmp_path):
     assert not len(nothing) and not len(nothing.pairs)
     silent[2][0] = 1
     assert len(finish_pairs(*silent, reading)) == 1, 'one object has no pair'
+
+
+class _Suppressed(torch.nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, boxes, scores): return suppress(boxes, scores, self.how, .3)
+
+
+@pytest.mark.parametrize('how', ['hard', 'soft'])
+def test_suppression_in_an_exported_graph_is_the_decoders(how, tmp_path):
+    "The rounds of suppression, one loop in the graph, against the same in Python; equal scores among them."
+    runtime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
+    corner = torch.rand(3, 30, 2) * 6
+    boxes, scores = torch.cat([corner, corner + 1 + torch.rand(3, 30, 2) * 3], 2), torch.rand(3, 30).round(decimals=1)
+    program = torch.export.export(_Suppressed(how), (boxes, scores))
+    torch.onnx.export(program, (), dynamo=True, opset_version=20, verbose=False, input_names=['boxes', 'scores'],
+                      output_names=['left']).save(tmp_path/'left.onnx')
+    session = runtime.InferenceSession(tmp_path/'left.onnx', providers=['CPUExecutionProvider'])
+    found, = session.run(None, dict(boxes=boxes.numpy(), scores=scores.numpy()))
+    wanted = suppress(boxes, scores, how, .3)
+    assert 0 < (wanted < scores).sum() < scores.numel()
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-5, atol=1e-7)
 
 
 # training

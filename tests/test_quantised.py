@@ -92,6 +92,37 @@ def test_evaluator_judges_a_file(made):
     assert not torch.equal(rounded.digest, OnnxNetwork(made/'net.onnx').digest)
 
 
+def test_a_head_of_pairs_goes_with_its_file(made):
+    "In float and rounded, with suppression, prior and given boxes; and what is wrong with its head is said."
+    torch.manual_seed(1)
+    network = loud(STDG('test_efficientnet', n_objects=2, n_predicates=2, pretrained=False, fpn=16, channels=16,
+                        zero_offsets=False, relation='pairs')).eval()
+    reading = dict(relations='pairs', suppress='soft', power=2., prior=.5, related=.5)
+    network.save(made/'pairs.safetensors', vocabulary=TOY_VOCABULARY.to_json(), size=64, prior=PRIOR, reading=reading)
+    for name, *options in (('pairs.safetensors',), ('pairs.onnx', '--int8', '--pictures', made/'toy', '--number', 6,
+                                                    '--bound', .2)):
+        status, _, err = run(cli.main, 'export', '-c', made/name, *options)
+        assert status == 0, err
+    photo = torch.from_numpy(np.array(Image.open(made/'photo.png'))).permute(2, 0, 1)
+    given = dict(boxes=[[[5, 5, 40, 40], [50, 5, 80, 50]]], labels=[[0, 1]])
+    for more in ({}, given):
+        plain, same, near = (Predictor(made/f'pairs{ending}')([photo], **more)[0]
+                             for ending in ('.safetensors', '.onnx', '.int8.onnx'))
+        assert len(plain.pairs) and torch.equal(plain.pairs[:8], same.pairs[:8])
+        torch.testing.assert_close(plain.predicates[:8], same.predicates[:8], rtol=1e-3, atol=1e-5)
+        assert not torch.equal(near.predicates, same.predicates)
+    assert 'head' not in load_predictor(made/'pairs.onnx').facts, 'it is not told with each prediction'
+    assert (near.predicates - plain.predicates).abs().max() < .1, 'of the boxes that were given'
+    changed = onnx.load(made/'pairs.onnx')
+    facts = json.loads(changed.metadata_props[0].value)
+    for head in (None, facts['head'][:1000]):
+        changed.metadata_props[0].value = json.dumps({**facts, 'head': head} if head else
+                                                     {k: v for k, v in facts.items() if k != 'head'})
+        onnx.save(changed, made/'headless.onnx')
+        with pytest.raises(ValueError, match='headless.onnx: the head of pairs is missing or damaged'):
+            Predictor(made/'headless.onnx')
+
+
 def test_calibration_never_sees_a_test_picture(made):
     "Of a database only training pictures are taken, of a folder some are held out."
     network = Model.load(made/'net.safetensors').network

@@ -55,8 +55,8 @@ class Watched(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out, name = function(*args, **kwargs or {}), str(function)
-        by_mask = 'aten.index' in name and any(one is not None and one.dtype in (torch.bool, torch.uint8)
-                                               for one in args[1])
+        places = args[1] if name.startswith(('aten.index.', 'aten.index_put')) else ()
+        by_mask = any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in places)
         if 'local_scalar' in name or 'nonzero' in name or 'masked_select' in name or by_mask: self.seen.append(name)
         if 'copy' in name and torch.is_tensor(out):
             source = args[1] if 'copy_' in name and len(args) > 1 else args[0]
@@ -106,9 +106,14 @@ def test_no_step_on_a_gpu_waits(batch, monkeypatch):
         with pytest.raises(DynamicOutputShapeException): queue(one, given)
 
 
-def test_no_part_of_a_step_asks(batch, monkeypatch):
-    "The whole step on a processor, with the losses of a GPU: nothing is asked, and the numbers are the same."
-    model = network('combine').train()
+@pytest.mark.parametrize('relation', ['fields', 'pairs'])
+def test_no_part_of_a_step_asks(database, monkeypatch, relation):
+    """The whole step on a processor, with the losses of a GPU: nothing is asked, and the numbers are the same. (The
+    pairs are made on the processor before, where asking is free.)"""
+    model = network('combine', relation=relation).train()
+    batch = next(iter(loader(samples(database, model, relation=relation), 2, 0)))
+    asked = step.asked_of(model, batch['targets'])
+    monkeypatch.setattr(step, 'asked_of', lambda *inputs: asked)
     before, found = state(model), []
     for gathers in (losses.gathers, lambda tensor: False):
         monkeypatch.setattr(losses, 'gathers', gathers)

@@ -44,7 +44,10 @@ def sample_then_project(x, offsets, weight, bias):
 
 def _portable(model):
     """A copy of the `STDG` without its teacher, on the CPU, in evaluation mode, its deformable
-    convolutions made of plain operators."""
+    convolutions made of plain operators.
+
+    Raises `ValueError` for a network that reads HHA."""
+    if model.mode == 'depth': raise ValueError('this network reads HHA, not RGB: export a student')
     model = copy.deepcopy(model.student()).cpu().float().eval().requires_grad_(False)
     for layer in model.modules():
         if isinstance(layer, DeformConv):
@@ -111,8 +114,6 @@ class Deployed(nn.Module):
 
     def __init__(self, network, top=4096):
         super().__init__()
-        if network.mode == 'depth':
-            raise ValueError('this network reads HHA, not RGB: export a student')
         self.network, self.top = _portable(network), top
 
     def forward(self, picture):
@@ -159,8 +160,6 @@ class DeployedPairs(nn.Module):
 
     def __init__(self, network, reading=PUBLISHED):
         super().__init__()
-        if network.mode == 'depth':
-            raise ValueError('this network reads HHA, not RGB: export a student')
         self.network, self.reading = _portable(network), reading
 
     def forward(self, picture):
@@ -250,8 +249,6 @@ class _Fields(nn.Module):
     "A copy of the `STDG` `network` that can be exported, from normalised pictures to fields."
     def __init__(self, network):
         super().__init__()
-        if network.mode == 'depth':
-            raise ValueError('this network reads HHA, not RGB: export a student')
         self.network = _portable(network)
 
     def forward(self, image):

@@ -11,7 +11,7 @@ import io
 import json
 import tempfile
 from contextlib import redirect_stdout
-from itertools import count, islice
+from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -160,8 +160,9 @@ def _layers(graph):
             if node.op_type in LAYERS and node.input[1] in constants}
 
 def _numbers_to_keep(n):
-    "1, 2, 4, 8, ... up to half of `n`."
-    yield from islice((2 ** k for k in count()), int(n // 2).bit_length())
+    "1, 2, 4, 8, ... and at last half of `n`."
+    yield from takewhile(lambda k: 2 * k < n - 1, (2 ** k for k in count()))
+    if n > 1: yield n // 2
 
 def _choose(graph, ranges, images, bound, progress):
     "The rounded ONNX model, the change it makes, and the layers that stay float, the worst first."

@@ -73,10 +73,7 @@ def queue_step(run, batch):
     run.keep_buffers()
     numbers = run.step.launch(batch)
     run.step.guard(numbers)
-    run.step.apply()
-    if run.begun: run.average.update()
-    else: run.average.restart()
-    run.begun = True
+    run.move()
     run.done += 1
     run.step.watch.lap('optimiser')
     place = dict(lr=run.optimiser.param_groups[0]['lr'])

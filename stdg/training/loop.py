@@ -123,6 +123,14 @@ class _Run:
     def say(self, line):
         if self.first: tqdm.write(f'{self.stage}: {line}')
 
+    def move(self):
+        """Take the optimiser's step; the average of the weights follows, or begins anew with an epoch's first
+        step."""
+        self.step.apply()
+        if self.begun: self.average.update()
+        else: self.average.restart()
+        self.begun = True
+
     def keep_buffers(self):
         "Note the running statistics, but for those that a step has seen that was not finite; without waiting."
         now = torch.cat([b.flatten() for b in self.model.network.buffers()])
@@ -232,11 +240,7 @@ def _one_step(run, batch, log):
     if bad:
         run.step.drop()
         for b, before in zip(network.buffers(), buffers): b.copy_(before)
-    else:
-        run.step.apply()
-        if run.begun: run.average.update()
-        else: run.average.restart()
-        run.begun = True
+    else: run.move()
     run.done += 1
     run.step.watch.lap('optimiser')
     times = run.step.watch.read()

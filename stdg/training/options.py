@@ -61,7 +61,7 @@ def lesson_of(model, dataset, options):
         place = next(model.parameters()).device
         def seen(batch):
             _, other, targets = network_inputs(model, batch)
-            return other, (asked_of(model, targets) or [None])[0]
+            return other, asked_of(model, targets)[0].pairs
         pictures = map(seen, loader(dataset, options.batch_size, options.seed, device=place))
     return Lesson(model.teacher, options.teach, options.taught_parts, pictures)
 

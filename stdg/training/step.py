@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import losses
-from ..data import network_input
+from ..data import OF_PAIRS, network_input
 from ..io.devices import choose_device
 from ..model import STDG
-from ..pairs import Sampling, pair_loss, split_asked, training_pairs
+from ..pairs import Asked, Sampling, pair_loss, split_asked, training_pairs
 from .distributed import all_reduce, rank_and_world
 from .log import Stopwatch
 from .settings import PARTS
@@ -90,13 +90,16 @@ def network_inputs(model, batch):
     elif 'seen' in batch: other = network_input(model, batch['seen'], 'rgb')
     elif model.teacher_reads == 'rgb': other = own
     else: other = network_input(model, batch['hha'], 'hha')
-    return own, other, {k: v.to(own.device) for k, v in batch['targets'].items()}
+    return own, other, {k: v if k in OF_PAIRS else v.to(own.device) for k, v in batch['targets'].items()}
 
 # %% ../../nbs/training/05_step.ipynb #loss-terms
-def asked_of(model, targets):
-    "What a head of pairs is `stdg.pairs.Asked` about these `targets`; None for one of fields."
-    if not model.network.asks_pairs: return None
-    return training_pairs(targets, model.config['n_objects'], model.config['n_predicates'])
+def asked_of(model, targets, parts=1):
+    """What a head of pairs is `stdg.pairs.Asked` about each of `parts` of a batch with these `targets`, a list;
+    of Nones for a head of fields. It is made on the processor, so that no GPU is asked how many pairs there are."""
+    if not model.network.asks_pairs: return [Asked(None, None)] * parts
+    whole = training_pairs(targets, model.config['n_objects'], model.config['n_predicates'])
+    place = next(model.parameters()).device
+    return [asked.to(place) for asked in split_asked(whole, len(targets['mask']), parts)]
 
 def terms_of(fields, targets, taught=None, counts=None, carries=None, **of_pairs):
     """The terms of the loss, {name: scalar}, of a network's output: detection, relation, offsets.
@@ -118,7 +121,7 @@ def loss_terms(model, batch):
     """The eight terms of the task (five with a head of pairs), and in mode 'combine' one more,
     `teaching`, for one batch of `SceneGraphs`."""
     own, other, targets = network_inputs(model, batch)
-    pairs, carries = asked_of(model, targets) or (None, None)
+    (pairs, carries), = asked_of(model, targets)
     if other is None: return terms_of(model.network(own, pairs), targets, carries=carries)
     *fields, taught = model.taught(own, other, pairs)
     return terms_of(fields, targets, taught, carries=carries)
@@ -159,11 +162,16 @@ class Lesson:
 
     @torch.no_grad()
     def _mean(self, pictures):
-        found = [self.teacher.offsets(*batch) for batch in pictures]
-        if not found: raise ValueError('the mean of a teacher needs pictures that it reads, and there are none')
-        def mean(parts): return torch.cat([part.float() for part in parts]).mean(0, keepdim=True)
-        return [Sampling(*map(mean, zip(*head))) if isinstance(head[0], Sampling) else mean(head)
-                for head in zip(*found)]
+        sums, many = [], []  # of each head, of its one tensor or the two of a `Sampling`
+        for batch in pictures:
+            for number, head in enumerate(self.teacher.offsets(*batch)):
+                parts = head if isinstance(head, Sampling) else (head,)
+                if number == len(sums): sums, many = [*sums, [0.] * len(parts)], [*many, 0]
+                sums[number] = [s + part.float().sum(0, keepdim=True) for s, part in zip(sums[number], parts)]
+                many[number] += len(parts[0])
+        if not sums: raise ValueError('the mean of a teacher needs pictures that it reads, and there are none')
+        means = [[s / max(n, 1) for s in parts] for parts, n in zip(sums, many)]
+        return [Sampling(*parts) if len(parts) > 1 else parts[0] for parts in means]
 
     def __call__(self, pictures, pairs=None):
         if self.kind == 'features':
@@ -243,12 +251,12 @@ def _joined(parts):
     "Offsets of a head, of several parts of a batch."
     return Sampling(*map(torch.cat, zip(*parts))) if isinstance(parts[0], Sampling) else torch.cat(parts)
 
-def _whole_counts(targets, taught, carries=None):
+def _whole_counts(targets, taught, asked):
     """Counts of the whole batch over parts and processes, and the share of the teacher's offsets
     that is worth copying; tensors, so that nothing waits for the GPU yet."""
     offsets = [] if taught[0] is None else [_joined(head) for head in zip(*taught)]
     own = losses.counts(targets, offsets)
-    if carries is not None: own['related'] = carries.any(1).sum()
+    if asked[0].carries is not None: own['related'] = sum(part.carries.any(1).sum() for part in asked)
     total = sum(o.attention.sum() * 2 if isinstance(o, Sampling) else o.numel() for o in offsets)
     if not torch.is_tensor(total): total = torch.full_like(own['objects'], total)
     *counts, total = all_reduce(torch.stack([*own.values(), total])).unbind()
@@ -305,14 +313,12 @@ class TrainStep:
         if len(own) < self.parts:
             raise ValueError(f"accumulate={self.parts}: this batch has {len(own)} pictures, fewer "
                              "than parts. Lower accumulate, or take a larger batch")
-        asked = asked_of(self.model, targets)
-        asked, carries = ([(None, None)] * self.parts, None) if asked is None else (
-            split_asked(asked, len(own), self.parts), asked.carries)
+        asked = asked_of(self.model, targets, self.parts)
         self.watch.lap('data')
         taught = self._teach(other, asked)
         by_offsets = self.lesson.kind != 'features'
         self.has_share = other is not None and by_offsets
-        if self.stream is None: counts, share = _whole_counts(targets, taught if by_offsets else [None], carries)
+        if self.stream is None: counts, share = _whole_counts(targets, taught if by_offsets else [None], asked)
         self.watch.lap('teacher')
         world, totals = rank_and_world()[1], 0
         pictures = len(own) * world
@@ -320,12 +326,12 @@ class TrainStep:
             last = i + 1 == self.parts
             with self.network.no_sync() if world > 1 and not last else nullcontext():
                 with self.autocast(), self.lesson.listening(self.model.network) as heard:
-                    fields = self.network(_part(own, i, self.parts), asked[i][0])
+                    fields = self.network(_part(own, i, self.parts), asked[i].pairs)
                 if self.stream is not None and not i:
                     self._join(taught)
-                    counts, share = _whole_counts(targets, taught if by_offsets else [None], carries)
+                    counts, share = _whole_counts(targets, taught if by_offsets else [None], asked)
                 terms = terms_of(fields, _part(targets, i, self.parts), taught[i] if by_offsets else None, counts,
-                                 asked[i][1], **self.of_pairs)
+                                 asked[i].carries, **self.of_pairs)
                 if heard: terms['teaching'] = features_loss(heard, taught[i], pictures)
                 terms |= {name: terms[name] * k for name, k in self.weights.items() if name in terms}
                 self.watch.lap('student')
@@ -357,7 +363,7 @@ class TrainStep:
         if other is None: return [None] * self.parts
         if self.stream is not None: self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.no_grad(), self.autocast(), torch.cuda.stream(self.stream):
-            return [self.lesson(_part(other, i, self.parts), asked[i][0]) for i in range(self.parts)]
+            return [self.lesson(_part(other, i, self.parts), asked[i].pairs) for i in range(self.parts)]
 
     def _join(self, taught):
         "Wait on the device, not here, until the teacher's stream has `taught`."
