@@ -182,7 +182,7 @@ def _choose(graph, ranges, images, bound, progress):
                      "ONNX file, or allow more")
 
 # %% ../../nbs/inference/10_quantised.ipynb #quantise
-BOUND = .05  # of the change of the fields
+BOUND = .035  # of the change of the fields
 
 def _float_file(source, size, folder):
     "The network in `source`, its ONNX file in float, and its facts; see `quantise`."
