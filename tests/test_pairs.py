@@ -4,6 +4,8 @@ import copy
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from stdg import checkpoint, decode, train, training
 from stdg.data import SceneGraphs, loader, network_input
 from stdg.datasets.visual_genome import Database
 from stdg.depth.precompute import prepare_hha
-from stdg.inference.export import DeployedPairs, OnnxModel, export_onnx, finish_pairs
+from stdg.inference.export import DeployedPairs, OnnxModel, export_onnx, export_program, finish_pairs
 from stdg.inference.hub import Model, card_text
 from stdg.inference.predictor import Predictor
 from stdg.pairs import PairHead, Pairs, ordered_pairs
@@ -152,6 +154,26 @@ def test_an_onnx_file_answers_as_its_checkpoint(seen, tmp_path):
     assert not len(nothing) and not len(nothing.pairs)
     silent[2][0] = 1
     assert len(finish_pairs(*silent, reading)) == 1, 'one object has no pair'
+
+
+def test_a_program_answers_where_this_package_is_not_imported(seen, tmp_path):
+    "Soft suppression, whose rounds are a loop of the program; one picture and several."
+    model, pictures = seen
+    reading = Reading('pairs', suppress='soft', power=2., related=.5)
+    export_program(Model(model, dict(size=96, reading=reading.to_json())), tmp_path/'net.pt2')
+    np.save(tmp_path/'in.npy', pictures)
+    code = """
+import sys, numpy as np, torch
+program, pictures = torch.export.load('net.pt2').module(), torch.from_numpy(np.load('in.npy'))
+for n in (1, 3): np.savez(f'{n}.npz', *[part.numpy() for part in program(pictures[:n])])
+assert 'stdg' not in sys.modules
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for n in (1, 3):
+        with torch.no_grad(): wanted = DeployedPairs(model, reading)(pictures[:n])
+        for ours, theirs in zip(zip(*np.load(tmp_path/f'{n}.npz').values()), zip(*wanted)):
+            same_graph(finish_pairs(*ours, reading), finish_pairs(*theirs, reading))
 
 
 class _Suppressed(torch.nn.Module):
