@@ -41,8 +41,9 @@ class Album:
         self.paths, self.names, self.found = dict(enumerate(paths, 1)), {}, {}
         for number, path in self.paths.items(): self.names[number] = Path(path).name
 
-    def _predicted(self, number, picture):
-        self.found[number], = self.network([picture], [self.names[number]])
+    def _predicted(self, number, name, picture):
+        self.found[number], = self.network([picture], [name])
+        self.names[number] = name
         while len(self.found) > self.keep: del self.found[next(iter(self.found))]
         self.names = {n: name for n, name in self.names.items() if n in self.paths or n in self.found}
 
@@ -51,8 +52,7 @@ class Album:
         picture = image_of_bytes(data, one_line(name, 100))
         with self.lock:
             number = max(self.names, default=0) + 1
-            self.names[number] = name
-            self._predicted(number, picture)
+            self._predicted(number, name, picture)
         return number
 
     def drawn(self, number, **options):
@@ -61,7 +61,7 @@ class Album:
 
         Raises `KeyError` for a number that is not there, and as `read_image`."""
         with self.lock:
-            if number not in self.found: self._predicted(number, read_image(self.paths[number]))
+            if number not in self.found: self._predicted(number, self.names[number], read_image(self.paths[number]))
             found = self.found[number]
             return found, found.graph(**options), found.svg(**options)
 
@@ -218,8 +218,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._read_away(int(length))
             return self._wrong(413, f'this file is larger than {MAX_UPLOAD >> 20} MB. Scale it down first')
         try:
-            name, data = sent_picture(self.headers.get('Content-Type'), self.rfile.read(int(length)))
-            number = self.server.album.add(name, data)
+            body = self.rfile.read(int(length))
+            if len(body) < int(length): raise TimeoutError
+            number = self.server.album.add(*sent_picture(self.headers.get('Content-Type'), body))
+        except TimeoutError: return self._wrong(408, 'the picture did not arrive whole. Send it again')
         except Exception as error: return self._wrong(400, error)
         self.say(303, Location=f'/{self.server.token}/{number}')
 

@@ -88,7 +88,7 @@ def _from_cache(place, cache, why):
     found = _in_cache(place, cache)
     if all(found.values()): return found[WEIGHTS].parent
     at = f' --revision {place.revision}' if place.revision else ''
-    raise FileNotFoundError(f"{place} is no folder here, and nothing of that name could be read from the Hub: {why}, "
+    raise FileNotFoundError(f"{place.name} is no folder here, and nothing of that name could be read from the Hub: {why}, "
                             f"and {_what_is_missing(place, found, cache)}. Give the command once with a network and "
                             f"without that, or where there is one: hf download {place.name}{at}, and bring the "
                             "cache, or the folder, here")
@@ -100,7 +100,7 @@ def _refusal(place, error, cache):
     "The `OSError` that says why the Hub, or the network, does not give a `HubName`."
     said = one_line(str(error).split('\n')[0], 160)
     status = getattr(getattr(error, 'response', None), 'status_code', None)
-    begin = f"{place} is no folder here, and nothing of that name could be read from the Hub: "
+    begin = f"{place.name} is no folder here, and nothing of that name could be read from the Hub: "
     if isinstance(error, errors.GatedRepoError):
         return PermissionError(f"{begin}its owners ask for consent ({said}). Accept their terms on its page, and set "
                                "HF_TOKEN to a token of yours")
