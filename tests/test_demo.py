@@ -210,15 +210,15 @@ def test_the_network_fails(work, monkeypatch):
 
 
 def test_a_visit_with_a_browser(server, work, tmp_path):
-    "A file is chosen and sent, thresholds are changed; nothing of a stranger's name runs; on a wide and a narrow window"
+    "A file is chosen and sent, thresholds are changed; no name of a stranger runs; on a wide and a narrow window"
     webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not installed')
     chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
     if not chromium or not shutil.which('chromedriver'): pytest.skip('no Chromium with chromedriver is here')
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for argument in ('headless=new', 'no-sandbox', 'disable-gpu', 'window-size=1100,1000', 'no-first-run',
-                     'disable-sync', 'disable-background-networking', 'disable-component-update', 'disable-dev-shm-usage',
-                     f'user-data-dir={tmp_path}'): options.add_argument(f'--{argument}')
+                     'disable-sync', 'disable-background-networking', 'disable-component-update',
+                     'disable-dev-shm-usage', f'user-data-dir={tmp_path}'): options.add_argument(f'--{argument}')
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which('chromedriver')))
     shots = Path(os.environ.get('STDG_SCREENSHOTS') or tmp_path)

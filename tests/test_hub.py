@@ -1,5 +1,5 @@
-"""A network of the Hub in the place of a checkpoint, over real HTTP with a Hub on this machine: names, revisions, tokens,
-downloads that are cut off, and the cache alone; and what a card says before others get a network."""
+"""A network of the Hub in the place of a checkpoint, over real HTTP with a Hub on this machine: names, revisions,
+tokens, downloads that are cut off, and the cache alone; and what a card says before others get a network."""
 import json
 import os
 import shutil
@@ -31,7 +31,7 @@ FILES = ['config.json', 'model.json', 'model.safetensors']
 
 
 class Models(Hub):
-    "The same Hub with models: `me/toy`, `me/private` and `me/gated`. Of the first `cut` answers with tensors half is sent."
+    "The same Hub with models: `me/toy`, `me/private`, `me/gated`. Of the first `cut` answers with tensors half is sent."
     cut, broken = 0, False
 
     def answer(self):
@@ -244,7 +244,7 @@ def test_hostile_data_and_figures_are_text(repository, tmp_path):
     model = Model.from_pretrained(repository)
     bare = record(rows={'student <b>': record()['rows']['student (RGB, taught)']})
     calm = run_figures(bare, dict(training=dict(stage='student')))
-    for i, worst in enumerate(HOSTILE):
+    for worst in HOSTILE:
         figures = dict(calm, row=worst, data=worst, split=worst, date=worst)
         data = dict(name=worst, version=worst, source=worst, pictures={worst: 7}, license='mit')
         cards = [Model(model.network, model.facts | dict(figures=f, data=d)).generate_model_card() for f, d in (

@@ -67,10 +67,10 @@ class Album:
 
 # %% ../../nbs/inference/13_demo.ipynb #pages
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:1.5rem auto;max-width:70rem;padding:0 1rem;color:#222;
-background:#fff} img{display:block;max-width:100%;height:auto;margin:1rem 0} table{border-collapse:collapse}
+background:#fff} img{display:block;max-width:max(100%,40rem);height:auto} table{border-collapse:collapse}
 td,th{padding:.15rem .8rem .15rem 0;text-align:left;border-bottom:1px solid #ddd} form{margin:1rem 0}
 input[type=number]{width:5.5rem} .wrong{color:#a40000;font-weight:600} nav a{margin-right:.8rem}
-.wide{overflow-x:auto} label{margin-right:1rem;white-space:nowrap}"""
+.wide{overflow-x:auto;margin:1rem 0} label{margin-right:1rem;white-space:nowrap}"""
 
 def _shell(title, *parts):
     "A page of `parts`, HTML; `title` is text."
@@ -123,7 +123,8 @@ def picture_page(token, album, number, shown):
     said = (f'{len(graph)} objects, {len(graph.relations)} triplets, of a picture of {found.size[1]} x '
             f'{found.size[0]} pixels')
     return _shell(f'{name}: scene graph', f'<h1>{escape(name)}</h1><p>{said}</p>',
-                  f'<img alt="{escape(one_line(alt, 600))}" src="data:image/svg+xml;base64,{image}">',
+                  f'<div class="wide"><img alt="{escape(one_line(alt, 600))}" '
+                  f'src="data:image/svg+xml;base64,{image}"></div>',
                   _choices(token, number, shown), f'<div class="wide">{_table(graph)}</div>',
                   '<h2>Another one</h2>', _upload(token), _links(token, album))
 
@@ -143,7 +144,7 @@ def sent_picture(kind, body):
         text, _, data = part.partition(b'\r\n\r\n')
         about = HeaderParser().parsestr(text.decode('utf-8', 'replace').strip('\r\n'))
         if about.get_param('name', header='content-disposition') != 'picture': continue
-        if data: return about.get_filename() or 'picture', data
+        if data: return (about.get_filename() or 'picture').replace('%22', '"'), data  # as browsers write it
     raise ValueError('no picture was sent, or an empty file. Choose one')
 
 def shown_options(query, thresholds):

@@ -88,10 +88,10 @@ def _from_cache(place, cache, why):
     found = _in_cache(place, cache)
     if all(found.values()): return found[WEIGHTS].parent
     at = f' --revision {place.revision}' if place.revision else ''
-    raise FileNotFoundError(f"{place.name} is no folder here, and nothing of that name could be read from the Hub: {why}, "
-                            f"and {_what_is_missing(place, found, cache)}. Give the command once with a network and "
-                            f"without that, or where there is one: hf download {place.name}{at}, and bring the "
-                            "cache, or the folder, here")
+    raise FileNotFoundError(f"{place.name} is no folder here, and nothing of that name could be read from the Hub: "
+                            f"{why}, and {_what_is_missing(place, found, cache)}. Give the command once with a "
+                            f"network and without that, or where there is one: hf download {place.name}{at}, and "
+                            "bring the cache, or the folder, here")
 
 # %% ../../nbs/inference/15_hub_files.ipynb #refusals
 SECONDS = 20  # to wait for the first answer
