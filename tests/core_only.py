@@ -141,7 +141,8 @@ def missing(folder, database, model, found):
     (folder/'clip.mp4').write_bytes(b'\0\0\0\x18ftypmp42')
     (folder/'of_hub').mkdir()
     return dict(
-        draw=[said(lambda: demo.main(own)), said(lambda: cli.main([*predict, 'graph.svg'])), said(lambda: cli.main([*predict, 'graph.png'])),
+        draw=[said(lambda: demo.main(own)), said(lambda: cli.main([*predict, 'graph.svg'])),
+              said(lambda: cli.main([*predict, 'graph.png'])),
               said(lambda: found.svg()), said(lambda: found.graph().drawing.source), said(lambda: found._repr_html_()),
               said(lambda: depth_map(database.depth(0))), said(lambda: loss_curves('runs/core/log.jsonl'))],
         rooms=[said(lambda: train.main(['--config', 'rooms.yaml']))],

@@ -31,7 +31,7 @@ FILES = ['config.json', 'model.json', 'model.safetensors']
 
 
 class Models(Hub):
-    "The same Hub with models: `me/toy`, `me/private`, `me/gated`. Of the first `cut` answers with tensors half is sent."
+    "The same Hub with models: `me/toy`, `me/private`, `me/gated`. Of the first `cut` tensor files half is sent."
     cut, broken = 0, False
 
     def answer(self):
