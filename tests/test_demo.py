@@ -111,6 +111,32 @@ def test_the_command(work):
     assert status == 0 and (work/'errors').read_bytes() == b''
 
 
+def test_a_browser_is_opened_when_the_page_is_there(work, monkeypatch, capsys):
+    seen = []
+
+    def browse(url):
+        port, path = re.fullmatch(r'http://127.0.0.1:(\d+)(/.*)', url).groups()
+        seen.append(ask(int(port), path)[0])
+        return False  # as if there were none
+
+    def serve(server):
+        server.timeout, end = .1, time.monotonic() + 100
+        while time.monotonic() < end and not (seen and told()): server.handle_request()
+        raise KeyboardInterrupt
+
+    said = []
+
+    def told():
+        said.append(capsys.readouterr().err)
+        return any(said)
+
+    monkeypatch.setattr(demo.webbrowser, 'open', browse)
+    monkeypatch.setattr(DemoServer, 'serve_forever', serve)
+    demo.main([str(work/'first.png'), '-c', str(work/'net.safetensors')])
+    assert seen == [200] and capsys.readouterr().out == 'stdg demo: ended\n'
+    assert ''.join(said) == 'stdg demo: no browser opens here. Open the address yourself\n'
+
+
 def test_pictures_and_their_faults(server, work):
     sound = (work/'first.png').read_bytes()
     status, headers, _ = send(server, sound, 'größe <b>.png')

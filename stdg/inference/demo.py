@@ -277,6 +277,10 @@ def _ready(given):
     path = named_network(path, given.revision, given.local_files_only)
     return DemoServer(Album(load_predictor(path, given.size, given.device), given.pictures), given.port)
 
+def _opened(url):
+    "Open a browser; one within the terminal keeps this thread until it ends."
+    if not webbrowser.open(url): print('stdg demo: no browser opens here. Open the address yourself', file=sys.stderr)
+
 def main(arguments=None):
     """`stdg demo`: serves until Ctrl-C; what is wrong with the command is one line, and exit status 2."""
     parser = _parser()
@@ -286,8 +290,7 @@ def main(arguments=None):
     url = server.url + ('1' if given.pictures else '')
     print(f'{url}\nThis address is for you alone. Ctrl-C ends it.', flush=True)
     with server:
-        if not given.no_browser and not webbrowser.open(url):
-            print('stdg demo: no browser opens here. Open the address yourself', file=sys.stderr)
+        if not given.no_browser: threading.Thread(target=_opened, args=(url,), daemon=True).start()
         try: server.serve_forever()
         except KeyboardInterrupt: print('stdg demo: ended')
 
