@@ -163,22 +163,25 @@ def test_a_repository_of_another_kind(hub, repository, tmp_path, capsys, monkeyp
 
 
 def test_a_download_that_is_cut_off(hub, repository, tmp_path, capsys, monkeypatch):
-    "The line breaks in the middle, then the Hub is down; what is there is said, and the same command goes on."
+    "The line breaks in the middle, then the Hub is down; what is there is said, and the same command fetches the rest."
     monkeypatch.setattr('huggingface_hub.file_download.time.sleep', lambda seconds: None)
     monkeypatch.setattr(constants, 'DOWNLOAD_CHUNK_SIZE', 2 ** 16)
     monkeypatch.setattr(hub, 'cut', 1)
     ask = ('predict', 'photo.png', '-c', 'me/toy')
     said = command(capsys, *ask)
-    assert 'could be read from the Hub: it cannot be read' in said and 'The same command goes on' in said
+    assert 'could be read from the Hub: it cannot be read' in said and 'fetches what is not there yet' in said
+    half = (repository/'model.safetensors').stat().st_size // 2
+    begun = [int(line.split('=')[1].split('-')[0]) for line in hub.asked if line.startswith('Range')]
+    assert begun and half - 2 ** 16 <= begun[0] <= half, 'it was taken up in the middle'
     said = command(capsys, *ask, '--local-files-only')
     assert 'model.safetensors of it is not in the cache' in said and 'config.json' not in said
     assert 'hf download me/toy' in said and str(tmp_path/'cache') in said
+    assert not list((tmp_path/'cache').rglob('*.incomplete*')), 'no half of a file is left'
     monkeypatch.setattr(hub, 'broken', False)
     hub.asked.clear()
     command(capsys, *ask, code=0)
-    half = (repository/'model.safetensors').stat().st_size // 2
-    begun = [int(line.split('=')[1].split('-')[0]) for line in hub.asked if line.startswith('Range')]
-    assert begun and half - 2 ** 16 <= begun[0] <= half, 'it goes on in the middle'
+    got = [line for line in hub.asked if line.startswith('GET') and '/resolve/' in line]
+    assert [line.rpartition('/')[2] for line in got] == ['model.safetensors'], 'what is there is not fetched again'
     kept = tmp_path/'cache'/'models--me--toy'/'snapshots'/COMMIT/'model.safetensors'
     assert kept.read_bytes() == (repository/'model.safetensors').read_bytes()
 

@@ -112,7 +112,7 @@ def _refusal(place, error, cache):
                                  "set HF_TOKEN to a token that may read it")
     kept = all(_in_cache(place, cache).values())
     copy = 'The cache has an earlier copy: HF_HUB_OFFLINE=1 takes it' if kept else (
-        'The same command goes on where it stopped')
+        'The same command fetches what is not there yet')
     return ConnectionError(f"{begin}it cannot be read ({type(error).__name__}: {said}). Is there a network? {copy}")
 
 def _check_listing(place, names):
