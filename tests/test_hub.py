@@ -270,8 +270,8 @@ def test_figures_of_the_run_go_into_the_card(repository, tmp_path):
     trained.save_pretrained(tmp_path/'shared', data_license='cc0-1.0')
     card = ModelCard.load(tmp_path/'shared'/'README.md')
     assert '| R@50 | 43.3 [40.7, 45.9] |' in card.text and '400 pictures of the split test of toys' in card.text
-    assert '**toys**, 20 pictures for train, 2 pictures for val, 4 pictures for test' in card.text
-    assert 'objects above **0.200** and triplets above **0.010**' in card.text
+    assert '**toys**, 20 pictures for training, 2 pictures for validation, 4 pictures for tests' in card.text
+    assert 'objects of at least **0.200** and triplets above **0.010**' in card.text
     again = Model.from_pretrained(tmp_path/'shared')
     again.save_pretrained(tmp_path/'again')
     assert (tmp_path/'again'/'README.md').read_bytes() == (tmp_path/'shared'/'README.md').read_bytes()

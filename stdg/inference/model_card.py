@@ -218,7 +218,8 @@ def _data(model):
     check_data(data)
     said = [f"**{escaped(data.get('name', 'pictures'), 80)}**"]
     if data.get('version'): said.append(f"version {escaped(data['version'], 80)}")
-    said += [f'{n:,} pictures for {escaped(split)}' for split, n in data.get('pictures', {}).items()]
+    known = dict(train='training', val='validation', test='tests')
+    said += [f'{n:,} pictures for {known.get(split) or escaped(split)}' for split, n in data.get('pictures', {}).items()]
     where = f" It comes from {escaped(data['source'], 200)}." if data.get('source') else ''
     return f"{', '.join(said)}.{where}"
 
@@ -257,7 +258,8 @@ def _thresholds(model):
     "From which scores on something is shown, and how these were chosen."
     limits = model.facts.get('thresholds')
     if not limits: return 'No thresholds were chosen for it; the defaults of the package hold.'
-    said = ' and '.join(f'{kind} above **{limits[kind]:.3f}**' for kind in ('objects', 'triplets') if kind in limits)
+    words = dict(objects='objects of at least', triplets='triplets above')
+    said = ' and '.join(f'{word} **{limits[kind]:.3f}**' for kind, word in words.items() if kind in limits)
     images, at = limits.get('images'), limits.get('at') if isinstance(limits.get('at'), dict) else {}
     how = f', chosen on {images} validation pictures' if type(images) is int else ''
     reached = [f"{kind}: " + ', '.join(f'{name} {100 * one[name]:.0f} %' for name in ('precision', 'recall')
@@ -293,15 +295,16 @@ def _opening(model):
 def _use(model):
     "How the network is loaded and used."
     asked = "prediction = model.predict('photo.jpg')"
+    shell = 'In a shell: `stdg predict photo.jpg -c owner/name`, or the path of this folder. '
     if model.network.mode == 'depth':
-        asked = "fields = model.network(pictures)  # HHA, as stdg.data.network_input gives it"
+        shell, asked = '', "fields = model.network(pictures)  # HHA, as stdg.data.network_input gives it"
     return f"""```python
 from stdg.inference.hub import Model
 model = Model.from_pretrained('owner/name')  # or the path of this folder
 {asked}
 ```
 
-The folder holds tensors (safetensors) and JSON; opening it runs no code."""
+{shell}The folder holds tensors (safetensors) and JSON; opening it runs no code."""
 
 # %% ../../nbs/inference/14_model_card.ipynb #card-text
 def _limits(model):
