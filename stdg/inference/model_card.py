@@ -219,7 +219,8 @@ def _data(model):
     said = [f"**{escaped(data.get('name', 'pictures'), 80)}**"]
     if data.get('version'): said.append(f"version {escaped(data['version'], 80)}")
     known = dict(train='training', val='validation', test='tests')
-    said += [f'{n:,} pictures for {known.get(split) or escaped(split)}' for split, n in data.get('pictures', {}).items()]
+    said += [f'{n:,} pictures for {known.get(split) or escaped(split)}'
+             for split, n in data.get('pictures', {}).items()]
     where = f" It comes from {escaped(data['source'], 200)}." if data.get('source') else ''
     return f"{', '.join(said)}.{where}"
 
