@@ -33,6 +33,7 @@ from stdg.inference.albums import (
 )
 from .inference.given_boxes import BoxWarning, GivenBoxes
 from .inference.graph_lines import Writer, json_text, resume_lines
+from .inference.hub_files import add_hub_options, named_network
 from stdg.inference.predictor import (
     LARGEST,
     PRECISIONS,
@@ -215,7 +216,7 @@ def predict_one(path, network, writer, output=None, drawing=None, boxes=None, **
 
 # %% ../nbs/commands/03_command_line.ipynb #parser
 SUBPROGRAMS = dict(train='stdg.train', prepare='stdg.prepare', released='stdg.released',
-                   export='stdg.inference.export_command')
+                   export='stdg.inference.export_command', demo='stdg.inference.demo')
 
 def _name(text):
     if text: return text
@@ -232,8 +233,9 @@ def _add_common(parser):
     "Options that pictures and videos share."
     add = parser.add_argument
     add('-c', '--checkpoint', type=_name,
-        help='the network, .safetensors, .onnx of stdg export, or a released file; default: '
-        'runs/default/student.safetensors, which make train writes')
+        help='the network, .safetensors, .onnx of stdg export, a shared folder, owner/name '
+        'on the Hub, or a released file; default: runs/default/student.safetensors, which make train writes')
+    add_hub_options(parser)
     add('--size', type=argument(Whole(SMALLEST, LARGEST)),
         help='side of the canvas in pixels; default: as the network was trained')
     add('--device', help='cpu or cuda; default: a GPU if there is one')
@@ -341,6 +343,7 @@ def _run(arguments):
     try:
         if not given.checkpoint and not path.is_file():
             raise FileNotFoundError('no network: give --checkpoint, or run make train first')
+        path = named_network(path, given.revision, given.local_files_only)
         network = load_predictor(path, given.size, given.device, given.prior,
                                  'none' if given.all_names else None, given.precision)
         writer = Writer(network, given.min_score, given.top, given.min_object,

@@ -132,7 +132,7 @@ def missing(folder, database, model, found):
     from stdg import cli, prepare, train
     from stdg.depth import estimate_depth, stereo_motorcycle
     from stdg.draw import depth_map, loss_curves
-    from stdg.inference import Model, export_onnx, watch
+    from stdg.inference import Model, demo, export_onnx, watch
     from stdg.training.log import tracker
 
     train.write_settings(folder/'rooms.yaml', train.Settings(name='rooms', n_train=8, n_val=4, n_test=4))
@@ -141,7 +141,8 @@ def missing(folder, database, model, found):
     (folder/'clip.mp4').write_bytes(b'\0\0\0\x18ftypmp42')
     (folder/'of_hub').mkdir()
     return dict(
-        draw=[said(lambda: cli.main([*predict, 'graph.svg'])), said(lambda: cli.main([*predict, 'graph.png'])),
+        draw=[said(lambda: demo.main(own)), said(lambda: cli.main([*predict, 'graph.svg'])),
+              said(lambda: cli.main([*predict, 'graph.png'])),
               said(lambda: found.svg()), said(lambda: found.graph().drawing.source), said(lambda: found._repr_html_()),
               said(lambda: depth_map(database.depth(0))), said(lambda: loss_curves('runs/core/log.jsonl'))],
         rooms=[said(lambda: train.main(['--config', 'rooms.yaml']))],

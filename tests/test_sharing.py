@@ -19,7 +19,8 @@ from huggingface_hub import ModelCard, hub_mixin
 
 from stdg import checkpoint
 from stdg.graph import Vocabulary
-from stdg.inference.hub import Model, check_facts, escaped
+from stdg.inference.hub import Model, check_facts
+from stdg.inference.model_card import escaped
 from stdg.model import STDG
 
 FILES = ['README.md', 'config.json', 'model.json', 'model.safetensors']
@@ -27,7 +28,7 @@ FACTS = dict(vocabulary=Vocabulary(['cup', 'table', 'lamp'], ['near', 'on']).to_
              training=dict(stage='student', step=240, epochs=120., seed=3),
              metrics={'sgdet/R@50': .5, 'AP50': .25},
              thresholds=dict(objects=.3, triplets=.12, images=200), license='cc-by-4.0',
-             notes=['Größe ☕'], pretrained=True)
+             data=dict(name='rooms', license='cc0-1.0'), notes=['Größe ☕'], pretrained=True)
 picture = np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8)
 
 
@@ -185,8 +186,13 @@ def test_a_revision_is_pinned(tmp_path):
 def test_only_three_files_are_asked_for(monkeypatch, shared):
     asked = []
     def fetch(name, **how): return asked.append((name, how)) or str(shared)
-    monkeypatch.setattr('stdg.inference.hub.snapshot_download', fetch)
+    there = [type('File', (), dict(rfilename=name)) for name in (*FILES, 'run_me.py')]
+    def info(self, name, **how): return asked.append((name, how)) or type('Info', (), dict(siblings=there))
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
+    monkeypatch.setattr('stdg.inference.hub_files.HfApi.model_info', info)
+    monkeypatch.setattr('stdg.inference.hub_files.snapshot_download', fetch)
     Model.from_pretrained('owner/rooms', revision='abc', token='hf_x')
+    assert asked.pop(0) == ('owner/rooms', dict(revision='abc', timeout=20))
     assert asked == [('owner/rooms',
                       dict(allow_patterns=['model.safetensors', 'model.json', 'config.json'],
                            revision='abc', token='hf_x'))]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .export import export_fields, export_onnx
 from .hub import Model
+from .hub_files import add_hub_options, hub_name, named_network
 from .onnx_network import ENDING, OnnxNetwork
 from .predictor import LARGEST, SMALLEST
 from .quantised import BOUND, METHODS, calibration_pictures, quantise
@@ -40,9 +41,10 @@ def opened(path, int8=False):
 def _parser():
     parser = CommandLine('stdg export', description='Write a network as an ONNX file.')
     add = parser.add_argument
-    add('-c', '--checkpoint', help='the network, .safetensors or a shared folder; default: '
-        'runs/default/student.safetensors')
-    add('-o', '--output', help='the file to write, .onnx; default: beside the checkpoint')
+    add('-c', '--checkpoint', help='the network, .safetensors, a shared folder, or owner/name on the Hub; '
+        'default: runs/default/student.safetensors')
+    add('-o', '--output', help='the file to write, .onnx; default: beside the checkpoint, '
+        'or here for one of the Hub')
     add('--size', type=argument(Whole(SMALLEST, LARGEST)),
         help='side of the pictures in pixels; default: as the network was trained')
     add('--objects', action='store_true', help='the whole way to objects, for other programs')
@@ -54,6 +56,7 @@ def _parser():
     add('--method', choices=tuple(METHODS), default='minmax', help='with --int8: how ranges are found')
     add('--bound', type=argument(Real(0, 1)), default=BOUND, help='with --int8: how much the fields may '
         f'change; layers stay float until it holds; default {BOUND:g}')
+    add_hub_options(parser)
     return parser
 
 # %% ../../nbs/inference/12_export_command.ipynb #main
@@ -75,10 +78,12 @@ def _run(given):
         raise ValueError('--int8: there are no pictures to calibrate with. Give --pictures, the database that '
                          'the network was trained on')
     if given.pictures and not given.int8: raise ValueError('--pictures is for --int8. Give it')
-    checkpoint = Path(given.checkpoint or project_folder()/'runs'/'default'/'student.safetensors')
+    checkpoint = given.checkpoint or project_folder()/'runs'/'default'/'student.safetensors'
     for name in ('onnx', 'onnxscript', 'onnxruntime'): needed(name)
+    place, checkpoint = hub_name(checkpoint), Path(named_network(checkpoint, given.revision, given.local_files_only))
     model = opened(checkpoint, given.int8)
-    target, size = _target(given, checkpoint), given.size or model.size
+    target = _target(given, Path(f'{Path(place.name).name}.safetensors') if place else checkpoint)
+    size = given.size or model.size
     if not given.int8:
         (export_onnx if given.objects else export_fields)(model, target, size)
         return f'{target}: pictures of {size} pixels, float'
