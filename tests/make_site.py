@@ -8,7 +8,6 @@ import argparse
 import ast
 import configparser
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -18,35 +17,18 @@ import sys
 import tempfile
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import nbformat
 import yaml
+from site_rendering import CSS, SCRIPT, complaints, render
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOAD = ['execnb.shell', 'matplotlib.pyplot', 'torch']  # imported once, for all notebooks
 NOTE = ('```{note}\nThis runbook is shown without what it prints and draws: it trains or reads a run, for minutes '
         'or hours. Run it as it says below, and look at the notebook that it leaves.\n```')
 PAGES = {'CONTRIBUTING.md': 'contributing', 'CHANGELOG.md': 'changes'}
-SPHINX = dict(
-    extensions=['myst_nb', 'make_site'], nb_execution_mode='off', nb_output_stderr='remove', nb_ipywidgets_js={},
-    nb_merge_streams=True, myst_enable_extensions=['dollarmath'], myst_dmath_allow_digits=False,
-    myst_heading_anchors=4, html_math_renderer='mathml', suppress_warnings=['myst.header'], html_theme='furo',
-    html_copy_source=False, html_static_path=['_static'], html_css_files=['site.css'], templates_path=[],
-    exclude_patterns=[], root_doc='index', language='en')
-CSS = """
-/* What is wider than the page moves by itself, not the page. */
-div.cell_output, div.cell_output .output { overflow-x: auto; }
-div.cell_output pre { max-height: 32em; overflow: auto; }
-div.cell_output img, div.cell_output svg { max-width: 100%; height: auto; }
-div.cell_output table { font-size: var(--font-size--small); border-collapse: collapse; }
-div.cell_output th, div.cell_output td { padding: .2em .6em; }
-div.math { overflow-x: auto; overflow-y: hidden; padding: .3em 0; }
-code.literal { overflow-wrap: anywhere; }
-"""
 
 
 # Notebooks as they are kept
@@ -108,7 +90,10 @@ def key(nb, name, library, graph):
              for parts in [found.split('.') for found in re.findall(rf'\b{library}(?:\.\w+)*', text)]
              for i in range(1, len(parts) + 1)} & graph.modules
     modules = sorted(named | {one for module in named for one in graph.find_upstream_modules(module)})
-    texts = [Path(find_spec(one).origin).read_text(encoding='utf-8') for one in modules]
+    above = Path(find_spec(library).origin).parent.parent
+    paths = [above.joinpath(*one.split('.')) for one in modules]
+    texts = [(path/'__init__.py' if path.is_dir() else path.with_suffix('.py')).read_text(encoding='utf-8')
+             for path in paths]
     return hashlib.sha256(json.dumps([name, code, texts]).encode()).hexdigest()
 
 
@@ -184,7 +169,7 @@ def as_page(nb, path, root, library, url):
             cell.source = relinked(text.strip(), path.parent, root, url)
         else:
             cell.metadata['exports'] = {f'{module}.{name}': kind for name, kind in exports(cell).items()}
-            cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
+            cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip('\n')
             for output in cell.get('outputs', ()):  # a page has no kernel: a widget is what it prints
                 for kind in [kind for kind in output.get('data', ()) if kind.startswith('application/')]:
                     del output['data'][kind]
@@ -236,122 +221,7 @@ def write_changed(path, text):
     if not path.exists() or path.read_text(encoding='utf-8') != text: path.write_text(text, encoding='utf-8')
 
 
-# What Sphinx is taught: this file is an extension, too
-
-def setup(app):
-    from docutils import nodes
-
-    app.add_config_value('site_names', {}, 'env', [dict])
-    app.connect('doctree-read', lambda app, doctree: (place_names(app, doctree), link_names(app, doctree)))
-    def formula(block):
-        def visit(self, node):
-            made = mathml(node.astext(), block)
-            self.body.append(f'<div class="math">{made}</div>' if block else made)
-            raise nodes.SkipNode
-        return visit
-    app.add_html_math_renderer('mathml', (formula(False), None), (formula(True), None))
-    return dict(version='1', parallel_read_safe=True, parallel_write_safe=True)
-
-
-def mathml(formula, block=False):
-    "A formula as browsers read it by themselves. Raises `ValueError` for a command that is not known."
-    from latex2mathml.converter import convert
-
-    made = convert(formula.replace(r'\lfloor', '⌊').replace(r'\rfloor', '⌋'), display='block' if block else 'inline')
-    if '\\' in made: raise ValueError(f'{formula}: not every command is known to latex2mathml. Write it otherwise')
-    return made
-
-
-def place_names(app, doctree):
-    "What a cell exports is found by search and index, at the cell."
-    from docutils import nodes
-
-    page = app.env.docname
-    python, index = app.env.get_domain('py'), app.env.get_domain('index').entries.setdefault(page, [])
-    for cell in list(doctree.findall(nodes.container)):
-        for full, kind in cell.get('cell_metadata', {}).get('exports', {}).items():
-            cell['ids'].append(full)
-            python.note_object(full, kind, full, location=cell)
-            module, name = full.rsplit('.', 1)
-            index.append(('single', f'{name} ({module})', full, '', None))
-
-
-def link_names(app, doctree):
-    "`name` and `wing/01_chapter` in text lead there."
-    from docutils import nodes
-    from sphinx import addnodes
-
-    names, page = app.config.site_names, app.env.docname
-    for literal in list(doctree.findall(nodes.literal)):
-        text = literal.astext().removesuffix('()')
-        above, within = literal.parent, (nodes.reference, nodes.title, addnodes.pending_xref)
-        while above and not isinstance(above, within): above = above.parent
-        if above or not names: continue
-        full = names['own'].get(page, {}).get(text) or names['known'].get(text)
-        if full: kind = dict(refdomain='py', reftype='obj', reftarget=full)
-        elif text in names['pages']: kind = dict(refdomain='std', reftype='doc', reftarget=f'/{text}')
-        else: continue
-        literal.replace_self(addnodes.pending_xref('', literal.deepcopy(), refdoc=page, refexplicit=True, refwarn=True,
-                                                   **kind))
-
-
-# Checking
-
-class Links(HTMLParser):
-    "What one page refers to, and where it can be referred to."
-    def __init__(self, text):
-        super().__init__()
-        self.links, self.loaded, self.places = [], [], set()
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.places |= {attrs.get('id'), attrs.get('name') if tag == 'a' else None} - {None}
-        if tag == 'a': self.links += filter(None, [attrs.get('href')])
-        elif tag == 'link' or tag in ('image', 'use'): self.loaded += filter(None, [attrs.get('href')])
-        self.loaded += filter(None, [attrs.get('src'), attrs.get('poster'), attrs.get('data')])
-        self.loaded += [one.split()[0] for one in (attrs.get('srcset') or '').split(',') if one.strip()]
-        self.loaded += re.findall(r'url\(["\']?([^"\')]+)', attrs.get('style') or '')
-
-
-def complaints(html):
-    "What is wrong with the pages in folder `html`: links that lead nowhere, and what another host would have to send."
-    pages = {path: Links(path.read_text(encoding='utf-8')) for path in sorted(html.rglob('*.html'))}
-    found = []
-    for path in html.rglob('*.css'):
-        text = re.sub(r'/\*.*?\*/', '', path.read_text(encoding='utf-8'), flags=re.S)
-        outside = re.findall(r'(?:url\(|@import )["\']?((?:https?:)?//[^"\') ]+)', text)
-        found += [f'{path.relative_to(html)} loads {one}' for one in outside]
-    for path, page in pages.items():
-        for link in page.links + page.loaded:
-            parts, place = urlsplit(link), path.relative_to(html)
-            if parts.scheme in ('data', 'blob'): continue
-            if parts.scheme or parts.netloc:
-                if link in page.loaded: found.append(f'{place} loads {link}')
-                continue
-            target = path if not parts.path else (path.parent/unquote(parts.path)).resolve()
-            if target.is_dir(): target = target/'index.html'
-            if not (target.exists() and target.is_relative_to(html.resolve())):
-                found.append(f'{place} leads to {link}')
-            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].places:
-                found.append(f'{place} leads to {link}, which has no such place')
-    return found
-
-
 # All of it
-
-def render(source, html, cache, title, names):
-    "Let Sphinx make the pages; a warning is an error."
-    from sphinx.application import Sphinx
-    from sphinx.util.docutils import docutils_namespace, patch_docutils
-
-    said = io.StringIO()
-    with patch_docutils(), docutils_namespace():
-        given = SPHINX | dict(project=title, html_title=title, site_names=names)
-        app = Sphinx(source, None, html, cache, 'html', given, status=None, warning=said)
-        app.build()
-    if said.getvalue(): raise SystemExit(f'Sphinx has something against the pages:\n{said.getvalue()}')
-
 
 def make(root, out, processes=1, preload=PRELOAD):
     "Run, render, check; how many notebooks had to be run. Raises `SystemExit` with the names of those that fail."
@@ -373,7 +243,7 @@ def make(root, out, processes=1, preload=PRELOAD):
     for path, message in failed.items(): print(f'== {path.relative_to(root)}\n{message}', file=sys.stderr)
     if failed: raise SystemExit('These notebooks fail: ' + ', '.join(str(path.relative_to(root)) for path in failed))
     names = names_of(kept, library)
-    wanted = {source/'_static'/'site.css': CSS}
+    wanted = {source/'_static'/'site.css': CSS, source/'_static'/'site.js': SCRIPT}
     for page, path in paths.items():
         nb = shown(kept[page], ran[page]) if page in ran else kept[page]
         nb = as_page(nb, path, root, library, url)

@@ -7,8 +7,9 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from make_site import ROOT, chapters, complaints, exports, is_run, is_skipped, make, mathml, relinked
+from make_site import ROOT, chapters, exports, is_run, is_skipped, make, relinked
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from site_rendering import complaints, mathml
 
 missing = [name for name in ('sphinx', 'myst_nb', 'furo', 'latex2mathml', 'grimp') if not find_spec(name)]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"{missing} are not installed: pip install 'stdg[site]'")
