@@ -22,7 +22,7 @@ from pathlib import Path
 
 import nbformat
 import yaml
-from site_rendering import CSS, SCRIPT, complaints, render
+from site_rendering import CSS, SCRIPT, complaints, formula_font, render
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOAD = ['execnb.shell', 'matplotlib.pyplot', 'torch']  # imported once, for all notebooks
@@ -258,6 +258,7 @@ def make(root, out, processes=1, preload=PRELOAD):
     for path, text in wanted.items(): write_changed(path, text)
     for path in source.rglob('*'):
         if path.is_file() and path not in wanted and source/'figures' not in path.parents: path.unlink()
+    shutil.copy(formula_font(), source/'_static'/'formulas.ttf')
     if (root/'figures').is_dir(): shutil.copytree(root/'figures', source/'figures', dirs_exist_ok=True)
     shutil.rmtree(out/'html', ignore_errors=True)
     render(source, out/'html', out/'doctrees', settings['title'], names)

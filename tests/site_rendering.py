@@ -3,6 +3,8 @@ what is wrong with pages that are made."""
 import io
 import re
 from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 SPHINX = dict(
@@ -24,11 +26,18 @@ div.math { overflow-x: auto; overflow-y: hidden; padding: .3em 0; }
 /* A hundred columns of code fit beside the contents. */
 :root { --code-font-size: 78%; }
 @media (min-width: 82em) { .content { width: 50em; } }
-math { font-family: "STIX Two Math", "Latin Modern Math", "Cambria Math", math; }
+/* Where no font for formulas is installed, browsers set them badly: one comes along. */
+@font-face { font-family: formulas; src: url("formulas.ttf"); }
+math { font-family: formulas, math; font-size: 1.05em; }
 code.literal { overflow-wrap: anywhere; }
 """
 SCRIPT = "// A page from the disk may not read another one, of which search shows the beginning.\n" \
          "DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = location.protocol !== 'file:';\n"
+
+
+def formula_font():
+    "STIX Two Math (SIL Open Font License), as `ziamath` brings it; of that package nothing else is used."
+    return Path(find_spec('ziamath').origin).parent/'fonts'/'STIXTwoMath-Regular.ttf'
 
 
 def render(source, html, cache, title, names):
@@ -128,8 +137,11 @@ def complaints(html):
     found = []
     for path in html.rglob('*.css'):
         text = re.sub(r'/\*.*?\*/', '', path.read_text(encoding='utf-8'), flags=re.S)
-        outside = re.findall(r'(?:url\(|@import )["\']?((?:https?:)?//[^"\') ]+)', text)
-        found += [f'{path.relative_to(html)} loads {one}' for one in outside]
+        for link in re.findall(r'(?:url\(|@import )["\']?(?!data:)([^"\') ]+)', text):
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc: found.append(f'{path.relative_to(html)} loads {link}')
+            elif parts.path and not (path.parent/parts.path).exists():
+                found.append(f'{path.relative_to(html)} leads to {link}')
     for path, page in pages.items():
         for link in page.links + page.loaded:
             parts, place = urlsplit(link), path.relative_to(html)

@@ -11,7 +11,7 @@ from make_site import ROOT, chapters, exports, is_run, is_skipped, make, relinke
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from site_rendering import complaints, mathml
 
-missing = [name for name in ('sphinx', 'myst_nb', 'furo', 'latex2mathml', 'grimp') if not find_spec(name)]
+missing = [name for name in ('sphinx', 'myst_nb', 'furo', 'latex2mathml', 'ziamath', 'grimp') if not find_spec(name)]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"{missing} are not installed: pip install 'stdg[site]'")
 URL = 'https://example.org/stdg'
 HOSTILE = '<script>window.hacked=1</script>'
@@ -104,16 +104,19 @@ def test_nothing_of_another_host_and_no_script_of_strangers(site, tmp_path):
     for path in (site[0]/'html').rglob('*.html'):
         assert HOSTILE not in path.read_text(encoding='utf-8'), path.name
     assert complaints(site[0]/'html') == []
+    assert 'url("formulas.ttf")' in (site[0]/'html'/'_static'/'site.css').read_text(encoding='utf-8')
+    assert (site[0]/'html'/'_static'/'formulas.ttf').read_bytes()[:4] == b'\0\1\0\0'
     shutil.copytree(site[0]/'html', tmp_path/'html')
     (tmp_path/'html'/'changes.html').unlink()
     with open(tmp_path/'html'/'train.html', 'a') as file:
         file.write('<script src="https://cdn.example.org/x.js"></script><a href="index.html#nowhere">a</a>')
         file.write('<p style="background: url(//example.org/x.png)"></p><a href="../../secret.txt">b</a>')
-    (tmp_path/'html'/'_static'/'more.css').write_text('@import "https://example.org/font.css";')
+    (tmp_path/'html'/'_static'/'more.css').write_text('@import "https://example.org/font.css"; a { b: url(lost.png) }')
     found = '\n'.join(complaints(tmp_path/'html'))
     for wrong in ('index.html leads to changes.html', 'train.html loads https://cdn.example.org/x.js',
                   'train.html leads to index.html#nowhere, which', 'train.html loads //example.org/x.png',
-                  'train.html leads to ../../secret.txt', 'more.css loads https://example.org/font.css'):
+                  'train.html leads to ../../secret.txt', 'more.css loads https://example.org/font.css',
+                  'more.css leads to lost.png'):
         assert wrong in found, found
 
 
