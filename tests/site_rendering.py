@@ -22,7 +22,7 @@ div.cell_output img, div.cell_output svg { max-width: 100%; height: auto; }
 div.cell_output table { font-size: var(--font-size--small); border-collapse: collapse; }
 div.cell_output th, div.cell_output td { padding: .2em .6em; }
 div.math { overflow-x: auto; overflow-y: hidden; padding: .3em 0; }
-@media (max-width: 46em) { table.genindextable td { display: block; width: 100%; } }
+@media (max-width: 46em) { table.genindextable td { display: block; width: 100% !important; } }
 /* A hundred columns of code fit beside the contents. */
 :root { --code-font-size: 78%; }
 @media (min-width: 82em) { .content { width: 50em; } }
