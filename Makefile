@@ -5,8 +5,9 @@ PY := .venv/bin/python
 BIN := .venv/bin
 RUN ?= default
 CI_ENV := OMP_NUM_THREADS=1 MPLBACKEND=agg
+N ?= 2
 
-.PHONY: train train-full test package lab docs hooks clean help
+.PHONY: train train-full test package site lab docs hooks clean help
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -37,6 +38,9 @@ test: .venv/installed  ## everything that CI runs
 package: .venv/installed  ## wheel and source distribution, built, checked, and used in an empty environment
 	$(PY) tests/installed.py
 
+site: .venv/installed  ## pages of all notebooks with what they show, in _site/html; N=4 runs four at a time
+	@$(CI_ENV) PYTHONHASHSEED=0 HF_HUB_OFFLINE=1 $(PY) tests/make_site.py -n $(N)
+
 lab: .venv/installed  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
@@ -48,4 +52,4 @@ hooks: .venv/installed  ## git hooks that clean notebooks and merge them
 	$(BIN)/nbdev_install_hooks
 
 clean:  ## remove what was made; data and runs stay
-	rm -rf .venv build *.egg-info .pytest_cache
+	rm -rf .venv build _site *.egg-info .pytest_cache

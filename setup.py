@@ -11,7 +11,7 @@ parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 ending = '_requirements'
 extras = {name.removesuffix(ending): cfg[name].split() for name in cfg if name.endswith(ending)}
-extras['all'] = [f"{cfg['lib_name']}[{','.join(name for name in extras if name not in ('dev', 'wandb'))}]"]
+extras['all'] = [f"{cfg['lib_name']}[{','.join(name for name in extras if name not in ('dev', 'site', 'wandb'))}]"]
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],

@@ -28,7 +28,8 @@ ROOT = Path(__file__).parent.parent
 # names of the index for what is imported under another name
 INDEX = dict(PIL='pillow', yaml='pyyaml', cv2='opencv-python-headless', skimage='scikit-image',
              IPython='ipykernel', traitlets='ipywidgets')
-GITHUB = {'github-workflows': ['.github/workflows/test.yml'], 'dependabot': ['.github/dependabot.yml'],
+GITHUB = {'github-workflows': ['.github/workflows/test.yml', '.github/workflows/pages.yml'],
+          'dependabot': ['.github/dependabot.yml'],
           'github-issue-forms': ['.github/ISSUE_TEMPLATE/error.yml', '.github/ISSUE_TEMPLATE/idea.yml'],
           'github-issue-config': ['.github/ISSUE_TEMPLATE/config.yml'], 'citation-file-format': ['CITATION.cff']}
 
@@ -80,7 +81,7 @@ def test_each_extra_brings_what_its_line_promises(settings):
         'setup(\n', 'given.update('), dict(given=given, __file__=str(ROOT/'setup.py')))
     whole, = map(Requirement, given['extras_require']['all'])
     named = {name.removesuffix('_requirements') for name in settings if name.endswith('_requirements')}
-    assert whole.name == 'stdg' and whole.extras == named - {'dev', 'wandb'}
+    assert whole.name == 'stdg' and whole.extras == named - {'dev', 'site', 'wandb'}
     assert not {'jupyterlab', 'matplotlib', 'trimesh'} & {Requirement(one).name for one in given['install_requires']}
 
 
