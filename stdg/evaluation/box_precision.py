@@ -48,9 +48,10 @@ def match_boxes(found, true):
         overlap = np.asarray(box_overlaps(boxes, asked, crowd.astype(np.uint8)))
         overlap = np.where(found[:, 4:5] == true[:, 4], overlap, -1)
         free = np.ones((len(THRESHOLDS), len(true)), bool)
+        kinds = (~left_out, left_out) if left_out.any() else (~left_out,)
         for i in np.flatnonzero(overlap.max(1) >= THRESHOLDS[0]):
             near = (overlap[i] >= THRESHOLDS[:, None]) & (free | crowd)
-            for kind in (~left_out, left_out):
+            for kind in kinds:
                 some = np.where(near & kind, overlap[i], -1)[:, ::-1]
                 best = len(true) - 1 - some.argmax(1)  # of equal ones the last
                 takes = np.flatnonzero((some.max(1) >= 0) & ~matched[i])
