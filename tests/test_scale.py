@@ -25,10 +25,6 @@ def test_two_processes_give_the_figures_of_one():
     assert said['mb'] > 100, 'Python and PyTorch alone are more'
 
 
-def test_what_a_program_says_when_it_fails():
-    with pytest.raises(RuntimeError, match='0 images by 1 processes: .*must be at least 1'): scale.measured(0)
-
-
 def test_memory_does_not_grow_with_images():
     """Twice as many images need no more memory than one block of boxes has room for. (What is kept for
     intervals grows; none are asked for.)"""
