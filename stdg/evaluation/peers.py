@@ -11,6 +11,7 @@ from typing import Callable
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..io.extras import needed
@@ -29,7 +30,7 @@ class _Called(nn.Module):
 def _of_transformers(kind, config):
     library = needed('transformers')
     settings = getattr(library, f'{kind}Config')(use_pretrained_backbone=False, **config)
-    return _Called(getattr(library, f'{kind}ForObjectDetection')(settings)).eval()
+    return _Called(getattr(library, f'{kind}ForObjectDetection')(settings)).eval().requires_grad_(False)
 
 def detr(**config):
     """DETR with ResNet-50 and random weights, in evaluation mode, called with normalised pictures
@@ -79,13 +80,7 @@ PEERS = (Peer('DETR, ResNet-50', detr, 'RelTR', 'the decoder of triplets', (800,
 @torch.no_grad()
 def operations(network, pictures):
     "Floating-point operations of one pass of `network` over `pictures`, in GFLOP: products and convolutions."
-    inner = getattr(network, 'network', None)
-    way = getattr(getattr(inner, 'config', None), '_attn_implementation', None)
-    if way: inner.set_attn_implementation('eager')
-    try:
-        with FlopCounterMode(display=False) as counter: network(pictures)
-    finally:
-        if way: inner.set_attn_implementation(way)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: network(pictures)
     return counter.get_total_flops() / 1e9
 
 def parameters(network):

@@ -167,7 +167,7 @@ def compared(images, shards=2, run=measured):
     of them, with `per_image_ms`; figures are left out.
 
     Raises `ValueError` if one process and several say other things."""
-    tenth = images // 10
+    tenth = max(images // 10, 1)
     rows = [run(tenth, 1), run(tenth, shards), run(images, shards)]
     if str(rows[0]['figures']) != str(rows[1]['figures']):
         raise ValueError(f'{tenth} images: {shards} processes give other figures than one. Something in their '
