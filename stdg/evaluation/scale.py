@@ -25,6 +25,11 @@ from ..io.files import atomic_path
 from ..io.packed import PackedWriter
 from ..io.parameters import CommandLine, Whole, argument
 
+try:
+    import resource
+except ImportError:
+    resource = None  # Windows
+
 # %% ../../nbs/evaluation/13_scale.ipynb #invented
 @dataclass
 class InventedScenes:
@@ -89,8 +94,7 @@ def peak_megabytes():
     if status.is_file():
         for line in status.read_text().splitlines():
             if line.startswith('VmHWM:'): return int(line.split()[1]) / 2**10
-    try: import resource
-    except ImportError: return float('nan')  # Windows
+    if resource is None: return float('nan')
     unit = 2**20 if sys.platform == 'darwin' else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -128,7 +132,7 @@ def _parser():
     parser.add_argument('--shards', type=argument(Whole(1)), default=1, help='processes that make records; default 1')
     parser.add_argument('--shard', type=argument(Whole()), help='make the records of this run, in --folder, and end')
     parser.add_argument('--folder', help='where the records are')
-    parser.add_argument('--intervals', type=argument(Whole()), default=0, help='resamples for intervals; default 0: none')
+    parser.add_argument('--intervals', type=argument(Whole()), default=0, help='resamples for intervals; default 0')
     return parser
 
 def main(arguments=None):
