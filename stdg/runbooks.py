@@ -86,7 +86,8 @@ RUNBOOKS = dict(
         seeds=Many(ALLOWED['seed'], 1, distinct=True), processes=Whole(1)),
     benchmark=dict(
         repeats=Whole(1), side=_side, n_objects=Whole(1), n_predicates=Whole(1),
-        loader_workers=_share, networks=_networks, exported=_networks, compiled=Flag(), out=Text()),
+        loader_workers=_share, networks=_networks, exported=_networks,
+        live=File(('.safetensors',)), peers=Flag(), judged=Whole(), compiled=Flag(), out=Text()),
     benchmark_gpu=dict(
         batches=Many(Whole(1), 1), networks=_networks, precisions=Many(ALLOWED['precision'], 1),
         compiled=Flag(), side=_side, steps=Whole(1), minutes=Real(0, above=True), out=Text()))

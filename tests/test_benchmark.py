@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 root = Path(__file__).parent.parent
-TOY = dict(repeats=1, side=128, n_objects=6, n_predicates=4, compiled=False)
+TOY = dict(repeats=1, side=128, n_objects=6, n_predicates=4, compiled=False, judged=0)
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +29,8 @@ def results(tmp_path_factory):
 def test_every_piece_is_measured(results):
     names = ' '.join(row['name'] for row in results['rows'])
     for piece in ('HHA', 'target fields', 'loading', 'decoding', 'evaluator',
-                  'deformable convolution', 'training step', 'inference', 'bytes to triplets',
+                  'deformable convolution', 'training step', 'inference', 'bytes to triplets', 'beside',
+                  'decoding published', 'loading rooms', 'bytes to triplets, onnxruntime, float',
                   'onnxruntime', 'int8', 'live, ', 'explorer, slowest', 'explorer, a new picture'):
         assert piece in names
     assert all(row['ms'] > 0 for row in results['rows'])
@@ -40,6 +41,34 @@ def test_every_piece_is_measured(results):
             assert row['stand_in']
     assert all(m['mb'] > 0 and m['stand_in_mb'] > 0 for m in results['memory'])
     assert 'threads' in results['machine']
+
+
+def test_peers_and_what_feeds_gpus(results):
+    "Each peer at two sizes beside ours, with its work; and cores by the rates of this very run."
+    peers = results['peers']
+    assert [p['stands_for'] for p in peers] == ['itself', *['RelTR'] * 2, *['EGTR'] * 2, *['REACT and REACT++'] * 2]
+    for peer in peers: assert min(peer[name] for name in ('ms', 'mb', 'parameters', 'gflop')) > 0, peer
+    assert peers[1]['gflop'] > 2 * peers[2]['gflop'], 'at its own size it does more'
+    rate, = [row['images_per_second'] for row in results['rows'] if row['name'].startswith('loading rooms')]
+    row = [row for row in results['feeding'] if row['layout'].startswith('rooms')][-1]
+    assert row['gpus'] == 8 and row['pictures'] == 8 * 500 and row['megabytes'] > 0
+    assert row['cores'] == pytest.approx(4000 / (rate / 2), rel=.02, abs=1)
+
+
+def test_readme_shows_what_is_decided_by():
+    "Ten lines of the table, in their order; of a run that lacks one nothing is made, and that is said."
+    cells = {c.id: c.source for c in nbformat.read(root/'nbs'/'benchmark.ipynb', as_version=4).cells}
+    made = {}
+    exec(cells['table'], made)
+    names = [f'small, {end}' for end in made['DECIDE']]
+    rows = [dict(name=name, ms=i + 1.) for i, name in enumerate(['other', *reversed(names)])]
+    lines = made['readme_table'](rows).splitlines()
+    assert [line.split(' | ')[0][2:] for line in lines[2:]] == names
+    assert set(lines) <= set(made['table'](rows).splitlines())
+    with pytest.raises(ValueError, match='nothing that ends in evaluator, 100,000'):
+        made['readme_table'](rows[:1] + rows[2:])
+    peer = dict(name='P', width=4, height=3, ms=12.4, mb=5, parameters=1.5, gflop=2., stands_for='Q', leaves_out='r')
+    assert '| P | 4 x 3 | 12 | 5 | 1.5 | 2.0 | Q | r |' in made['peer_table']([peer]).splitlines()
 
 
 def test_notebook_and_readme_show_what_was_measured():

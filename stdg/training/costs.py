@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['CARDS', 'WORK', 'MEASURED', 'LOADED', 'DEPTH_ON_3090', 'CORE_MS', 'KILOBYTES', 'WRITTEN', 'Card', 'speed', 'Work',
-           'reached', 'rate', 'memory', 'costs', 'head', 'memory_here', 'disk_here', 'written', 'said_here']
+           'reached', 'rate', 'memory', 'costs', 'feeding', 'feeding_table', 'head', 'memory_here', 'disk_here',
+           'written', 'said_here']
 
 # %% ../../nbs/training/09_costs.ipynb #imports
+import math
 import os
 import shutil
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..depth.depth_file import depth_path
 from ..depth.hha_file import SOURCES, hha_path
 from ..io.devices import choose_device
+from ..io.text import markdown_table
 
 # %% ../../nbs/training/09_costs.ipynb #cards
 @dataclass(frozen=True)
@@ -86,6 +90,32 @@ def costs(card, pictures, training, epochs, batch_size=32, network='convnext_tin
     on_disk += 2 * WRITTEN * 4 * WORK[network].parameters * 1e6
     return dict(prepare=seconds / 3600, **hours, memory=memory(network, batch_size),
                 disk=on_disk / 1e9)
+
+# %% ../../nbs/training/09_costs.ipynb #feeding
+def feeding(layouts,  # {name of a data set: (training samples a second that one core makes, kB that each reads)}
+            learnt,  # {name of a network: pictures a second that one GPU learns from}
+            gpus=8):
+    """What feeds so many GPUs: a list of dict(network, layout, gpus, pictures, cores, megabytes), where
+    pictures and megabytes (10^6 bytes, read from the disk) are those of a second, cores a whole number.
+
+    Raises `ValueError` for a rate that is not above 0."""
+    rates = {f'layout {name!r}': rate for name, (rate, _) in layouts.items()}
+    for name, rate in (rates | {f'network {name!r}': rate for name, rate in learnt.items()}).items():
+        if not rate > 0: raise ValueError(f'{name}: {rate} pictures a second feed nothing; measure it again')
+    rows = []
+    for network, rate in learnt.items():
+        for layout, (loaded, kilobytes) in layouts.items():
+            pictures = gpus * rate
+            rows.append(dict(network=network, layout=layout, gpus=gpus, pictures=pictures,
+                             cores=math.ceil(pictures / loaded), megabytes=pictures * kilobytes / 1000))
+    return rows
+
+def feeding_table(rows):
+    "What `feeding` gives, as a Markdown table."
+    names = [f"{row['network']}, {row['layout']}" for row in rows]
+    cells = [[f"{row['pictures']:,.0f}", f"{row['cores']}", f"{row['megabytes']:,.0f}"] for row in rows]
+    columns = ['pictures/s', 'cores that load', 'disk, MB/s']
+    return markdown_table(f"{rows[0]['gpus']} GPUs", columns, names, cells, np.zeros((len(rows), 3), bool))
 
 # %% ../../nbs/training/09_costs.ipynb #head
 _SHOWN = ('H200', 'RTX 4090', 'T4')
