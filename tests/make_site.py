@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRELOAD = ['execnb.shell', 'matplotlib.pyplot', 'torch']  # imported once, for all notebooks
 NOTE = ('```{note}\nThis runbook is shown without what it prints and draws: it trains or reads a run, for minutes '
         'or hours. Run it as it says below, and look at the notebook that it leaves.\n```')
+WIDGET = '(a widget, which a page cannot show: open the notebook in JupyterLab)'
 PAGES = {'CONTRIBUTING.md': 'contributing', 'CHANGELOG.md': 'changes'}
 
 
@@ -171,8 +172,10 @@ def as_page(nb, path, root, library, url):
             cell.metadata['exports'] = {f'{module}.{name}': kind for name, kind in exports(cell).items()}
             cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip('\n')
             for output in cell.get('outputs', ()):  # a page has no kernel: a widget is what it prints
-                for kind in [kind for kind in output.get('data', ()) if kind.startswith('application/')]:
-                    del output['data'][kind]
+                given = output.get('data', {})
+                kept = {kind: data for kind, data in given.items() if not kind.startswith('application/')}
+                if 'data' in output: output.data = kept or ({'text/plain': WIDGET} if given else {})
+            cell.outputs = [output for output in cell.get('outputs', ()) if output.get('data', True)]
         if cell.source.strip(): cells.append(cell)
     if skipped: cells.insert(1, nbformat.v4.new_markdown_cell(NOTE, id='not-run'))
     nb.cells, nb.metadata = cells, nbformat.from_dict(dict(language_info=dict(name='python')))

@@ -7,8 +7,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from make_site import ROOT, chapters, exports, is_run, is_skipped, make, relinked
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from make_site import ROOT, WIDGET, as_page, chapters, exports, is_run, is_skipped, make, relinked
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from site_rendering import complaints, mathml
 
 missing = [name for name in ('sphinx', 'myst_nb', 'furo', 'latex2mathml', 'ziamath', 'grimp') if not find_spec(name)]
@@ -144,6 +144,12 @@ def test_small_parts():
     assert not is_run(new_code_cell('#| eval: false\n1'))
     assert relinked('[a](https://x.org/b.ipynb)\n```\n[c](d.ipynb)\n```', Path('/r/nbs'), Path('/r'), URL) == (
         '[a](https://x.org/b.ipynb)\n```\n[c](d.ipynb)\n```')
+    view = {'application/vnd.jupyter.widget-view+json': {}}
+    shown = [new_output('display_data', data) for data in (view, view | {'text/plain': 'a slider'}, {})]
+    nb = new_notebook(cells=[new_code_cell('show()', outputs=[*shown, new_output('stream', text='said')])])
+    slider, stream = as_page(nb, Path('/r/nbs/a.ipynb'), Path('/r'), 'stdg', URL).cells[0].outputs[1:]
+    assert nb.cells[0].outputs[0].data == {'text/plain': WIDGET} and slider.data == {'text/plain': 'a slider'}
+    assert stream.text == 'said'
     with pytest.raises(ValueError, match='not every command'): mathml(r'\nosuchcommand x')
 
 
