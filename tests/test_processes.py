@@ -266,6 +266,21 @@ def test_shards_twice_each_and_several_that_join(tmp_path, database):
         assert (copy.folder/'hha_64_metric.h5').read_bytes() == alone
 
 
+def test_a_part_whose_folder_goes_while_it_is_written(tmp_path):
+    """Another process has joined all parts meanwhile: what HDF5 says of a file that it has opened and cannot find
+    is no error then; where nobody has, it is."""
+    parts, other = (packed.Parts(tmp_path/'depth.h5', 'depth', [7, 8], size=1) for _ in range(2))
+    lost = OSError("Unable to synchronously create file (can't retrieve stat info for file)")
+    def fail(path): raise lost
+    with pytest.raises(OSError, match='retrieve stat info'): parts.put(0, fail)
+    def fail_late(path):
+        for k in (0, 1): other.write(k, [np.full(3, k, np.uint8)])
+        other.merge()
+        raise lost
+    parts.put(0, fail_late)
+    assert parts.joined and packed.Packed(tmp_path/'depth.h5', 'depth')[1].tolist() == [1, 1, 1]
+
+
 @needs_fork
 def test_shards_beside_one_that_does_all(tmp_path, database):
     alone = hha(copy_of(database, tmp_path/'alone')).read_bytes()

@@ -213,7 +213,7 @@ class Parts:
         if not self._record.exists(): self._start()
         if self.joined: return
         try: write(self.part(k))
-        except FileNotFoundError:
+        except OSError:  # its folder goes at once: HDF5 may have opened a file there, and finds it no more
             if not self.joined: raise
 
     @contextmanager
