@@ -160,12 +160,13 @@ def shown_options(query, thresholds):
         except Exception as error: raise ValueError(f"{name}: {one_line(error, 200)}") from None
     return found
 
-# %% ../../nbs/inference/13_demo.ipynb #handler
+# %% ../../nbs/inference/13_demo.ipynb #headers
 _HEADERS = {'Content-Type': 'text/html; charset=utf-8', 'Cache-Control': 'no-store', 'Referrer-Policy': 'same-origin',
             'X-Content-Type-Options': 'nosniff', 'Cross-Origin-Resource-Policy': 'same-origin',
             'Content-Security-Policy': "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
                                        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"}
 
+# %% ../../nbs/inference/13_demo.ipynb #handler
 class _Handler(BaseHTTPRequestHandler):
     "Answers one request; `server` is a `DemoServer`."
     timeout = 30  # seconds without a byte

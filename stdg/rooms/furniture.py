@@ -123,6 +123,7 @@ def chair(rng):
                     support=[(seat_height, -width / 2 + .03, -width / 2 + .02, width / 2 - .03,
                               width / 2 - .08)])
 
+# %% ../../nbs/rooms/03_furniture.ipynb #bench
 def bench(rng):
     "A long seat of boards, with a back or without."
     boards, length = wood(rng), rng.uniform(1.1, 1.5)
