@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CELLS', 'DEPTH_FIGURES', 'LESSONS_OF_C', 'lead_runs', 'largest_and_smallest', 'lesson_runs', 'content_runs',
-           'taught_networks', 'detectable']
+           'taught_networks', 'detectable', 'powers']
 
 # %% ../../nbs/training/11_depth_runs.ipynb #imports
 import re
@@ -133,3 +133,29 @@ def detectable(deviation, seeds, level=.05, power=.8):
     if seeds < 2: raise ValueError(f'seeds={seeds}: a deviation needs two or more')
     quantiles = stats.t.ppf([1 - level / 2, power], seeds - 1)
     return float(quantiles.sum() * deviation / np.sqrt(seeds))
+
+# %% ../../nbs/training/11_depth_runs.ipynb #powers
+def powers(found, level=.05, power=.8):
+    """{figure: the least difference that the seeds of `found` find}, of a
+    `stdg.training.experiments.summary`: by the standard deviation of the differences seed by seed to its
+    reference, pooled over groups and configurations that have as many seeds as most.
+
+    Raises `ValueError` if nothing has two seeds or more."""
+    deviations = {}
+    for configurations in found.values():
+        base = next(by_figure for by_figure in configurations.values()
+                    if 'difference' not in next(iter(by_figure.values())))
+        for by_figure in configurations.values():
+            for name, entry in by_figure.items():
+                if 'difference' not in entry or len(entry['seeds']) < 2: continue
+                other = base[name]['seeds']
+                moved = [value - other[seed] for seed, value in entry['seeds'].items()]
+                deviations.setdefault(name, []).append((len(moved), np.var(moved, ddof=1)))
+    if not deviations: raise ValueError('powers: no configuration has two seeds to tell a deviation by')
+    least = {}
+    for name, pairs in deviations.items():
+        counts = [n for n, _ in pairs]
+        most = max(set(counts), key=counts.count)
+        pooled = np.mean([variance for n, variance in pairs if n == most]) ** .5
+        least[name] = detectable(pooled, most, level, power)
+    return least
