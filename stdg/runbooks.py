@@ -34,6 +34,7 @@ from .training.settings import ALLOWED, Settings, check_together
 
 # %% ../nbs/commands/04_runbooks.ipynb #tables
 _side, _share, _path = Whole(32, 8192), Whole(0, 1024), Text(empty=False)
+_network = File(shared='model.safetensors', empty=False, hub=True)
 _networks = Many(Choice(tuple(CONFIGURATIONS)), distinct=True)
 _split = Choice(tuple(SPLITS))
 
@@ -50,12 +51,12 @@ RUNBOOKS = dict(
         device=Device(), shard=Whole(), of_shards=Whole(1), timed=Whole(), keep_thresholds=Flag(),
         extremes=Whole()),
     predict=dict(
-        pictures=_path, checkpoint=File(shared='model.safetensors', empty=False),
+        pictures=_path, checkpoint=_network,
         min_score=Real(None, 1), top=Whole(1), show=Whole(), out=Text(),
         boxes=File(('.json',), what='a file with the boxes of a detector'),
         unknown=Choice(('error', 'skip')), prior=Real(None, 100), all_names=Flag()),
     explore=dict(
-        run=RunName(), checkpoints=Many(File(empty=False)), data=Text(), split=_split,
+        run=RunName(), checkpoints=Many(_network), data=Text(), split=_split,
         depth_source=_path, pictures=Many(_path), number=Whole(1),
         show=Choice(('both, compared', 'prediction', 'truth')),
         reading=Choice(('its own', 'without prior', 'unsuppressed', 'as published')),

@@ -18,13 +18,15 @@ from PIL import Image
 
 import stdg
 from stdg import cli
+from stdg.explore import explore
 from stdg.graph import Vocabulary
 from stdg.inference import export_command, hub_files
 from stdg.inference.hub import Model
 from stdg.inference.model_card import run_figures
-from stdg.inference.predictor import load_predictor, network_files
+from stdg.inference.predictor import load_predictor, network_file, network_files
 from stdg.io.files import write_json
 from stdg.model import STDG
+from stdg.runbooks import check_parameters
 from stdg.testing import loud, toy_scene
 
 FILES = ['config.json', 'model.json', 'model.safetensors']
@@ -128,6 +130,22 @@ def test_a_name_in_the_place_of_a_checkpoint(hub, repository, tmp_path, capsys):
     assert network_files('me/toy') == [] and network_files(ready) == [ready.path, folder/'model.json']
     assert Model.from_pretrained('me/toy').facts == Model.from_pretrained(repository).facts
     command(capsys, 'predict', 'photo.png', '-c', 'hub:me/toy', '--revision', 'main', code=0)
+
+
+def test_the_explorer_and_the_runbook_take_a_name(hub, repository):
+    "`checkpoints` of the explorer and `checkpoint` of predict.ipynb; a shared folder, too."
+    explorer = explore(['hub:me/toy', repository], pictures='photo.png')
+    names = list(explorer.records.checkpoints)
+    assert names == ['me/toy', repository.name] and [n for n, _ in explorer.controls.network.options] == names
+    assert explorer.view.graph['triplets'] and not explorer.view.message.startswith('hub')
+    explorer.close()
+    with pytest.raises(FileNotFoundError, match='me/private is no folder here.* it shows no such network'):
+        explore('hub:me/private', pictures='photo.png')
+    asked = dict(checkpoint='hub:me/toy', _ih=['', "# Parameters\ncheckpoint = 'hub:me/toy'\n"])
+    check_parameters('predict', asked)
+    assert asked['checkpoint'] == 'hub:me/toy' and network_file('hub:me/toy').name == 'model.safetensors'
+    assert (load_predictor(asked['checkpoint']).path.read_bytes()
+            == load_predictor(repository).path.read_bytes())
 
 
 def test_what_the_hub_refuses(hub, capsys, monkeypatch, tmp_path):

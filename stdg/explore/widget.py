@@ -30,6 +30,8 @@ from .records import Records, known_layer
 from .scene import upload_scene
 from .snapshot import draw_snapshot
 from ..inference.albums import left_out, no_pictures, pictures_in
+from ..inference.hub_files import hub_name
+from ..inference.predictor import network_file
 from ..io.archives import FolderSource
 from ..io.extras import needed
 from ..io.outputs import path_list
@@ -256,16 +258,25 @@ def _named(paths, name):
     A name that comes twice is the whole path."""
     if isinstance(paths, dict): return paths
     paths = path_list(paths)
-    short = [name(Path(path)) for path in paths]
+    short = [name(path) for path in paths]
     return {str(path) if short.count(text) > 1 else text: path for path, text in zip(paths, short)}
 
+def _network_name(path):
+    "The name of a network's file: its folder and itself, of a shared folder the folder; of one of the Hub its own."
+    if place := hub_name(path): return str(place)
+    path = Path(path)
+    parts = [path] if path.is_dir() else [path.parent, path.with_suffix('')]
+    return '/'.join(part.name for part in parts if part.name)
+
 def _networks(checkpoints):
-    return _named(checkpoints, lambda path: f'{path.parent.name}/{path.stem}' if path.parent.name
-                  else path.stem)
+    """{name: file} of the networks, fetched from the Hub where they are of it.
+
+    Raises as `stdg.inference.predictor.network_file`."""
+    return {name: network_file(path) for name, path in _named(checkpoints, _network_name).items()}
 
 def _databases(folders, split):
     """({name: `Database`} of those with pictures in the `split`, errors of the others)."""
-    found = {name: Database(path) for name, path in _named(folders, lambda path: path.name).items()}
+    found = {name: Database(path) for name, path in _named(folders, lambda path: Path(path).name).items()}
     empty = [name for name, one in found.items() if not len(one.indices(split))]
     there = lambda one: ', '.join(f'{len(one.indices(s))} in {s}' for s in ('train', 'val', 'test'))
     errors = [ValueError(f"{name} has no pictures in split {split!r} ({there(found[name])}): give "
@@ -295,7 +306,7 @@ def _pictures(paths):
     return scenes, errors
 
 # %% ../../nbs/explore/08_widget.ipynb #explore
-def explore(checkpoints,  # .safetensors: a path, several, or {name: path}
+def explore(checkpoints,  # .safetensors, shared folders, 'owner/name' of the Hub: one, several, or {name: path}
             databases=(),  # folders of databases: a path, several, or {name: path}
             pictures=(),  # pictures of one's own: a path, several, or folders of them
             split='test',

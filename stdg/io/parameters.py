@@ -196,17 +196,19 @@ def _listed(folder, endings):
 @dataclass(frozen=True)
 class File:
     """A file that is there, or one of `words`, or, if it may be `empty`, ''. A folder that holds a
-    file called `shared` will do. Paths are relative to the project's folder, or else to this one."""
+    file called `shared` will do, and with `hub` the name of a repository, 'hub:owner/name'. Paths are
+    relative to the project's folder, or else to this one."""
     endings: tuple = ('.safetensors',)
     words: tuple = ()
     shared: str = None
     empty: bool = True
     what: str = 'a file of a trained network'
+    hub: bool = False
 
     @property
     def needed(self):
-        return f"{self.what} ({', '.join(self.endings)})" + ''.join(f', or {word!r},'
-                                                                    for word in self.words)
+        others = [*map(repr, self.words), *(['hub:owner/name'] if self.hub else [])]
+        return f"{self.what} ({', '.join(self.endings)})" + ''.join(f', or {one},' for one in others)
 
     def read(self, value):
         """`value` as a str, whole where this folder is not the project's.
@@ -214,6 +216,7 @@ class File:
         Raises `ValueError` for a folder or a missing file, with what is there."""
         text = Text().read(value)
         if self.empty and not text or text in self.words: return text
+        if self.hub and text.startswith('hub:'): return text
         if not text.strip(): raise ValueError
         root = project_folder()
         path = next((p for p in (root/text, Path.cwd()/text) if os.path.exists(p)), root/text)
