@@ -60,3 +60,19 @@ def by_heart(scenes, graphs, vocabulary, canvas, channels=640, sure=6., **more):
     seen = model.network.relation.pre_head(features)[0]
     _solve(model.network.relation.layer, _flat(seen), _flat(wanted.flatten(1, 2)))
     return model
+
+
+def same_graph(found, wanted):
+    """Two predictions of one picture are the same: objects within 1e-3, up to the order of equals, and the
+    tables of their pairs within 1e-5."""
+    rows = [torch.cat([1000. * p.labels[:, None], p.boxes, 100 * p.scores[:, None]], 1).double()
+            for p in (found, wanted)]
+    far, partner = torch.cdist(*rows, compute_mode='donot_use_mm_for_euclid_dist').min(1)
+    assert len(found) == len(wanted) == len(partner.unique()) and (far < 1e-3).all()
+    tables = [dict(zip(map(tuple, pairs.tolist()), p.predicates)) for pairs, p in
+              ((partner[found.pairs], found), (wanted.pairs, wanted))]
+    assert tables[0].keys() == tables[1].keys()
+    for pair, row in tables[0].items(): torch.testing.assert_close(row, tables[1][pair], rtol=1e-4, atol=1e-5)
+    if not len(found.pairs): return
+    ranks = [p.predicates.amax(1) * p.scores[p.pairs].prod(1) for p in (found, wanted)]
+    torch.testing.assert_close(*ranks, rtol=1e-4, atol=1e-5)  # in the same order, too

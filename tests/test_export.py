@@ -11,14 +11,25 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from sample_network import same_graph
 
 from stdg import decode
 from stdg.data import network_input
 from stdg.graph import Vocabulary
-from stdg.inference.export import NAMES, Deployed, OnnxModel, export_onnx, export_program, finish
+from stdg.inference.export import (
+    NAMES,
+    PAIR_NAMES,
+    Deployed,
+    OnnxModel,
+    export_onnx,
+    export_program,
+    finish,
+    finish_pairs,
+)
 from stdg.inference.hub import Model
 from stdg.io.files import write_json
 from stdg.model import STDG
+from stdg.reading import PairPrior, Reading
 
 OBJECTS, PREDICATES = 20, 5
 names = Vocabulary([f'class {i}' for i in range(OBJECTS)],
@@ -148,6 +159,32 @@ def test_swin_s(tmp_path):
     for stage in (body.layers_0, transformer): stage.blocks = stage.blocks[:1]
     export_onnx(network, tmp_path/'a.onnx')
     check_file(network, tmp_path/'a.onnx')
+
+
+@pytest.mark.parametrize('suppress', ['none', 'soft'])
+def test_a_network_that_is_read_along_lines(tmp_path, suppress):
+    """Its file answers as its checkpoint does: the graph asks about all pairs, and prior, suppression and power
+    are those of its reading."""
+    counts = np.random.default_rng(0).integers(0, 9, (OBJECTS, OBJECTS, PREDICATES))
+    prior = PairPrior(counts, counts.sum(2) + 9, names.to_json())
+    reading = Reading('lines', tau=3., objects=12, power=2., suppress=suppress, prior=.5, table=prior)
+    ours = model(size=64)
+    ours.facts.update(reading=reading.to_json(), prior=prior.to_json())
+    export_onnx(ours, tmp_path/'lines.onnx')
+    export_program(ours, tmp_path/'lines.pt2')
+    runner, program = OnnxModel(tmp_path/'lines.onnx'), torch.export.load(tmp_path/'lines.pt2').module()
+    assert runner.names == PAIR_NAMES and not runner.asks_pairs and runner.reading.to_json() == reading.to_json()
+    for n in (1, 3):
+        given = pictures(n, 64)
+        with torch.no_grad():
+            fields = ours.network(network_input(ours.network, given))
+            wanted = decode.decode_batch(*fields, stride=ours.network.stride, reading=reading)
+        for way in (runner(given), program(given)):
+            for image, graph in zip(zip(*map(torch.as_tensor, way)), wanted):
+                same_graph(finish_pairs(*image, reading), graph)
+                assert len(graph.pairs) == 12 * 11
+    picture = np.random.default_rng(1).integers(0, 255, (90, 60, 3), dtype=np.uint8)
+    same_graph(runner.predict(picture), ours.predict(picture))
 
 
 def test_program(tmp_path):
@@ -288,6 +325,7 @@ import sys
 for name in ('onnx', 'onnxscript', 'onnxruntime'): sys.modules[name] = None
 from stdg.inference.export import OnnxModel, export_onnx, export_program
 from stdg.model import STDG
+from stdg.reading import PairPrior, Reading
 from stdg.inference.hub import Model
 network = STDG('resnet18', n_objects=2, n_predicates=1, pretrained=False, stride=16, fpn=8, channels=8)
 model = Model(network, dict(size=64))

@@ -22,6 +22,7 @@ from .. import decode
 from ..data import network_input
 from ..deform import DeformConv, project_then_gather, sampling_points
 from ..graph import Prediction, Vocabulary
+from .exported_lines import line_table
 from .onnx_network import FIELDS, facts_of, head_text, open_session
 from .predictor import letterbox, on_picture, read_image
 from ..io.extras import needed
@@ -153,7 +154,7 @@ PAIR_NAMES = ('boxes', 'labels', 'scores', 'table')
 
 class DeployedPairs(nn.Module):
     """From bytes (B, 3, H, W) uint8 RGB to the tensors `PAIR_NAMES`, as a `Reading` says; a copy that
-    shares nothing with its `STDG`, which is asked about pairs.
+    shares nothing with its `STDG`, which is asked about pairs, or whose fields are read along lines.
 
     Raises `ValueError` for a network that reads HHA."""
     names = PAIR_NAMES
@@ -169,7 +170,9 @@ class DeployedPairs(nn.Module):
             scores = suppress(boxes, scores, self.reading.suppress, self.reading.overlap)
             scores, boxes, labels = _best_first(scores, boxes, labels)
         m = min(self.reading.objects, scores.shape[1])
-        table = pair_table(fields, boxes[:, :m], labels[:, :m], self.network.stride, self.reading.related)
+        stride, first = self.network.stride, boxes[:, :m]
+        if not self.network.network.asks_pairs: table = line_table(fields, first, stride, self.reading.tau)
+        else: table = pair_table(fields, first, labels[:, :m], stride, self.reading.related)
         return boxes, labels, scores, table
 
 def finish_pairs(boxes, labels, scores, table,  # of `PAIR_NAMES`, of one picture
@@ -200,7 +203,8 @@ def _target(path, ending):
 
 def _deployed(model, top):
     "The module that is exported of a `Model`."
-    if model.network.network.asks_pairs: return DeployedPairs(model.network, Reading.from_facts(model.facts))
+    reading = Reading.from_facts(model.facts)
+    if model.network.network.asks_pairs or reading.relations == 'lines': return DeployedPairs(model.network, reading)
     return Deployed(model.network, top)
 
 def _traced(model, size, whole, kind=torch.uint8, **more):
@@ -272,13 +276,14 @@ class OnnxModel:
     """A file of `export_onnx`, run by onnxruntime on `threads` of the CPU (0: all), or by other
     `providers`.
 
-    Called with bytes (B, 3, size, size) it gives the arrays `NAMES`, or, of a network that is asked about
-    pairs, `PAIR_NAMES`.
+    Called with bytes (B, 3, size, size) it gives the arrays `names`: `NAMES`, or, of a network that is asked
+    about pairs or read along lines, `PAIR_NAMES`.
 
     Raises `FileNotFoundError` or `ValueError` naming the file, `ImportError` where the extra is
     missing."""
     def __init__(self, path, threads=0, providers=('CPUExecutionProvider',)):
         self.session = open_session(path, threads, providers)
+        self.names = tuple(output.name for output in self.session.get_outputs())
         self.facts = facts_of(self.session, path, 'stdg.inference.export.export_onnx')
         if 'input' in self.facts:
             raise ValueError(f"{path} holds fields, and no objects. stdg predict -c reads it; for this "
@@ -287,8 +292,8 @@ class OnnxModel:
 
     @property
     def reading(self):
-        """How the network is best read, a `Reading`, prior and all; of a network of fields this graph gives
-        votes alone."""
+        """How the network is best read, a `Reading`, prior and all; a graph of votes gives these alone,
+        without a prior and unsuppressed."""
         return Reading.from_facts(self.facts)
 
     @property
@@ -310,7 +315,7 @@ class OnnxModel:
         order = self.facts['config'].get('colour_order', 'RGB')
         canvas, *place = letterbox(picture, self.size, order)
         arrays, facts = [array[0] for array in self(canvas[None])], self.facts
-        if self.asks_pairs: found = finish_pairs(*arrays, self.reading)
+        if self.names == PAIR_NAMES: found = finish_pairs(*arrays, self.reading)
         else:
             found = finish(*arrays, n_predicates=self.n_predicates)
             if self.reading != PUBLISHED: facts = {k: v for k, v in facts.items() if k != 'thresholds'}
