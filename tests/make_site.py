@@ -102,6 +102,7 @@ def run(path, target, root):
     "Run a notebook in its folder and write it with its outputs; '' or, if a cell fails, what it says."
     from execnb.shell import CaptureShell
 
+    multiprocessing.set_start_method(None, force=True)  # what this process was started by is not for the notebook
     sys.path.insert(0, str(root))
     os.chdir(path.parent)
     nb = nbformat.read(path, as_version=4)

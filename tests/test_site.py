@@ -15,6 +15,14 @@ missing = [name for name in ('sphinx', 'myst_nb', 'furo', 'latex2mathml', 'ziama
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"{missing} are not installed: pip install 'stdg[site]'")
 URL = 'https://example.org/stdg'
 HOSTILE = '<script>window.hacked=1</script>'
+OWN_PROCESS = '''>>> #| hide
+import multiprocessing
+def work(): pass
+if multiprocessing.get_all_start_methods()[0] == 'fork':  # the usual way: it needs no name to find `work` by
+    other = multiprocessing.Process(target=work)
+    other.start()
+    other.join()
+    assert other.exitcode == 0'''
 SIDEBAR = """
 website:
   sidebar:
@@ -50,6 +58,7 @@ def project(tmp_path_factory):
              '[licence](../LICENSE), [changes](../CHANGELOG.md)')
     notebook(root/'nbs'/'train.ipynb', '# A long run\n\n- skip_exec: true', '>>> raise RuntimeError("it was run")')
     notebook(root/'nbs'/'wing'/'01_first.ipynb', '# First', '>>> #| default_exp toys', '>>> #| hide\nhidden = 6',
+             OWN_PROCESS,
              '>>> #| export\ndef tell_all(x): return x\n\nLIMIT = 3', f'>>> print({HOSTILE!r}, hidden + 1)',
              '>>> %matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()',
              '>>> #| eval: false\n1/0', 'Half: $\\tfrac12$ and $$x \\le \\Big\\lfloor y \\Big\\rfloor$$')
