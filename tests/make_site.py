@@ -9,7 +9,7 @@ import ast
 import configparser
 import hashlib
 import json
-import multiprocessing
+import multiprocessing.util
 import os
 import re
 import shutil
@@ -106,13 +106,13 @@ def run(path, target, root):
     sys.path.insert(0, str(root))
     os.chdir(path.parent)
     nb = nbformat.read(path, as_version=4)
-    with tempfile.TemporaryDirectory() as own:
-        os.environ['TMPDIR'] = tempfile.tempdir = own
-        shell = CaptureShell(path, mpl_format='png')
-        for cell in filter(is_run, nb.cells):
-            cell.outputs = [nbformat.from_dict(one) for one in shell.run(cell.source)]
-            if shell.exc: return ''.join(traceback.format_exception(shell.exc))
-        os.chdir(path.parent)  # out of what is removed
+    own = os.environ['TMPDIR'] = tempfile.tempdir = tempfile.mkdtemp()
+    # after what multiprocessing removes of its own within it, at a priority of -100
+    multiprocessing.util.Finalize(None, shutil.rmtree, (own, True), exitpriority=-200)
+    shell = CaptureShell(path, mpl_format='png')
+    for cell in filter(is_run, nb.cells):
+        cell.outputs = [nbformat.from_dict(one) for one in shell.run(cell.source)]
+        if shell.exc: return ''.join(traceback.format_exception(shell.exc))
     nbformat.write(nb, partial := target.with_suffix('.partial'))
     os.replace(partial, target)
     return ''
