@@ -179,10 +179,8 @@ PUBLISHED = Reading()
 
 # %% ../nbs/method/16_reading.ipynb #line-cells
 def line_patches(start, step, h, w, most=None):
-    """Column and row (R, n) of the first cell of each patch along lines, whole numbers as float64,
-    and which of the n there are: as many as needed, or the given `most`. What lies out of the field's
-    reach is put beside its edge.
-
+    """Column and row (R, n) of the first cell of each patch along lines, whole numbers as float64, and
+    which of the n there are, `most` or as many as needed; what is out of reach is put beside the field.
     The arithmetic is that of `stdg.fields.relation_cells`, operation by operation."""
     length = step.double().square().sum(1).sqrt().float()
     margin = (2 / (length + torch.finfo(torch.float32).tiny)).clamp(.25, .4)
@@ -191,11 +189,10 @@ def line_patches(start, step, h, w, most=None):
     start, step, margin = start.double(), step.double(), margin.double()
     begin, rate = start + margin[:, None] * step, gap[:, None] * step
     enter, leave = (-4 - begin) / rate, (begin.new_tensor([w, h]) + 3 - begin) / rate
-    low, high = enter < leave, enter > leave  # a line along an axis has 0/0 on one side, at most
-    first = torch.where(low | leave.isnan(), enter, leave).amax(1).floor().clamp(min=0).minimum(n - 1)
-    last = torch.where(high | leave.isnan(), enter, leave).amin(1).ceil().clamp(min=-1).minimum(n - 1)
-    if most is None: most = int((last - first).amax()) + 1
-    number = first[:, None] + torch.arange(most, device=n.device)
+    one = leave.isnan()  # as 0/0 is, of a line along an axis: then the other, and never both
+    first = torch.where((enter < leave) | one, enter, leave).amax(1).floor().clamp(min=0).minimum(n - 1)
+    last = torch.where((enter > leave) | one, enter, leave).amin(1).ceil().clamp(min=-1).minimum(n - 1)
+    number = first[:, None] + torch.arange(most or int((last - first).amax()) + 1, device=n.device)
     t = (number * gap[:, None]).add_(margin[:, None])
     corner = [(t * step[:, k, None]).add_(start[:, k, None]).sub_(1).round_().clamp_(-3, side)
               for k, side in enumerate((w, h))]

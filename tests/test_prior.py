@@ -65,8 +65,9 @@ def same(one, other):
     return one.to_json() == other.to_json() and one.table.table().equal(other.table.table())
 
 
-def written_onnx(model, path, monkeypatch):
-    "`export_onnx` with a graph of one node in place of the network: what is tested is its record."
+def written_onnx(model, path, monkeypatch, **wrong):
+    """`export_onnx` with a graph of one node in place of the network: what is tested is its record, in which
+    somebody has put what is `wrong`."""
     value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1])
              for name in ('picture', 'boxes')]
     graph = onnx.helper.make_graph([onnx.helper.make_node('Identity', ['picture'], ['boxes'])], 'one',
@@ -74,7 +75,7 @@ def written_onnx(model, path, monkeypatch):
     plain = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 20)], ir_version=10)
     record = {}
     def save(partial):
-        onnx.helper.set_model_props(plain, record)
+        onnx.helper.set_model_props(plain, dict(stdg=json.dumps(json.loads(record['stdg']) | wrong)))
         onnx.save(plain, partial)
     made = SimpleNamespace(model=SimpleNamespace(metadata_props=record), save=save)
     monkeypatch.setattr(torch.export, 'export', lambda *_, **__: None)
@@ -172,9 +173,11 @@ def test_refused_when_read(what, path, network, tmp_path, monkeypatch):
     model.save_pretrained(shared)
     (shared/FACTS).write_text(json.dumps(json.loads((shared/FACTS).read_text()) | wrong))
     refused(why, FACTS, Model.from_pretrained, shared)
-    model.facts |= wrong
-    written_onnx(model, tmp_path/'net.onnx', monkeypatch)
+    written_onnx(model, tmp_path/'net.onnx', monkeypatch, **wrong)
     refused(why, 'net.onnx', export.OnnxModel, tmp_path/'net.onnx')
+    model.facts |= wrong
+    refused(why, '', export.export_onnx, model, tmp_path/'refused.onnx')
+    assert not (tmp_path/'refused.onnx').exists()
 
 
 def test_a_hostile_prior_takes_no_memory(path):
