@@ -325,7 +325,6 @@ import sys
 for name in ('onnx', 'onnxscript', 'onnxruntime'): sys.modules[name] = None
 from stdg.inference.export import OnnxModel, export_onnx, export_program
 from stdg.model import STDG
-from stdg.reading import PairPrior, Reading
 from stdg.inference.hub import Model
 network = STDG('resnet18', n_objects=2, n_predicates=1, pretrained=False, stride=16, fpn=8, channels=8)
 model = Model(network, dict(size=64))

@@ -137,7 +137,7 @@ def test_the_explorer_and_the_runbook_take_a_name(hub, repository):
     explorer = explore(['hub:me/toy', repository], pictures='photo.png')
     names = list(explorer.records.checkpoints)
     assert names == ['me/toy', repository.name] and [n for n, _ in explorer.controls.network.options] == names
-    assert explorer.view.graph['triplets'] and not explorer.view.message.startswith('hub')
+    assert explorer.view.graph['triplets'] and explorer.controls.network.value == 'me/toy'
     explorer.close()
     with pytest.raises(FileNotFoundError, match='me/private is no folder here.* it shows no such network'):
         explore('hub:me/private', pictures='photo.png')
