@@ -78,7 +78,7 @@ RUNBOOKS = dict(
                   'decay'),
         seeds=Many(ALLOWED['seed'], 2, distinct=True), processes=Whole(1),
         experiments=Many(Choice(('A', 'B', 'C')), distinct=True),
-        cells=Many(Choice(tuple(CELLS)), 0, 2, distinct=True)),
+        only_finished=Flag(), cells=Many(Choice(tuple(CELLS)), 0, 2, distinct=True)),
     levers=dict(
         _of_a_run('name', 'data', 'n_train', 'n_val', 'n_test', 'size', 'backbone', 'epochs', 'decay'),
         seeds=Many(ALLOWED['seed'], 1, distinct=True), processes=Whole(1)),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CELLS', 'DEPTH_FIGURES', 'LESSONS_OF_C', 'lead_runs', 'largest_and_smallest', 'lesson_runs', 'content_runs',
-           'taught_networks', 'detectable', 'powers']
+           'taught_networks', 'done', 'detectable', 'powers']
 
 # %% ../../nbs/training/11_depth_runs.ipynb #imports
 import re
@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from ..io.files import project_folder
-from .experiments import Run
+from .experiments import Run, finished, run_study
 from .settings import PARTS, Settings
 
 # %% ../../nbs/training/11_depth_runs.ipynb #cells
@@ -121,6 +121,21 @@ def taught_networks(study, seeds, cell):
     base = project_folder()/'runs'/study
     return {seed: (base/f'{_short(cell)}-{seed}-taught-depth'/'student.safetensors',
                    base/f'{_short(cell)}-{seed}-depth'/'teacher.safetensors') for seed in seeds}
+
+# %% ../../nbs/training/11_depth_runs.ipynb #done
+def done(runs, processes=None, only_finished=False):
+    """The `runs` that can be compared: all, after `run_study` with so many `processes`. With
+    `only_finished` nothing is run: those of the seeds and groups of which all are finished.
+
+    Raises what `run_study` raises."""
+    if not only_finished:
+        run_study(runs, processes)
+        return list(runs)
+    named = [run for run in runs if run.configuration]
+    missing = {(run.group, run.seed) for run in named if not finished(run)}
+    kept = [run for run in named if (run.group, run.seed) not in missing]
+    print(f'{len(kept)} of {len(named)} runs can be compared')
+    return kept
 
 # %% ../../nbs/training/11_depth_runs.ipynb #detectable
 def detectable(deviation, seeds, level=.05, power=.8):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'LEVERS', 'FIGURES', 'Run', 'finished', 'run_study', 'interval', 'gather', 'summary', 'StudyTable', 'plot',
-           'taught_or_not', 'lever_runs']
+           'plot_differences', 'taught_or_not', 'lever_runs']
 
 # %% ../../nbs/training/07_experiments.ipynb #imports
 import os
@@ -285,6 +285,44 @@ def plot(found, metrics=None):
                          parse_math=False)
             ax.tick_params(axis='x', labelsize=8)
             ax.grid(axis='x', alpha=.25)
+    return figure
+
+# %% ../../nbs/training/07_experiments.ipynb #plot-differences
+def plot_differences(found, metrics=None):
+    """A figure of what the configurations of a `summary` differ from its reference by, in points: a row for
+    each configuration of each group, a column for each metric; filled where the interval excludes 0.
+
+    Raises `ValueError` for a summary without differences."""
+    rows = [(group, configuration, by_metric) for group, configurations in found.items()
+            for configuration, by_metric in configurations.items()
+            if 'difference' in next(iter(by_metric.values()))]
+    if not rows: raise ValueError('plot_differences: there is no configuration beside the reference')
+    plt = needed('matplotlib.pyplot')  # a second, and few callers draw
+
+    metrics, colours = metrics or list(rows[0][2]), _colours()
+    several = len(found) > 1 and len(rows) > len(found)
+    titles = [f'{group}: {name}' if several else group if len(found) > 1 else name for group, name, _ in rows]
+    kinds = list(dict.fromkeys(name for _, name, _ in rows))
+    width, height = 2.6 + 2.3 * len(metrics), .9 + .3 * len(rows)
+    figure, axes = plt.subplots(1, len(metrics), figsize=(width, height), squeeze=False, sharey=True,
+                                layout='constrained')
+    plt.close(figure)
+    for ax, metric in zip(axes[0], metrics):
+        ax.axvline(0, color='.4', lw=1)
+        for y, (_, name, by_metric) in enumerate(rows):
+            entry = by_metric[metric]['difference']
+            colour = colours[kinds.index(name) % len(colours) if several else 0]
+            low, high = (np.nan if bound is None else 100 * bound for bound in entry['interval'])
+            ax.plot([low, high], [y, y], '-', lw=2, color=colour)
+            ax.plot(100 * entry['mean'], y, 'o', ms=6, color=colour,
+                    mfc=colour if low > 0 or high < 0 else 'white')
+        ax.set_title(one_line(metric, 28), fontsize=9, parse_math=False)
+        ax.set_xlabel('points', fontsize=8)
+        ax.tick_params(axis='x', labelsize=8)
+        ax.grid(axis='x', alpha=.25)
+    axes[0, 0].set_yticks(range(len(rows)), [one_line(title, 60) for title in titles], fontsize=8,
+                          parse_math=False)
+    axes[0, 0].set(ylim=(len(rows) - .5, -.5))
     return figure
 
 # %% ../../nbs/training/07_experiments.ipynb #taught-or-not
