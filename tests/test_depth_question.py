@@ -108,6 +108,8 @@ def test_what_is_said_of_b(record, page):
     gains = {cell: {figure: gap(found, 'taught by depth', 'colours', figure) for figure in DEPTH_FIGURES}
              for cell, found in b.items()}
     assert f"AP50 by {text(gains[LEAD]['AP50'])} and {text(gains[ORDINARY]['AP50'])} points" in said
+    for teacher in ('colours', 'clean colours'):  # so have the students of both teachers of colours
+        assert all(gap(found, f'taught by {teacher}', 'colours', 'AP50')[1] > 0 for found in b.values())
     most, least = (text(gains[cell][BEHIND]) for cell in b)
     assert f'*behind* {most} of a lead of 7.7 and {least} of a lead of 1.8' in said
     assert f"*in front of* {text(gains[LEAD][FRONT])} of 7.6 and {text(gains[ORDINARY][FRONT])} of 0.9" in said
@@ -144,6 +146,7 @@ def test_what_is_said_of_c(record, page):
         _, low, high = found = beside('mean field', figure)
         assert text(found) in said and low < 0 < high, 'H4 fails'
     assert f'{text(beside("mean field", FRONT))} of *in front of*' in said and beside('mean field', FRONT)[2] < 0
+    assert f"{-beside('mean field', 'AP50')[1]:.1f} points of AP50 at most" in said
     clear = {kind for kind in LESSONS_OF_C if (found := beside(kind, 'AP50'))[1] > 0 or found[2] < 0}
     for kind in LESSONS_OF_C:
         if kind != 'mean field': assert f"{text(beside(kind, 'AP50'))}" in said
