@@ -130,6 +130,9 @@ def test_what_is_said_of_b(record, page):
     chance = [gap(b[cell], 'taught by random', 'colours', 'AP50') for cell in b]
     assert f'{text(chance[0])} and {text(chance[1])} points of AP50' in said
     assert f"*behind* loses by it, {text(gap(b[ORDINARY], 'taught by random', 'colours', BEHIND))}" in said
+    given = [gap(b[LEAD], f'taught by {teacher}', 'colours', 'predcls/R@50')
+             for teacher in ('random', 'colours', 'depth', 'clean colours')]
+    assert f'as much as by any other, {text(given[0])}' in said and {round(mean) for mean, _, _ in given} == {1}
     least = record['least difference B finds']
     assert [round(100 * least[name], 1) for name in ('AP50', BEHIND, FRONT)] == [1.2, 1.3, 1.2]
     assert 'find 1.3 points of *behind*, 1.2 of *in front of* and of AP50' in said
