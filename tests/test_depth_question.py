@@ -157,6 +157,8 @@ def test_what_is_said_of_c(record, page):
     over = [gap(c, 'taught by weight 10', 'colours', figure) for figure in (BEHIND, FRONT)]
     assert f'{text(over[0])} of *behind* and {text(over[1])} of *in front of*' in said
     assert all(low > 0 for _, low, _ in over) and 'the one lesson after which *behind* is clearly better' in said
+    found = gap(c, 'taught by features', 'colours', 'AP50')
+    assert f'{text(found)} over the untaught student' in said and found[1] < 0 < found[2]
     gained = [kind for kind in LESSONS_OF_C if gap(c, f'taught by {kind}', 'colours', BEHIND)[1] > 0]
     assert gained == ['weight 10']
     least = [f'{100 * record["least difference C finds"][figure]:.1f}' for figure in ('AP50', BEHIND, FRONT)]

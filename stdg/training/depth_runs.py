@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CELLS', 'DEPTH_FIGURES', 'LESSONS_OF_C', 'lead_runs', 'largest_and_smallest', 'lesson_runs', 'content_runs',
-           'taught_networks', 'done', 'detectable', 'powers']
+           'taught_networks', 'comparable', 'detectable', 'powers']
 
 # %% ../../nbs/training/11_depth_runs.ipynb #imports
 import re
@@ -122,8 +122,8 @@ def taught_networks(study, seeds, cell):
     return {seed: (base/f'{_short(cell)}-{seed}-taught-depth'/'student.safetensors',
                    base/f'{_short(cell)}-{seed}-depth'/'teacher.safetensors') for seed in seeds}
 
-# %% ../../nbs/training/11_depth_runs.ipynb #done
-def done(runs, processes=None, only_finished=False):
+# %% ../../nbs/training/11_depth_runs.ipynb #comparable
+def comparable(runs, processes=None, only_finished=False):
     """The `runs` that can be compared: all, after `run_study` with so many `processes`. With
     `only_finished` nothing is run: those of the seeds and groups of which all are finished.
 

@@ -300,12 +300,12 @@ def plot_differences(found, metrics=None):
     plt = needed('matplotlib.pyplot')  # a second, and few callers draw
 
     metrics, colours = metrics or list(rows[0][2]), _colours()
-    several = len(found) > 1 and len(rows) > len(found)
-    titles = [f'{group}: {name}' if several else group if len(found) > 1 else name for group, name, _ in rows]
+    several = len(found) > 1 and len(rows) > len(found)  # then a colour is a configuration
+    if several: titles = [f'{group}: {name}' for group, name, _ in rows]
+    else: titles = [group if len(found) > 1 else name for group, name, _ in rows]
     kinds = list(dict.fromkeys(name for _, name, _ in rows))
-    width, height = 2.6 + 2.3 * len(metrics), .9 + .3 * len(rows)
-    figure, axes = plt.subplots(1, len(metrics), figsize=(width, height), squeeze=False, sharey=True,
-                                layout='constrained')
+    size = 2.6 + 2.3 * len(metrics), .9 + .3 * len(rows)
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, sharey=True, layout='constrained')
     plt.close(figure)
     for ax, metric in zip(axes[0], metrics):
         ax.axvline(0, color='.4', lw=1)
