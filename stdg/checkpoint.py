@@ -51,6 +51,9 @@ def _check_reading(facts, config):
             raise ValueError(f"the prior counts classes, classes and predicates {one_line(shape)}, "
                              f"the network knows {known}")
     way = Reading.from_facts(facts)
+    if way.calibration and len(way.calibration.predicates or ()) not in (0, config['n_predicates']):
+        raise ValueError(f"the calibration is of {len(way.calibration.predicates)} predicates, the network knows "
+                         f"{config['n_predicates']}")
     head = config.get('relation', 'fields')
     if 'relations' in facts.get('reading', {}) and (way.relations == 'pairs') != (head == 'pairs'):
         raise ValueError(f"reading: relations is {way.relations!r}, and the network's relation head is {head!r}; "

@@ -226,9 +226,8 @@ def _check(detections, relations, tasks, truths, stride, reading):
             raise ValueError(f"truth has label {int(truth.labels.max())}, the fields have "
                              f"{detections.shape[1] - 4} classes")
         if truth.size and field_size(truth.size, stride) != tuple(detections.shape[-2:]):
-            raise ValueError(f"truth is of an image of {truth.size} pixels, "
-                             f"at stride {stride} {field_size(truth.size, stride)} cells; "
-                             f"the fields have {tuple(detections.shape[-2:])}")
+            raise ValueError(f"truth is of an image of {truth.size} pixels, at stride {stride} "
+                             f"{field_size(truth.size, stride)} cells; the fields have {tuple(detections.shape[-2:])}")
 
 # %% ../nbs/method/08_decode.ipynb #listing
 def _surest(scores, counts, most):
@@ -309,24 +308,25 @@ def _related(relations, candidate, objects, given, filtered, stride, released, r
         return _by_lines(relations, objects, most, stride, reading, known)
     placed = [(boxes.to(relations.device), scores.to(relations.device)) for boxes, _, scores in objects]
     found = relate(candidate, placed, relations.shape[1], filtered, released)
-    if not reading.prior and reading.power == 1: return found
+    if not reading.prior and reading.power == 1 and not reading.calibration: return found
     return _weighed(found, objects, given and reading.prior and most, reading)
 
 # %% ../nbs/method/08_decode.ipynb #decode-tasks
 def _surviving(found, reading):
     "Boxes, labels and scores of each image, of the detections `found` (B, N, ...) on the CPU."
-    if reading.suppress == 'none': return list(zip(*found))
     boxes, labels, scores = found
-    scores, order = suppress(boxes, scores, reading.suppress, reading.overlap).sort(
-        descending=True, stable=True)
+    if reading.calibration: scores = reading.calibration.of_objects(boxes, scores)
+    elif reading.suppress == 'none': return list(zip(*found))
+    scores, order = suppress(boxes, scores, reading.suppress, reading.overlap).sort(descending=True, stable=True)
     return [(b[i][s > 0], c[i][s > 0], s[s > 0]) for b, c, s, i in zip(boxes, labels, scores, order)]
 
 def _objects(task, found, heatmaps, truths, stride, released, reading):
     "Boxes, labels and scores of each image, on the CPU: detected or given, according to `task`."
     if task == 'sgdet': return _surviving(found, reading)
     if task == 'predcls': return [(t.boxes, t.labels, torch.ones(len(t))) for t in truths]
-    return [(t.boxes, *classify(t, image, heatmap, stride, released))
-            for t, image, heatmap in zip(truths, zip(*found), heatmaps)]
+    named = [classify(t, image, heatmap, stride, released) for t, image, heatmap in zip(truths, zip(*found), heatmaps)]
+    chance = reading.calibration.of_objects if reading.calibration else lambda boxes, scores: scores
+    return [(t.boxes, labels, chance(t.boxes, scores)) for t, (labels, scores) in zip(truths, named)]
 
 def decode_tasks(detections, relations,  # (B, C+4, h, w), (B, P, 7, h, w), on any device
                  tasks:tuple=('sgdet',), truths:list=None,  # a `SceneGraph` for each image

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .calibration import Calibration
+
 # %% ../nbs/method/16_reading.ipynb #pair-prior
 def _rows(values, width, sizes, what):
     """`values` as an array (n, `width`) of whole numbers from 0, whose first columns stay below
@@ -43,8 +45,7 @@ class PairPrior:
     def predicates(self): return self.counts.sum((0, 1))
 
     def frequencies(self, subject, object):
-        """Array (Q, P): the share of the pairs of these classes that carries a predicate; `subject`
-        and `object` (Q,) are class numbers."""
+        "Share (Q, P) of the pairs of the classes `subject` and `object` (Q,) that carries each predicate."
         overall = self.predicates / max(self.pairs.sum(), 1)
         counts, pairs = self.counts[subject, object], self.pairs[subject, object]
         return ((counts + overall) / (pairs[:, None] + 1)).astype(np.float32)
@@ -86,8 +87,7 @@ class PairPrior:
         if ours is not None and (not isinstance(ours, dict) or ours.keys() != {'objects', 'predicates'}
                 or not all(type(one) is list for one in ours.values())
                 or [len(ours['objects']), len(ours['predicates'])] != shape[1:]):
-            raise ValueError("prior: names must be lists of as many objects and predicates as it "
-                             "counts")
+            raise ValueError("prior: names must be lists of as many objects and predicates as it counts")
         if names is not None: cls([], [], ours).check_names(names)
         counts, pairs = np.zeros(shape), np.zeros(shape[:2])
         for table, what in ((counts, 'counts'), (pairs, 'pairs')):
@@ -117,12 +117,12 @@ class Reading:
     prior_detected: float = None  # the same for detected boxes; None: as `prior`
     epsilon: float = .02  # added to each score before the prior
     table: PairPrior = None
+    calibration: Calibration = None  # of scores; None: they stay
 
     def __post_init__(self):
         for name, known in (('relations', RELATIONS), ('suppress', SUPPRESS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"reading: {name} is {getattr(self, name)!r}; it is one of "
-                                 f"{', '.join(known)}")
+                raise ValueError(f"reading: {name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
         for name, (low, high) in _REALS.items():
             value = getattr(self, name)
             if name == 'prior_detected' and value is None: continue
@@ -146,8 +146,9 @@ class Reading:
         return replace(self, prior=beta, prior_detected=None)
 
     def weigh(self, scores, subject, object):
-        """`scores` (Q, P) of pairs of the classes `subject` and `object` (Q,), weighed with the
-        prior; themselves without one."""
+        """`scores` (Q, P) of pairs of the classes `subject` and `object` (Q,), calibrated and weighed with
+        the prior; themselves without these."""
+        if self.calibration: scores = self.calibration.of_predicates(scores)
         if not self.prior: return scores
         n = len(self.table.pairs)
         last = max((int(t.max()) for t in (subject, object) if len(t)), default=0)
@@ -160,8 +161,9 @@ class Reading:
         return (scores + self.epsilon) / (1 + self.epsilon) * weights[row]
 
     def to_json(self):
-        "The record without its table, as a dictionary."
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'table'}
+        "The record without its table, as a dictionary; without a calibration, where there is none."
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ('table', 'calibration')}
+        return found | ({} if self.calibration is None else dict(calibration=self.calibration.to_json()))
 
     @classmethod
     def from_facts(cls, facts):
@@ -171,9 +173,9 @@ class Reading:
         known = {f.name for f in fields(cls)} - {'table'}
         if not isinstance(found, dict) or not found.keys() <= known:
             raise ValueError(f"reading: {', '.join(sorted(known))} are known; found: {str(found)[:200]}")
-        table = None
-        if 'prior' in facts: table = PairPrior.from_json(facts['prior'], facts.get('vocabulary'))
-        return cls(**found, table=table)
+        table = PairPrior.from_json(facts['prior'], facts.get('vocabulary')) if 'prior' in facts else None
+        read = Calibration.from_json(found['calibration']) if found.get('calibration') is not None else None
+        return cls(**found | dict(table=table, calibration=read))
 
 PUBLISHED = Reading()
 
@@ -349,7 +351,6 @@ def _soften(scores, overlaps, least):
     if not torch.compiler.is_exporting(): return _soften_here(scores, overlaps, least)
 
     def more(scores, waiting): return waiting.any()
-
     def step(scores, waiting, fall):
         surest = scores.masked_fill(~waiting, -1).argmax(-1, keepdim=True)
         waiting = waiting.scatter(-1, surest, False)
@@ -375,7 +376,6 @@ def _soften_here(scores, overlaps, least):
 def _best_of_each(scores, overlaps, least):
     "Which objects (..., N) stay: each that no surer one that stays overlaps."
     def more(stays, before): return (stays != before).any()
-
     def step(stays, before, beats): return ~(beats & stays[..., :, None]).any(-2), stays.clone()
 
     n, one, other = scores.shape[-1], scores[..., :, None], scores[..., None, :]

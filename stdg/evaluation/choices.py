@@ -7,11 +7,15 @@ __all__ = ['KeptFields', 'choose_reading', 'both_ways', 'save_reading']
 
 # %% ../../nbs/evaluation/06_choices.ipynb #imports
 import copy
+import json
 from dataclasses import replace
 
+import numpy as np
 import torch
+from torchvision.ops import box_iou
 
 from .. import checkpoint, decode, metrics
+from ..calibration import calibrated
 from ..data import loader, network_input
 from .core import check_fit, dense_truth
 from ..fields import field_size
@@ -40,25 +44,73 @@ class KeptFields:
             truths = [(part.truth(i), dense_truth(part, i)) for i in batch['index'].tolist()]
             self.batches.append((*(field.float() for field in fields), truths))
 
-    def figures(self, task, reading):
-        "The strict figures for `task` when the fields are read by `reading`."
+    def answers(self, task, *readings):
+        """Yield (`Prediction` for `task`, truth, dense truth or None) of each picture; of several `readings` one
+        batch after the other is read by the next."""
+        for i, (detections, relations, truths) in enumerate(self.batches):
+            found = decode.decode_tasks(detections, relations, (task,), [t for t, _ in truths], self.stride,
+                                        reading=readings[i % len(readings)])
+            for prediction, known in zip(found[task], truths): yield prediction, *known
+
+    def figures(self, task, *readings):
+        "The strict figures for `task` when the fields are read by the `readings`, as in `answers`."
         evaluator = metrics.Evaluator(task, self.n_predicates, protocol='strict')
-        for detections, relations, truths in self.batches:
-            found = decode.decode_tasks(detections, relations, (task,), [t for t, _ in truths],
-                                        self.stride, reading=reading)
-            for prediction, known in zip(found[task], truths): evaluator.update(prediction, *known)
+        for answer in self.answers(task, *readings): evaluator.update(*answer)
         return evaluator.compute()
+
+# %% ../../nbs/evaluation/06_choices.ipynb #calibrations
+def _claims(prediction, truth, dense):
+    """What one picture says and what of it is right: boxes, scores, right of objects; scores and truth of the
+    predicates of pairs of right ones, empty without a `dense` truth."""
+    same = (box_iou(prediction.boxes, truth.boxes) >= .5) & (prediction.labels[:, None] == truth.labels)
+    right, aside = same[:, ~truth.ignore].any(1), same[:, truth.ignore].any(1)
+    counts = right | ~aside
+    objects = prediction.boxes[counts], prediction.scores[counts], right[counts]
+    said, holds = prediction.predicates[:0], prediction.predicates[:0] > 0
+    if dense is None: return *objects, said, holds
+    pairs = right[prediction.pairs].all(1)
+    known = torch.zeros(len(dense), len(dense), said.shape[1], dtype=torch.bool)
+    known[tuple(dense.relations.T)] = True
+    of = same.int().argmax(1)[prediction.pairs[pairs]]
+    return *objects, prediction.predicates[pairs], known[of[:, 0], of[:, 1]]
+
+def _fitted(kept, reading):
+    """The `Calibration` fitted to all batches of `kept`, and those fitted to each half, for the batches of the
+    other; None where too little is known."""
+    plain = replace(reading.without_prior(), calibration=None, suppress='none', power=1.)
+    answers, batch = list(kept.answers('sgdet', plain)), [len(truths) for *_, truths in kept.batches]
+    half = np.repeat(np.arange(len(batch)) % 2, batch)
+    claims = [_claims(*answer) for answer in answers]
+    dense = all(truth is not None for *_, truth in answers)
+    def fit(part):
+        if not part: return None
+        boxes, scores, right, said, holds = (torch.cat(tensors).numpy() for tensors in zip(*part))
+        return calibrated(boxes, scores, right, *(said, holds) if dense else ())
+    every, *others = (fit([one for one, h in zip(claims, half) if h != left]) for left in (2, 0, 1))
+    return (every, others) if every and all(others) else None
+
+def _calibrations(kept, reading):
+    "[(calibration, the readings that judge it, one for each half)]: none, of objects, of predicates, too."
+    found = None if reading.relations == 'votes' else _fitted(kept, reading)
+    if found is None: return [(None, [reading])]
+    every, others = found
+    options = [(None, [reading])]
+    for parts in (dict(predicates=None), {}) if every.predicates else ({},):
+        judged = [replace(reading, calibration=replace(other, **parts)) for other in others]
+        options.append((replace(every, **parts), judged))
+    return options
 
 # %% ../../nbs/evaluation/06_choices.ipynb #candidates
 def _candidates(prior, relations, suppress):
     """(task, list of changes to a reading) of each step. `prior`: there is one; `relations` and
     `suppress`: 'chosen', or what is fixed."""
     if relations == 'chosen': yield 'predcls', [dict(relations=name) for name in FIELD_READINGS]
+    yield 'predcls', [dict(tau=cells) for cells in (4., 2.)]
+    yield 'sgdet', [dict(related=power) for power in (0., 1.)]
+    yield 'sgdet', [dict(calibration=None)]  # and what is fitted, see `_calibrations`
     if prior:
         yield 'predcls', [dict(prior=beta) for beta in (0., .25, .5, 1.)]
         yield 'predcls', [dict(epsilon=value) for value in (.02, 1e-3)]
-    yield 'predcls', [dict(tau=cells) for cells in (4., 2.)]
-    yield 'sgdet', [dict(related=power) for power in (0., 1.)]
     kinds = SUPPRESS[1:] if suppress == 'chosen' else (suppress,)  # one thing, one name
     yield 'sgdet', [dict(suppress=kind, overlap=iou) for kind in kinds
                     for iou in ((.5,) if kind == 'none' else (.5, .7))]
@@ -77,6 +129,11 @@ def _figure(figures, task):
     if task == 'predcls': return (figures['R@50'] + figures['mR@50']) / 2
     return (figures['R@50'] + figures.get('P@5', figures['R@50'])) / 2
 
+def _written(change):
+    "A change to a reading as JSON has it."
+    one = change.get('calibration')
+    return change | ({} if one is None else dict(calibration=one.to_json()))
+
 def choose_reading(model, dataset, prior, start,
                    relations:str=None,  # 'votes', 'lines' or 'chosen'; None: of `start`. Pairs have their own
                    suppress:str=None,  # 'none', 'hard', 'soft' or 'chosen'; None: that of `start`
@@ -94,12 +151,16 @@ def choose_reading(model, dataset, prior, start,
     known = {}
     for task, changes in _candidates(prior is not None, relations, suppress or start.suppress):
         if any(_idle(reading, change) for change in changes): continue
+        judges = [[replace(reading, **change)] for change in changes]
+        if 'calibration' in changes[0]:
+            found, judges = zip(*_calibrations(kept, reading))
+            changes = [dict(calibration=one) for one in found]
         options, figures = [replace(reading, **change) for change in changes], []
-        for option, change in zip(options, changes):
-            key = task, *option.of_task(task).to_json().values()
-            if key not in known: known[key] = _figure(kept.figures(task, option), task)
+        for judge, change in zip(judges, changes):
+            key = json.dumps([task, *(one.of_task(task).to_json() for one in judge)])
+            if key not in known: known[key] = _figure(kept.figures(task, *judge), task)
             figures.append(known[key])
-            tried.append(dict(task=task, figure=round(known[key], 4), **change))
+            tried.append(dict(task=task, figure=round(known[key], 4), **_written(change)))
         reading = options[figures.index(max(figures))]
     if not reading.has_prior: reading = replace(reading, table=None)
     return reading, dict(images=kept.images, tried=tried)

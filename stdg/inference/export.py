@@ -166,7 +166,9 @@ class DeployedPairs(nn.Module):
     def forward(self, picture):
         detection, fields = self.network(network_input(self.network, picture))
         boxes, labels, scores = decode.detect(detection, self.network.stride)
-        if self.reading.suppress != 'none':
+        calibration = self.reading.calibration
+        if calibration: scores = calibration.of_objects(boxes, scores)
+        if calibration or self.reading.suppress != 'none':
             scores = suppress(boxes, scores, self.reading.suppress, self.reading.overlap)
             scores, boxes, labels = _best_first(scores, boxes, labels)
         m = min(self.reading.objects, scores.shape[1])
@@ -180,7 +182,7 @@ def finish_pairs(boxes, labels, scores, table,  # of `PAIR_NAMES`, of one pictur
                  size=None):  # (height, width) of the picture in pixels
     """The `Prediction` for SGDet, as `stdg.decode.decode` gives it; arrays, or tensors on the CPU."""
     boxes, labels, scores, table = map(torch.as_tensor, (boxes, labels, scores, table))
-    if reading.suppress != 'none':
+    if reading.calibration or reading.suppress != 'none':
         boxes, labels, scores = (part[scores > 0] for part in (boxes, labels, scores))
     one, other = torch.triu_indices(*[min(len(table), len(scores))] * 2, 1)
     subject, target = torch.cat([one, other]), torch.cat([other, one])

@@ -246,6 +246,10 @@ def _reading(model):
              + f"; suppression of boxes over all classes: {way.suppress}"
              + f' (IoU {way.overlap:g})' * (way.suppress != 'none')
              + f"; pairs are ranked by the object scores to the power {way.power:g}."]
+    if way.calibration:
+        what = 'objects' if way.calibration.predicates is None else 'objects and predicates'
+        lines[0] += (f" Scores of {what} are **calibrated**: of what has a score of 0.7 some seven in ten "
+                     "were right on validation pictures.")
     if not way.has_prior: return lines[0] + ' No prior speaks beside what is seen.'
     given, detected = (way.of_task(task).prior for task in ('predcls', 'sgdet'))
     lines += [f"A **prior** speaks beside what is seen: beta = {given:g} for given boxes, {detected:g} "
