@@ -14,6 +14,7 @@ from PIL import Image
 from sample_network import same_graph
 
 from stdg import decode
+from stdg.calibration import Calibration
 from stdg.data import network_input
 from stdg.graph import Vocabulary
 from stdg.inference.export import (
@@ -167,7 +168,9 @@ def test_a_network_that_is_read_along_lines(tmp_path, suppress):
     are those of its reading."""
     counts = np.random.default_rng(0).integers(0, 9, (OBJECTS, OBJECTS, PREDICATES))
     prior = PairPrior(counts, counts.sum(2) + 9, names.to_json())
-    reading = Reading('lines', tau=3., objects=12, power=2., suppress=suppress, prior=.5, table=prior)
+    fitted = Calibration((1.5, .4, .3), ((2., .1),) * PREDICATES)
+    reading = Reading('lines', tau=3., objects=12, power=2., suppress=suppress, prior=.5, table=prior,
+                      calibration=fitted)
     ours = model(size=64)
     ours.facts.update(reading=reading.to_json(), prior=prior.to_json())
     export_onnx(ours, tmp_path/'lines.onnx')

@@ -16,6 +16,7 @@ from forked import forked
 from sample_network import same_graph
 
 from stdg import checkpoint, decode, train, training
+from stdg.calibration import Calibration
 from stdg.data import SceneGraphs, loader, network_input
 from stdg.datasets.visual_genome import Database
 from stdg.depth.precompute import prepare_hha
@@ -37,6 +38,7 @@ torch.ones(1, requires_grad=True).sum().backward()
 here = Path(__file__).parent
 TINY = dict(n_objects=2, n_predicates=2, pretrained=False, fpn=16, channels=16, zero_offsets=False)
 OPTIONS = dict(epochs=2, batch_size=2, lr=1e-3, lr_backbone=1e-3, warm_up=0., decay=(), device='cpu', progress=False)
+FITTED = Calibration((2.5, .8, -.2), ((1.4, .6), (.9, -.5)))
 PRIOR = PairPrior(np.arange(8).reshape(2, 2, 2), np.full((2, 2), 20), TOY_VOCABULARY.to_json())
 
 
@@ -103,7 +105,9 @@ def seen():
 
 @pytest.mark.parametrize('reading', [PUBLISHED, Reading('pairs', suppress='hard', overlap=.3, objects=20),
                                      Reading('pairs', suppress='soft', power=2., prior=.5, related=.5, table=PRIOR),
-                                     Reading('pairs', prior=1., prior_detected=.25, table=PRIOR, objects=60)])
+                                     Reading('pairs', prior=1., prior_detected=.25, table=PRIOR, objects=60),
+                                     Reading('pairs', suppress='soft', calibration=FITTED),
+                                     Reading('pairs', prior=.5, table=PRIOR, calibration=FITTED)])
 def test_the_table_of_all_pairs_is_what_the_decoder_gives(seen, reading):
     model, pictures = seen
     with torch.no_grad():
@@ -117,7 +121,7 @@ def test_the_table_of_all_pairs_is_what_the_decoder_gives(seen, reading):
 def test_an_onnx_file_answers_as_its_checkpoint(seen, tmp_path):
     "Suppression and prior included; one picture and several, nothing found, and a crowd."
     model, pictures = seen
-    reading = Reading('pairs', suppress='hard', overlap=.3, prior=.5, related=1., table=PRIOR)
+    reading = Reading('pairs', suppress='hard', overlap=.3, prior=.5, related=1., table=PRIOR, calibration=FITTED)
     facts = dict(size=96, vocabulary=TOY_VOCABULARY.to_json(), reading=reading.to_json(), prior=PRIOR.to_json(),
                  thresholds=dict(objects=.2, triplets=.05))
     whole = Model(model, facts)

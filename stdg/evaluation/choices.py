@@ -154,6 +154,7 @@ def choose_reading(model, dataset, prior, start,
         judges = [[replace(reading, **change)] for change in changes]
         if 'calibration' in changes[0]:
             found, judges = zip(*_calibrations(kept, reading))
+            if len(found) == 1: continue  # nothing could be fitted
             changes = [dict(calibration=one) for one in found]
         options, figures = [replace(reading, **change) for change in changes], []
         for judge, change in zip(judges, changes):
