@@ -63,7 +63,8 @@ def _claims(prediction, truth, dense):
     """What one picture says and what of it is right: boxes, scores, right of objects; scores and truth of the
     predicates of pairs of right ones, empty without a `dense` truth."""
     same = (box_iou(prediction.boxes, truth.boxes) >= .5) & (prediction.labels[:, None] == truth.labels)
-    right, aside = same[:, ~truth.ignore].any(1), same[:, truth.ignore].any(1)
+    aside, same = same[:, truth.ignore].any(1), same & ~truth.ignore
+    right = same.any(1)
     counts = right | ~aside
     objects = prediction.boxes[counts], prediction.scores[counts], right[counts]
     said, holds = prediction.predicates[:0], prediction.predicates[:0] > 0
@@ -146,7 +147,7 @@ def choose_reading(model, dataset, prior, start,
     kept, tried = KeptFields(model, dataset, **options), []
     if model.network.asks_pairs: relations = 'pairs'
     if prior is not None: prior.check_names(dataset.database.vocabulary.to_json())
-    reading = replace(start, table=prior, prior=0., prior_detected=None)
+    reading = replace(start, table=prior, prior=0., prior_detected=None, calibration=None)
     if relations not in (None, 'chosen'): reading = replace(reading, relations=relations)
     known = {}
     for task, changes in _candidates(prior is not None, relations, suppress or start.suppress):
