@@ -67,7 +67,8 @@ def test_files_stand_in_for_the_checkpoint(made):
     assert len(plain.pairs) and torch.allclose(plain.scores[:8], same.scores[:8], atol=1e-4)
     assert torch.allclose(plain.boxes[:8], same.boxes[:8], atol=.01)
     assert not torch.equal(near.scores, same.scores)
-    assert (near.scores[:8] - same.scores[:8]).abs().max() < .05
+    both = min(len(near), len(same))  # peaks of a network that has learnt nothing are flat: one more or less
+    assert both and (near.scores[:both] - same.scores[:both]).abs().max() < .05
     record = ready['net.int8.onnx'].model.quantised
     assert record['numbers'] == 'int8' and record['pictures'] == 6 and record['change'] <= .1
     kinds = [one.data_type for one in onnx.load(made/'net.int8.onnx').graph.initializer]
