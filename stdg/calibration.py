@@ -38,6 +38,12 @@ def fit_logistic(facts, right):
 # %% ../nbs/method/18_calibration.ipynb #calibration
 SIDE = 32  # pixels of the network's picture in which the side of a box is counted
 
+def _straightened(scores, slope, shift):
+    "sigmoid(slope * logit + shift) of `scores`; 0 where they are 0."
+    sure = scores.clamp(LEAST, 1 - LEAST)
+    chance = (slope * (sure / (1 - sure)).log() + shift).sigmoid()
+    return torch.where(scores > 0, chance, torch.zeros_like(chance))
+
 @dataclass(frozen=True)
 class Calibration:
     """How scores become probabilities.
@@ -61,9 +67,7 @@ class Calibration:
         "The chance (..., N) that boxes (..., N, 4) in pixels of the network's picture, with `scores`, are right."
         slope, of_side, shift = self.objects
         side = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1).prod(-1).sqrt() / SIDE
-        sure = scores.clamp(LEAST, 1 - LEAST)
-        chance = (slope * (sure / (1 - sure)).log() + of_side * side.log() + shift).sigmoid()
-        return torch.where(scores > 0, chance, torch.zeros_like(chance))
+        return _straightened(scores, slope, of_side * side.log() + shift)
 
     def of_predicates(self, scores):
         """The chance (Q, P) that each predicate holds, of its `scores` (Q, P).
@@ -73,10 +77,7 @@ class Calibration:
         if scores.shape[-1] != len(self.predicates):
             raise ValueError(f"calibration: it is of {len(self.predicates)} predicates, the scores are of "
                              f"{scores.shape[-1]}; a calibration goes with the network it was fitted for")
-        slope, shift = scores.new_tensor(self.predicates).T
-        sure = scores.clamp(LEAST, 1 - LEAST)
-        chance = (slope * (sure / (1 - sure)).log() + shift).sigmoid()
-        return torch.where(scores > 0, chance, torch.zeros_like(chance))
+        return _straightened(scores, *scores.new_tensor(self.predicates).T)
 
     def to_json(self):
         "The record as a dictionary; `from_json` reads it."
