@@ -315,7 +315,7 @@ def _related(relations, candidate, objects, given, filtered, stride, released, r
 def _surviving(found, reading):
     "Boxes, labels and scores of each image, of the detections `found` (B, N, ...) on the CPU."
     boxes, labels, scores = found
-    if reading.calibration: scores = reading.calibration.of_objects(boxes, scores)
+    if reading.calibration: scores = reading.calibration.of_objects(boxes, scores, labels)
     elif reading.suppress == 'none': return list(zip(*found))
     scores, order = suppress(boxes, scores, reading.suppress, reading.overlap).sort(descending=True, stable=True)
     return [(b[i][s > 0], c[i][s > 0], s[s > 0]) for b, c, s, i in zip(boxes, labels, scores, order)]

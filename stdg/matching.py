@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOP', 'PROTOCOLS', 'SUREST', 'pixel_iou', 'same_objects', 'match', 'row_key', 'found_relations', 'claims',
-           'box_claims', 'surest_triplets', 'true_triplets']
+           'boxes_found', 'box_claims', 'surest_triplets', 'true_triplets']
 
 # %% ../nbs/method/09_matching.ipynb #imports
 from typing import NamedTuple
@@ -289,18 +289,28 @@ def claims(prediction:Prediction, truth:SceneGraph,
     return scores.astype(np.float32), hits.any(0)
 
 # %% ../nbs/method/09_matching.ipynb #box-claims
-def box_claims(prediction:Prediction, truth:SceneGraph):
-    """Scores (M,) float32 of the predicted boxes, best first, and which of them are right (M,)
-    bool; without those on ignored objects."""
-    order = prediction.scores.argsort(descending=True, stable=True).cpu()
-    tensors = prediction.boxes, prediction.labels, prediction.scores
-    boxes, labels, scores = (x.cpu()[order].numpy() for x in tensors)
+def boxes_found(prediction:Prediction, truth:SceneGraph):
+    """The true object that each predicted box finds, (M,) int64, -1 where none: of several boxes the surest. And
+    which of the boxes count (M,) bool: those on ignored objects do not."""
+    order = prediction.scores.argsort(descending=True, stable=True).cpu().numpy()
+    boxes, labels = (x.cpu().numpy()[order] for x in (prediction.boxes, prediction.labels))
     ignore = truth.ignore.cpu().numpy()
     true = _Objects(truth.boxes.cpu().numpy(), truth.labels.cpu().numpy())
     overlap = _overlap(true, _Objects(boxes, labels))
-    right = _one_to_one(overlap)[~ignore].any(0)
-    counts = right | ~(overlap[ignore] >= .5).any(0)
-    return scores[counts].astype(np.float32), right[counts]
+    agree = _one_to_one(overlap) & ~ignore[:, None]
+    found, aside = np.full(len(order), -1), np.zeros(len(order), bool)
+    if len(true.boxes): found[order] = np.where(agree.any(0), agree.argmax(0), -1)
+    aside[order] = (overlap[ignore] >= .5).any(0)
+    return found, (found >= 0) | ~aside
+
+def box_claims(prediction:Prediction, truth:SceneGraph):
+    """Scores (M,) float32 of the predicted boxes, best first, and which of them are right (M,)
+    bool; without those on ignored objects."""
+    found, counts = boxes_found(prediction, truth)
+    scores = prediction.scores.cpu().numpy()
+    order = np.argsort(-scores, kind='stable')
+    order = order[counts[order]]
+    return scores[order].astype(np.float32), found[order] >= 0
 
 # %% ../nbs/method/09_matching.ipynb #true-triplets
 SUREST = (5, 10)  # the ranks K at which precision by the dense truth is read

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .calibration import Calibration
+from .calibration import Calibration, overlaps
 
 # %% ../nbs/method/16_reading.ipynb #pair-prior
 def _rows(values, width, sizes, what):
@@ -139,6 +139,11 @@ class Reading:
     def has_prior(self): return bool(self.prior or self.prior_detected)
 
     def without_prior(self): return replace(self, prior=0., prior_detected=None)
+
+    def shown(self):
+        "This reading as people see graphs: where second names have chances, each thing keeps its surest name."
+        second = self.suppress == 'none' and self.calibration and self.calibration.overlaps
+        return replace(self, suppress='hard') if second else self
 
     def of_task(self, task):
         "This reading for 'predcls', 'sgcls' or 'sgdet', whose boxes are detected."
@@ -329,14 +334,6 @@ def line_scores(relations,  # (B, P, 7, h, w) float32
     return scores
 
 # %% ../nbs/method/16_reading.ipynb #rounds
-def _overlaps(boxes):
-    "IoU (..., N, N) of `boxes` (..., N, 4); 0 where neither has an area."
-    low = torch.maximum(boxes[..., :, None, :2], boxes[..., None, :, :2])
-    high = torch.minimum(boxes[..., :, None, 2:], boxes[..., None, :, 2:])
-    shared = (high - low).clamp(min=0).prod(-1)
-    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
-    return shared / (area[..., :, None] + area[..., None, :] - shared).clamp(min=1e-12)
-
 def _repeated(step, more, state, fixed):
     """The `state`, a tuple of tensors, after `step(*state, fixed)` as long as `more(*state)`; in a graph that
     is being exported one loop."""
@@ -395,6 +392,6 @@ def suppress(boxes, scores,  # (..., N, 4) in pixels; (..., N), at least 0
     if how == 'none': return scores
     if how not in SUPPRESS:
         raise ValueError(f"suppress: how is {how!r}; it is one of {', '.join(SUPPRESS)}")
-    overlaps = _overlaps(boxes.float())
-    if how == 'soft': return _soften(scores, overlaps, overlap)
-    return scores * _best_of_each(scores, overlaps, overlap)
+    shared = overlaps(boxes.float())
+    if how == 'soft': return _soften(scores, shared, overlap)
+    return scores * _best_of_each(scores, shared, overlap)

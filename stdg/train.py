@@ -99,7 +99,7 @@ def _choose(settings, database, model, stage, most=1000):
         reading = _choose_reading(settings, database, judged, path, dataset, device)
         if dataset is None: continue
         found = thresholds.choose_thresholds(judged, dataset, progress=False, device=device,
-                                             reading=reading)
+                                             reading=reading.shown())
         thresholds.save_thresholds(path, found)
 
 # %% ../nbs/commands/01_run_training.ipynb #train-stage

@@ -6,21 +6,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import box_iou
 
 from stdg import checkpoint, metrics
-from stdg.calibration import ENOUGH, Calibration, calibrated
+from stdg.calibration import ENOUGH, Calibration, calibrated, under_surer
 from stdg.decode import decode_tasks, detect
 from stdg.evaluation import choices
 from stdg.evaluation.choices import choose_reading, save_reading
 from stdg.graph import Prediction, SceneGraph
 from stdg.inference.hub import FACTS, Model
+from stdg.inference.predictor import Predictor
 from stdg.io.tensors import TensorFile
 from stdg.model import STDG
-from stdg.reading import PUBLISHED, PairPrior, Reading
+from stdg.reading import PUBLISHED, PairPrior, Reading, suppress
 from stdg.testing import TOY_VOCABULARY
 
 FITTED = Calibration((2.5, .8, -.2), ((1.4, .6), (.9, -.5)))
+SECOND = replace(FITTED, overlaps=(-1., -3.))  # names of what a surer box has named
 CELLS, CLASSES = 12, 2
+CANDIDATES = choices._candidates
 
 
 def small():
@@ -89,6 +93,35 @@ def test_what_is_suppressed_is_decided_by_the_chances():
         assert found.labels.tolist() == [first]
 
 
+def test_a_second_name_is_as_likely_as_was_fitted():
+    plain, fitted = Reading('lines', objects=100), Reading('lines', objects=100, calibration=SECOND)
+    before, after = (decode_tasks(*fields(), stride=8, reading=how)['sgdet'] for how in (plain, fitted))
+    for one, other in zip(before, after):
+        alone = FITTED.of_objects(one.boxes, one.scores)
+        under = under_surer(one.boxes, one.labels, one.scores)
+        lower = ((alone.logit() - under[0] - 3 * under[1]).sigmoid() * (alone > 0)).sort(descending=True)[0]
+        assert torch.allclose(other.scores, lower[lower > 0], atol=1e-6)
+        assert min(part.max() for part in under) > .5 and len(other.scores) == (one.scores > 0).sum()
+    given = [decode_tasks(*fields(), ('sgcls',), truths(), 8, reading=how)['sgcls'] for how in
+             (fitted, replace(fitted, calibration=FITTED))]
+    for one, other in zip(*given): assert torch.equal(one.scores, other.scores)
+
+
+def test_where_people_look_a_thing_has_one_name(tmp_path):
+    reading, path = Reading('lines', overlap=.3, calibration=SECOND), tmp_path/'net.safetensors'
+    small().save(path, vocabulary=TOY_VOCABULARY.to_json(), size=64)
+    save_reading(path, reading)
+    ready, picture = Predictor(path), torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    assert ready.reading == replace(reading, suppress='hard') and not ready.changed
+    assert checkpoint.reading(path) == reading, 'its file says how it is judged'
+    greatest = lambda found: box_iou(found.boxes, found.boxes).nan_to_num(0).fill_diagonal_(0).max()
+    one, every = ready([picture])[0], ready.read_as(suppress='none')([picture])[0]
+    assert greatest(one) <= .3 + 1e-6 < .5 < greatest(every) and len(one.boxes) < len(every.boxes)
+    rows = lambda found: {*zip(map(tuple, found.boxes.tolist()), found.labels.tolist(), found.scores.tolist())}
+    assert rows(one) < rows(every), 'the surest names stay as they were'
+    assert 'hard (IoU 0.3) of what is shown' in Model.load(path).generate_model_card().text
+
+
 def test_the_released_decoder_knows_no_calibration():
     for one, other in zip(*(decode_tasks(*fields(), released=True, stride=8, reading=Reading(calibration=how))['sgdet']
                             for how in (None, FITTED))):
@@ -96,7 +129,7 @@ def test_the_released_decoder_knows_no_calibration():
 
 
 def test_through_every_file_and_back(tmp_path):
-    reading = Reading('lines', suppress='soft', calibration=FITTED)
+    reading = Reading('lines', suppress='soft', calibration=SECOND)
     small().save(tmp_path/'net.safetensors', vocabulary=TOY_VOCABULARY.to_json(), size=64)
     save_reading(tmp_path/'net.safetensors', reading)
     assert checkpoint.reading(tmp_path/'net.safetensors') == reading
@@ -116,6 +149,7 @@ def test_through_every_file_and_back(tmp_path):
     (dict(objects=[1, 0, 0]), 'objects and predicates are needed'),
     (dict(objects=[0, 0, 0], predicates=None), 'the first above 0'),
     (dict(objects=[1, float('inf'), 0], predicates=None), 'three numbers'),
+    (dict(objects=[1, 0, 0], predicates=None, overlaps=[0, '1']), 'two numbers'),
     (dict(objects=[1, 0, True], predicates=None), 'three numbers'),
     ([1, 0, 0], 'objects and predicates are needed')])
 def test_a_record_that_does_not_fit_is_refused(tmp_path, wrong, why):
@@ -136,9 +170,10 @@ def test_another_network_s_calibration_is_refused():
 
 class Kept:
     """In the place of `KeptFields`: eighty made pictures in eight batches, of which it is known what is true. Scores
-    of objects are true chances to `honest`, else bent; of the second predicate, too."""
+    of objects are true chances to `honest`, else bent; of the second predicate, too. With `second` each thing has its
+    other name as well, of a score that is hardly lower."""
     images = 80
-    def __init__(self, honest):
+    def __init__(self, honest, second=False):
         rng = np.random.default_rng(1)
         self.batches, self.made = [(None, None, [None] * 10)] * 8, []
         bend = lambda chance: chance if honest else 1 / (1 + ((1 - chance) / chance) ** .3)
@@ -158,12 +193,21 @@ class Kept:
             q, p = holds.nonzero()
             graph = SceneGraph(torch.tensor(boxes), torch.tensor(labels),
                                torch.tensor(np.column_stack([pairs[q], p])), (200, 200))
+            if second:
+                row = np.full((9, 9), -1)
+                row[tuple(pairs.T)] = np.arange(len(pairs))
+                row = np.tile(row, (2, 2))
+                pairs, said = np.argwhere(row >= 0), said[row[row >= 0]]
+                boxes, claimed = np.tile(boxes, (2, 1)), np.concatenate([claimed, 1 - claimed])
+                scores = np.concatenate([scores, scores * .95])
             self.made.append((Prediction(*map(torch.tensor, (boxes, claimed, scores, pairs, said)), (200, 200)), graph))
 
     def answers(self, task, *readings):
         for i, (one, graph) in enumerate(self.made):
-            fitted = readings[i // 10 % len(readings)].calibration or Calibration()
-            scores = fitted.of_objects(one.boxes, one.scores) if task == 'sgdet' else torch.ones(9)
+            how = readings[i // 10 % len(readings)]
+            fitted = how.calibration or Calibration()
+            scores = fitted.of_objects(one.boxes, one.scores, one.labels) if task == 'sgdet' else torch.ones(9)
+            scores = suppress(one.boxes, scores, how.suppress, how.overlap)
             labels = one.labels if task == 'sgdet' else graph.labels
             yield Prediction(one.boxes, labels, scores, one.pairs, fitted.of_predicates(one.predicates),
                              one.size), graph, graph
@@ -176,9 +220,9 @@ class Kept:
 
 @pytest.fixture
 def chosen(monkeypatch):
-    def choose(kept, start):
+    def choose(kept, start, **how):
         monkeypatch.setattr(choices, 'KeptFields', lambda *_, **__: kept)
-        return choose_reading(small(), None, None, start)
+        return choose_reading(small(), None, None, start, **how)
     return choose
 
 
@@ -194,6 +238,21 @@ def test_bent_scores_are_straightened(chosen):
     assert kept.figures('sgdet', reading)['P@5'] > 1.2 * kept.figures('sgdet', Reading('lines'))['P@5']
 
 
+def test_second_names_are_kept_where_their_chances_are_worth_more_than_a_rule(chosen):
+    kept = Kept(honest=True, second=True)
+    with pytest.MonkeyPatch.context() as patch:  # given boxes, which have no second names, play no part here
+        patch.setattr(choices, '_candidates', lambda *how: [row for row in CANDIDATES(*how) if row[0] == 'sgdet'])
+        reading, said = chosen(kept, Reading('lines'), suppress='chosen')
+    rules = [row for row in said['tried'] if 'suppress' in row]
+    best = max(rules[:4], key=lambda row: row['figure'])
+    assert [row['suppress'] for row in rules] == ['hard', 'hard', 'soft', 'soft', best['suppress'], 'none']
+    assert reading.suppress == 'none' and reading.calibration.overlaps[0] < -.1 and json.dumps(said)
+    assert rules[-1]['figure'] > max(row['figure'] for row in rules[:-1])
+    assert reading.shown() == replace(reading, suppress='hard') and reading.shown().overlap == .5
+    again, _ = chosen(Kept(honest=True), Reading('lines'), suppress='hard')
+    assert again.suppress == 'hard' and not (again.calibration and again.calibration.overlaps), 'a fixed rule stays'
+
+
 def test_no_figure_comes_from_pictures_that_were_fitted(chosen, monkeypatch):
     kept, asked = Kept(honest=False), []
     figures = kept.figures
@@ -205,7 +264,8 @@ def test_no_figure_comes_from_pictures_that_were_fitted(chosen, monkeypatch):
     for how in halves:
         for half, one in enumerate(how):  # batches 0, 2, ... are read with what was fitted to 1, 3, ...
             part = [claim for i, claim in enumerate(claims) if i // 10 % 2 != half]
-            own = calibrated(*(torch.cat(tensors).numpy() for tensors in zip(*part)))
+            *objects, _, said, holds = (torch.cat(tensors).numpy() for tensors in zip(*part))
+            own = calibrated(*objects, said, holds)
             assert one.calibration in (own, replace(own, predicates=None))
 
 
@@ -242,8 +302,8 @@ def test_ignored_things_count_neither_way():
                        torch.tensor([False, True]))
     found = Prediction(boxes, torch.tensor([0, 1, 0]), torch.tensor([.9, .8, .7]), torch.tensor([[0, 2]]),
                        torch.ones(1, 2), (64, 64))
-    _, scores, right, said, holds = choices._claims(found, truth, truth)
-    assert torch.equal(scores, torch.tensor([.9, .7])) and right.tolist() == [True, False]
+    _, scores, right, under, said, holds = choices._claims(found, truth, truth)
+    assert torch.equal(scores, torch.tensor([.9, .7])) and right.tolist() == [True, False] and not under.any()
     assert said.shape == holds.shape == (0, 2)
 
 

@@ -38,7 +38,7 @@ torch.ones(1, requires_grad=True).sum().backward()
 here = Path(__file__).parent
 TINY = dict(n_objects=2, n_predicates=2, pretrained=False, fpn=16, channels=16, zero_offsets=False)
 OPTIONS = dict(epochs=2, batch_size=2, lr=1e-3, lr_backbone=1e-3, warm_up=0., decay=(), device='cpu', progress=False)
-FITTED = Calibration((2.5, .8, -.2), ((1.4, .6), (.9, -.5)))
+FITTED = Calibration((2.5, .8, -.2), ((1.4, .6), (.9, -.5)), (-1., -3.))
 PRIOR = PairPrior(np.arange(8).reshape(2, 2, 2), np.full((2, 2), 20), TOY_VOCABULARY.to_json())
 
 

@@ -12,14 +12,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torchvision.ops import box_iou
 
 from .. import checkpoint, decode, metrics
-from ..calibration import calibrated
+from ..calibration import calibrated, under_surer
 from ..data import loader, network_input
 from .core import check_fit, dense_truth
 from ..fields import field_size
 from ..io.devices import device_for
+from ..matching import boxes_found
 from ..reading import FIELD_READINGS, SUPPRESS
 
 # %% ../../nbs/evaluation/06_choices.ipynb #kept-fields
@@ -60,61 +60,69 @@ class KeptFields:
 
 # %% ../../nbs/evaluation/06_choices.ipynb #calibrations
 def _claims(prediction, truth, dense):
-    """What one picture says and what of it is right: boxes, scores, right of objects; scores and truth of the
-    predicates of pairs of right ones, empty without a `dense` truth."""
-    same = (box_iou(prediction.boxes, truth.boxes) >= .5) & (prediction.labels[:, None] == truth.labels)
-    aside, same = same[:, truth.ignore].any(1), same & ~truth.ignore
-    right = same.any(1)
-    counts = right | ~aside
-    objects = prediction.boxes[counts], prediction.scores[counts], right[counts]
+    """What one picture says and what of it is right: boxes, scores, right of objects, and which lie under surer
+    ones (N, 2); scores and truth of the predicates of pairs of right ones, empty without a `dense` truth."""
+    of, counts = map(torch.from_numpy, boxes_found(prediction, truth))
+    right = of >= 0
+    under = torch.stack(under_surer(prediction.boxes, prediction.labels, prediction.scores), 1)
+    objects = [part[counts] for part in (prediction.boxes, prediction.scores, right, under)]
     said, holds = prediction.predicates[:0], prediction.predicates[:0] > 0
     if dense is None: return *objects, said, holds
     pairs = right[prediction.pairs].all(1)
     known = torch.zeros(len(dense), len(dense), said.shape[1], dtype=torch.bool)
     known[tuple(dense.relations.T)] = True
-    of = same.int().argmax(1)[prediction.pairs[pairs]]
+    of = of[prediction.pairs[pairs]]
     return *objects, prediction.predicates[pairs], known[of[:, 0], of[:, 1]]
 
 def _fitted(kept, reading):
     """The `Calibration` fitted to all batches of `kept`, and those fitted to each half, for the batches of the
-    other; None where too little is known."""
+    other, without and with overlaps; nothing where too little is known."""
+    if reading.relations == 'votes': return []
     plain = replace(reading.without_prior(), calibration=None, suppress='none', power=1.)
     answers, batch = list(kept.answers('sgdet', plain)), [len(truths) for *_, truths in kept.batches]
     half = np.repeat(np.arange(len(batch)) % 2, batch)
     claims = [_claims(*answer) for answer in answers]
     dense = all(truth is not None for *_, truth in answers)
-    def fit(part):
+    def fit(part, second):
         if not part: return None
-        boxes, scores, right, said, holds = (torch.cat(tensors).numpy() for tensors in zip(*part))
-        return calibrated(boxes, scores, right, *(said, holds) if dense else ())
-    every, *others = (fit([one for one, h in zip(claims, half) if h != left]) for left in (2, 0, 1))
-    return (every, others) if every and all(others) else None
+        boxes, scores, right, under, said, holds = (torch.cat(tensors).numpy() for tensors in zip(*part))
+        return calibrated(boxes, scores, right, *(said, holds) if dense else (None, None), under if second else None)
+    parts = [[one for one, h in zip(claims, half) if h != left] for left in (2, 0, 1)]
+    found = [[fit(part, second) for part in parts] for second in (False, True)]
+    return found if all(map(all, found)) else []
 
-def _calibrations(kept, reading):
-    "[(calibration, the readings that judge it, one for each half)]: none, of objects, of predicates, too."
-    found = None if reading.relations == 'votes' else _fitted(kept, reading)
-    if found is None: return [(None, [reading])]
-    every, others = found
-    options = [(None, [reading])]
-    for parts in (dict(predicates=None), {}) if every.predicates else ({},):
-        judged = [replace(reading, calibration=replace(other, **parts)) for other in others]
-        options.append((replace(every, **parts), judged))
+def _of_calibration(fitted, reading):
+    "[(change, the readings that judge it, one for each half)]: none, of objects, of predicates, too."
+    options = [(dict(calibration=None), [reading])]
+    if not fitted: return options
+    for parts in (dict(predicates=None), {}) if fitted[0][0].predicates else ({},):
+        every, *others = (replace(one, **parts) for one in fitted[0])
+        options.append((dict(calibration=every), [replace(reading, calibration=other) for other in others]))
     return options
+
+def _of_overlaps(fitted, reading):
+    "The same: suppressed as it is, or not, and second names as likely as was fitted."
+    options = [(dict(suppress=reading.suppress, overlap=reading.overlap), [reading])]
+    if reading.calibration is None: return options
+    parts = {} if reading.calibration.predicates else dict(predicates=None)
+    changes = [dict(suppress='none', calibration=replace(one, **parts)) for one in fitted[1]]
+    return [*options, (changes[0], [replace(reading, **change) for change in changes[1:]])]
 
 # %% ../../nbs/evaluation/06_choices.ipynb #candidates
 def _candidates(prior, relations, suppress):
-    """(task, list of changes to a reading) of each step. `prior`: there is one; `relations` and
-    `suppress`: 'chosen', or what is fixed."""
+    """(task, list of changes to a reading) of each step, or in place of the list what makes it, with its judges,
+    of what was fitted. `prior`: there is one; `relations` and `suppress`: 'chosen', or what is fixed."""
     if relations == 'chosen': yield 'predcls', [dict(relations=name) for name in FIELD_READINGS]
     yield 'predcls', [dict(tau=cells) for cells in (4., 2.)]
     yield 'sgdet', [dict(related=power) for power in (0., 1.)]
-    yield 'sgdet', [dict(calibration=None)]  # and what is fitted, see `_calibrations`
+    yield 'sgdet', _of_calibration
     if prior:
         yield 'predcls', [dict(prior=beta) for beta in (0., .25, .5, 1.)]
         yield 'predcls', [dict(epsilon=value) for value in (.02, 1e-3)]
     kinds = SUPPRESS[1:] if suppress == 'chosen' else (suppress,)  # one thing, one name
     yield 'sgdet', [dict(suppress=kind, overlap=iou) for kind in kinds
                     for iou in ((.5,) if kind == 'none' else (.5, .7))]
+    if suppress == 'chosen': yield 'sgdet', _of_overlaps
     yield 'sgdet', [dict(power=value) for value in (1., 2.)]
     if prior: yield 'sgdet', [dict(prior_detected=beta) for beta in (None, 0., .25, .5, 1.)]
 
@@ -149,14 +157,15 @@ def choose_reading(model, dataset, prior, start,
     if prior is not None: prior.check_names(dataset.database.vocabulary.to_json())
     reading = replace(start, table=prior, prior=0., prior_detected=None, calibration=None)
     if relations not in (None, 'chosen'): reading = replace(reading, relations=relations)
-    known = {}
+    known, fitted = {}, None
     for task, changes in _candidates(prior is not None, relations, suppress or start.suppress):
-        if any(_idle(reading, change) for change in changes): continue
-        judges = [[replace(reading, **change)] for change in changes]
-        if 'calibration' in changes[0]:
-            found, judges = zip(*_calibrations(kept, reading))
-            if len(found) == 1: continue  # nothing could be fitted
-            changes = [dict(calibration=one) for one in found]
+        if callable(changes):
+            fitted = _fitted(kept, reading) if fitted is None else fitted
+            changes, judges = zip(*changes(fitted, reading))
+            if len(changes) == 1: continue  # nothing could be fitted
+        else:
+            if any(_idle(reading, change) for change in changes): continue
+            judges = [[replace(reading, **change)] for change in changes]
         options, figures = [replace(reading, **change) for change in changes], []
         for judge, change in zip(judges, changes):
             key = json.dumps([task, *(one.of_task(task).to_json() for one in judge)])

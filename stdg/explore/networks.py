@@ -38,7 +38,7 @@ def other_reading(own, name):
     """The `stdg.reading.Reading` called `name`, one of `READINGS`, of a network with the reading
     `own`."""
     if name not in READINGS: raise ValueError(f"reading {name!r} is unknown; there are {', '.join(READINGS)}")
-    return {READINGS[0]: own, READINGS[1]: own.without_prior(),
+    return {READINGS[0]: own.shown(), READINGS[1]: own.shown().without_prior(),
             READINGS[2]: replace(own, suppress='none')}.get(name, PUBLISHED)
 
 # %% ../../nbs/explore/05_networks.ipynb #at-hand

@@ -167,7 +167,7 @@ class DeployedPairs(nn.Module):
         detection, fields = self.network(network_input(self.network, picture))
         boxes, labels, scores = decode.detect(detection, self.network.stride)
         calibration = self.reading.calibration
-        if calibration: scores = calibration.of_objects(boxes, scores)
+        if calibration: scores = calibration.of_objects(boxes, scores, labels)
         if calibration or self.reading.suppress != 'none':
             scores = suppress(boxes, scores, self.reading.suppress, self.reading.overlap)
             scores, boxes, labels = _best_first(scores, boxes, labels)
@@ -205,7 +205,7 @@ def _target(path, ending):
 
 def _deployed(model, top):
     "The module that is exported of a `Model`."
-    reading = Reading.from_facts(model.facts)
+    reading = Reading.from_facts(model.facts).shown()
     if model.network.network.asks_pairs or reading.relations == 'lines': return DeployedPairs(model.network, reading)
     return Deployed(model.network, top)
 
@@ -296,7 +296,7 @@ class OnnxModel:
     def reading(self):
         """How the network is best read, a `Reading`, prior and all; a graph of votes gives these alone,
         without a prior and unsuppressed."""
-        return Reading.from_facts(self.facts)
+        return Reading.from_facts(self.facts).shown()
 
     @property
     def asks_pairs(self):

@@ -243,8 +243,9 @@ def _reading(model):
     lines = [f"Relations are read by **{'pairs' if asks else way.relations}**"
              + f': the network is asked about all ordered pairs of the surest {way.objects} boxes' * asks
              + f' (tau = {way.tau:g} cells)' * (way.relations == 'lines')
-             + f"; suppression of boxes over all classes: {way.suppress}"
-             + f' (IoU {way.overlap:g})' * (way.suppress != 'none')
+             + f"; suppression of boxes over all classes: {way.shown().suppress}"
+             + f' (IoU {way.overlap:g})' * (way.shown().suppress != 'none')
+             + ' of what is shown; in figures a second name of a box counts as likely as it is' * (way.shown() != way)
              + f"; pairs are ranked by the object scores to the power {way.power:g}."]
     if way.calibration:
         what = 'objects' if way.calibration.predicates is None else 'objects and predicates'

@@ -183,7 +183,7 @@ class Predictor:
             raise ValueError(f"{self.path} reads pictures of {self.model.size} pixels, not {size}. Export "
                              f"the checkpoint with --size {size}")
         self.precision = precision or 'float32'
-        self._own = Reading.from_facts(self.facts)
+        self._own = Reading.from_facts(self.facts).shown()
         self.reading, self.changed = self._asked(prior, suppress)
 
     def _asked(self, prior, suppress):
