@@ -13,6 +13,7 @@ from stdg.calibration import ENOUGH, Calibration, calibrated, under_surer
 from stdg.decode import decode_tasks, detect
 from stdg.evaluation import choices
 from stdg.evaluation.choices import choose_reading, save_reading
+from stdg.explore.networks import load_network
 from stdg.graph import Prediction, SceneGraph
 from stdg.inference.hub import FACTS, Model
 from stdg.inference.predictor import Predictor
@@ -114,6 +115,7 @@ def test_where_people_look_a_thing_has_one_name(tmp_path):
     ready, picture = Predictor(path), torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     assert ready.reading == replace(reading, suppress='hard') and not ready.changed
     assert checkpoint.reading(path) == reading, 'its file says how it is judged'
+    assert load_network(path)[-1] == ready.reading, 'and so it is in the explorer'
     greatest = lambda found: box_iou(found.boxes, found.boxes).nan_to_num(0).fill_diagonal_(0).max()
     one, every = ready([picture])[0], ready.read_as(suppress='none')([picture])[0]
     assert greatest(one) <= .3 + 1e-6 < .5 < greatest(every) and len(one.boxes) < len(every.boxes)

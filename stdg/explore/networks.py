@@ -28,7 +28,7 @@ def load_network(path):
 
     Raises what `stdg.checkpoint.load` raises, and `ValueError` for a reading that cannot be."""
     model, side = checkpoint.load(path), trained_size(path) or 512
-    reading = Reading.from_facts(checkpoint.facts(path))
+    reading = Reading.from_facts(checkpoint.facts(path)).shown()
     return model, checkpoint.vocabulary(path), side, _teacher_beside(path, model), reading
 
 # %% ../../nbs/explore/05_networks.ipynb #readings
@@ -38,7 +38,7 @@ def other_reading(own, name):
     """The `stdg.reading.Reading` called `name`, one of `READINGS`, of a network with the reading
     `own`."""
     if name not in READINGS: raise ValueError(f"reading {name!r} is unknown; there are {', '.join(READINGS)}")
-    return {READINGS[0]: own.shown(), READINGS[1]: own.shown().without_prior(),
+    return {READINGS[0]: own, READINGS[1]: own.without_prior(),
             READINGS[2]: replace(own, suppress='none')}.get(name, PUBLISHED)
 
 # %% ../../nbs/explore/05_networks.ipynb #at-hand
