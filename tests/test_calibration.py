@@ -279,6 +279,23 @@ def test_honest_scores_stay_much_as_they_are(chosen):
     assert all(.8 < a < 1.25 and abs(b) < .5 for a, b in reading.calibration.predicates or ())
 
 
+@pytest.mark.parametrize(('relations', 'better', 'naming'), [
+    ('lines', 'likeliest', 'likeliest'), ('lines', 'matched', 'matched'), ('lines', None, 'matched'),
+    ('votes', 'likeliest', 'matched')])
+def test_who_names_given_boxes_is_chosen(chosen, monkeypatch, relations, better, naming):
+    "By SGCls; of equals the published way, and for votes always that."
+    kept = Kept(honest=True)
+    figures = kept.figures
+    def judged(task, *how):
+        found = figures(task, *how)
+        return found | dict({'R@50': 1., 'P@5': 1.} if task == 'sgcls' and how[0].naming == better else {})
+    monkeypatch.setattr(kept, 'figures', judged)
+    reading, said = chosen(kept, Reading(relations))
+    assert reading.naming == naming
+    tried = [row['naming'] for row in said['tried'] if 'naming' in row]
+    assert tried == ['matched', 'likeliest'] * (relations == 'lines')
+
+
 def test_votes_and_few_claims_are_not_calibrated(chosen):
     assert chosen(Kept(False), Reading('votes'))[0].calibration is None
     few = Kept(False)

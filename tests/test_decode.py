@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import box_iou
 
 from stdg.decode import (
     candidates,
@@ -12,12 +13,12 @@ from stdg.decode import (
     decode_batch,
     decode_tasks,
     detect,
-    hungarian_match,
     ideal_output,
-    peak_at,
 )
 from stdg.fields import encode
 from stdg.graph import TASKS, SceneGraph
+from stdg.naming import hungarian_match, peak_at
+from stdg.reading import PUBLISHED, Reading
 
 GOLDEN = np.load(Path(__file__).parent / 'golden/decode.npz')
 
@@ -216,6 +217,30 @@ def test_sgcls_takes_the_class_of_a_detection_on_more_than_half():
     found = decode(detection, relation, 'sgcls', truth, 8, released=True)
     assert found.labels.tolist() == [3, 5]
     assert found.scores.tolist() == pytest.approx([.6, 1])
+
+
+def test_the_likeliest_names_a_given_box():
+    "Against a plain loop; the released code knows nothing of it."
+    reading = Reading('lines', naming='likeliest')
+    changed = 0
+    for seed in range(4):
+        detection, relation = random_fields(seed, density=.2)
+        truth = random_graph(seed, n=12, side=72, size=(72, 96))
+        boxes, labels, scores = (part[0] for part in detect(detection[None], 8))
+        named = decode(detection, relation, 'sgcls', truth, 8, reading=reading)
+        matched = decode(detection, relation, 'sgcls', truth, 8)
+        for i, (box, label, score) in enumerate(zip(truth.boxes, named.labels, named.scores)):
+            overlap = box_iou(box[None], boxes)[0]
+            worth = [(s * o ** 2).item() if o > .3 else 0. for s, o in zip(scores, overlap)]
+            best = max(range(len(worth)), key=worth.__getitem__)
+            if worth[best]: assert (label, score) == (labels[best], scores[best])
+            else:
+                centre = (box[:2] + box[2:])[None] / 2 / 8
+                assert (label, score) == tuple(part[0] for part in peak_at(detection[:-4], centre))
+            changed += label != matched.labels[i]
+        for one, other in zip(*(decode(detection, relation, 'sgcls', truth, 8, True, how).labels
+                                for how in (reading, PUBLISHED))): assert one == other
+    assert changed > 4
 
 
 def test_defaults_of_every_way_of_decoding():

@@ -20,7 +20,7 @@ from .core import check_fit, dense_truth
 from ..fields import field_size
 from ..io.devices import device_for
 from ..matching import boxes_found
-from ..reading import FIELD_READINGS, SUPPRESS
+from ..reading import FIELD_READINGS, NAMING, SUPPRESS
 
 # %% ../../nbs/evaluation/06_choices.ipynb #kept-fields
 class KeptFields:
@@ -116,6 +116,7 @@ def _candidates(prior, relations, suppress):
     yield 'predcls', [dict(tau=cells) for cells in (4., 2.)]
     yield 'sgdet', [dict(related=power) for power in (0., 1.)]
     yield 'sgdet', _of_calibration
+    yield 'sgcls', [dict(naming=way) for way in NAMING]
     if prior:
         yield 'predcls', [dict(prior=beta) for beta in (0., .25, .5, 1.)]
         yield 'predcls', [dict(epsilon=value) for value in (.02, 1e-3)]
@@ -130,6 +131,7 @@ def _idle(reading, change):
     "Whether `change`, of one of the `_candidates`, would change nothing in what is read."
     return ('epsilon' in change and not reading.prior
             or 'tau' in change and reading.relations != 'lines'
+            or 'naming' in change and reading.relations == 'votes'
             or 'related' in change and reading.relations != 'pairs')
 
 # %% ../../nbs/evaluation/06_choices.ipynb #choose-reading

@@ -246,6 +246,7 @@ def _reading(model):
              + f"; suppression of boxes over all classes: {way.shown().suppress}"
              + f' (IoU {way.overlap:g})' * (way.shown().suppress != 'none')
              + ' of what is shown; in figures a second name of a box counts as likely as it is' * (way.shown() != way)
+             + f"; given boxes are named by {'the likeliest detection' if way.naming == 'likeliest' else 'matching'}"
              + f"; pairs are ranked by the object scores to the power {way.power:g}."]
     if way.calibration:
         what = 'objects' if way.calibration.predicates is None else 'objects and predicates'
