@@ -49,7 +49,7 @@ RUNBOOKS = dict(
         protocol=Many(Choice(PROTOCOLS), 1, distinct=True), intervals=Whole(), depth_source=_path,
         prior=Flag(), released=Flag(), name=RunName(empty=True), batch_size=Whole(1), workers=_share,
         device=Device(), shard=Whole(), of_shards=Whole(1), timed=Whole(), keep_thresholds=Flag(),
-        extremes=Whole()),
+        parts=Flag(), extremes=Whole()),
     predict=dict(
         pictures=_path, checkpoint=_network,
         min_score=Real(None, 1), top=Whole(1), show=Whole(), out=Text(),
