@@ -18,6 +18,7 @@ from stdg.graph import Prediction, SceneGraph
 from stdg.inference.hub import FACTS, Model
 from stdg.inference.predictor import Predictor
 from stdg.io.tensors import TensorFile
+from stdg.matching import box_claims, boxes_found
 from stdg.model import STDG
 from stdg.reading import PUBLISHED, PairPrior, Reading, suppress
 from stdg.testing import TOY_VOCABULARY
@@ -324,6 +325,23 @@ def test_ignored_things_count_neither_way():
     _, scores, right, under, said, holds = choices._claims(found, truth, truth)
     assert torch.equal(scores, torch.tensor([.9, .7])) and right.tolist() == [True, False] and not under.any()
     assert said.shape == holds.shape == (0, 2)
+
+
+def test_of_several_boxes_on_a_thing_the_surest_finds_it():
+    "One box on two things of its class finds both and counts once; a truth without things finds nothing."
+    boxes = torch.tensor([[0., 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 9], [0, 0, 10, 10], [30, 30, 40, 40]])
+    found = Prediction(boxes, torch.tensor([1, 0, 0, 0, 0]), torch.tensor([.9, .6, .7, .5, .8]),
+                       torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2), (64, 64))
+    truth = lambda rows, labels: SceneGraph(rows, labels, torch.zeros(0, 3, dtype=torch.int64), (64, 64))
+    which, counts = boxes_found(found, truth(boxes[:1], torch.tensor([0])))
+    assert which.tolist() == [-1, -1, 0, -1, -1] and counts.all()
+    which, _ = boxes_found(found, truth(boxes[[4, 0, 2]], torch.tensor([0, 1, 0])))
+    assert which.tolist() == [1, -1, 2, -1, 0]
+    one = Prediction(boxes[:1], torch.tensor([0]), torch.tensor([.9]), found.pairs, found.predicates, (64, 64))
+    two = truth(boxes[[1, 2]], torch.tensor([0, 0]))
+    which, counts = boxes_found(one, two)
+    assert which.tolist() == [0] and counts.all() and box_claims(one, two)[1].tolist() == [True]
+    assert boxes_found(found, truth(boxes[:0], torch.zeros(0, dtype=torch.int64)))[0].tolist() == [-1] * 5
 
 
 def test_a_fit_needs_claims_of_both_kinds():

@@ -380,7 +380,7 @@ def test_the_runbook(rooms, tmp_path):
     reading = Reading(prior=.5, table=pair_prior(rooms))
     save_reading(tmp_path/'some.safetensors', reading)
     values = dict(checkpoint=tmp_path/'some.safetensors', data=rooms.folder, intervals=50, timed=1,
-                  extremes=1, batch_size=3)
+                  extremes=1, batch_size=3, parts=True)
     command = [sys.executable, '-m', 'papermill', '--no-progress-bar',
                str(root/'nbs'/'evaluate.ipynb'), str(tmp_path/'out.ipynb'), '-k', 'python3']
     done = subprocess.run(command + [text for k, v in values.items() for text in ('-p', k, str(v))],
@@ -397,6 +397,10 @@ def test_the_runbook(rooms, tmp_path):
     assert math.isclose(results['rows']['some + prior']['predcls']['R@50'], with_prior)
     assert with_prior != expected['predcls']['R@50'] and results['reading'] == reading.to_json()
     assert set(results['rows']['frequency prior']['predcls']) >= {'R@50', 'intervals'}
+    assert [*results['parts']] == ['as it is', 'without the prior', 'as published']
+    for part, row in (('as it is', 'some + prior'), ('without the prior', 'some'), ('as published', 'some')):
+        for task in TASKS:
+            assert math.isclose(results['parts'][part][task]['R@50'], results['rows'][row][task]['R@50'], abs_tol=1e-9)
     assert set(results['calibration']) == set(diagnostics.CLAIMS.values())
     assert [len(results[end]) for end in ('worst', 'best')] == [1, 1]
     assert results['worst'][0]['recall'] <= results['best'][0]['recall']
