@@ -241,7 +241,7 @@ def test_what_is_fixed_is_not_chosen(database, network):
     found, chosen = choose_reading(network, dataset, None, Reading('lines', suppress='hard'))
     assert found.relations == 'lines' and found.suppress == 'hard' and not found.has_prior
     names = {name for row in chosen['tried'] for name in row} - {'task', 'figure'}
-    assert names == {'tau', 'suppress', 'overlap', 'power'}
+    assert names == {'tau', 'suppress', 'overlap', 'power', 'naming'}
     found, chosen = choose_reading(network, dataset, pair_prior(database), PUBLISHED, 'chosen', 'chosen')
     tried = [{name: row[name] for name in row if name not in ('task', 'figure')} for row in chosen['tried']]
     assert {row.get('relations') for row in tried} >= {'votes', 'lines'}
