@@ -7,6 +7,7 @@ __all__ = ['READS', 'FIGURES', 'level_maps', 'levels_told']
 
 # %% ../../nbs/evaluation/15_levels.ipynb #imports
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +17,12 @@ from .boxes_alone import learn_pairs, nothing_seen, pairs_told
 from ..pairs import PairHead
 
 # %% ../../nbs/evaluation/15_levels.ipynb #level-maps
-def _module(body, stride):
-    """The module of a timm extractor that gives its last level of this `stride`, and the level's channels.
-
-    Raises `ValueError` if there is none."""
-    levels = {level['reduction']: level for level in body.feature_info.info}
-    if stride not in levels: raise ValueError(f"the backbone has levels of stride {sorted(levels)}, not {stride}")
-    name, modules = levels[stride]['module'], dict(body.named_modules())
-    return modules.get(name) or modules[name.replace('.', '_')], levels[stride]['num_chs']  # timm's flattened names
+def _levels(body):
+    "The levels of a timm extractor: {stride: (the module that gives the last one of that stride, its channels)}."
+    modules = dict(body.named_modules())
+    named = [(level, name) for level in body.feature_info.info
+             for name in (level['module'], level['module'].replace('.', '_')) if name in modules]  # timm may flatten
+    return {level['reduction']: (modules[name], level['num_chs']) for level, name in named}
 
 @torch.no_grad()
 def level_maps(backbone, image, strides):
@@ -31,14 +30,17 @@ def level_maps(backbone, image, strides):
     all (B, C, h, w).
 
     Raises `ValueError` for a stride that it has no level of."""
-    found = {}
+    levels, found = _levels(backbone.body), {}
+    if none := [stride for stride in strides if stride not in levels]:
+        raise ValueError(f"the backbone has no level of stride {none[0]}, only of {sorted(levels)}")
+
+    def keep(stride, channels, module, given, out):
+        found[stride] = out if out.shape[1] == channels else out.permute(0, 3, 1, 2)
+
     with ExitStack() as stack:
         for stride in strides:
-            module, channels = _module(backbone.body, stride)
-
-            def keep(module, given, out, stride=stride, channels=channels):
-                found[stride] = out if out.shape[1] == channels else out.permute(0, 3, 1, 2)
-            stack.callback(module.register_forward_hook(keep).remove)
+            module, channels = levels[stride]
+            stack.callback(module.register_forward_hook(partial(keep, stride, channels)).remove)
         own = backbone(image)
     return [own, *(found[stride] for stride in strides)]
 
@@ -48,7 +50,7 @@ FIGURES = 'R@20', 'R@50', 'mR@50'
 
 def _strides(backbone, reads):
     "The strides of the single levels that a head reads beside the map, and of the cells that it reads."
-    every, own = sorted({level['reduction'] for level in backbone.body.feature_info.info}), backbone.stride
+    every, own = sorted(_levels(backbone.body)), backbone.stride
     if reads == 'each': return [stride for stride in every if stride >= own], own
     if reads != 'finer': return [], own
     finer = [stride for stride in every if stride < own]

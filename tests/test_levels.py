@@ -1,0 +1,52 @@
+"""Heads that learn on the levels of a network that stays as it is."""
+import pytest
+import torch
+
+from stdg.backbone import Backbone
+from stdg.evaluation.levels import READS, level_maps, levels_told
+from stdg.model import STDG
+from stdg.testing import toy_database
+
+
+@pytest.mark.parametrize('name, stride, fpn', [
+    ('resnet18', 8, 16), ('resnet18', 16, 0), ('resnet50', 16, 0), ('convnext_atto', 8, 16),
+    ('mobilenetv3_small_050', 8, 16), ('swin_tiny_patch4_window7_224', 8, 16)])
+def test_levels_are_those_of_the_backbone(name, stride, fpn):
+    "Whatever timm calls its modules and wherever it puts the channels."
+    torch.manual_seed(0)
+    backbone = Backbone(name, stride, fpn, pretrained=False).eval()
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad(): wanted, own = backbone.body(image), backbone(image)
+    wanted = [out if out.shape[1] == n else out.permute(0, 3, 1, 2)
+              for out, n in zip(wanted, backbone.body.feature_info.channels())]
+    strides = backbone.body.feature_info.reduction()
+    found = level_maps(backbone, image, [*strides, 4])
+    assert torch.equal(found[0], own) and found[-1].shape[2:] == (16, 24)
+    for ours, theirs in zip(found[1:-1], wanted, strict=True): assert torch.equal(ours, theirs)
+
+
+def test_hooks_go_whatever_happens():
+    backbone = Backbone('resnet18', 8, 16, pretrained=False)
+    for channels, stride, says in ((2, 4, 'pictures'), (3, 3, r'no level of stride 3, only of \[2, 4')):
+        with pytest.raises(ValueError, match=says): level_maps(backbone, torch.zeros(1, channels, 64, 64), [stride])
+    assert not any(module._forward_hooks for module in backbone.modules())
+
+
+def test_the_network_stays_as_it_is(tmp_path):
+    "Its numbers and those of its batch norms; a seed tells everything, in whatever company."
+    toys = toy_database(tmp_path/'toys', 9)
+    torch.manual_seed(0)
+    network = STDG('small', pretrained=False, n_objects=2, n_predicates=2, fpn=16, channels=16).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    few = dict(epochs=2, batch_size=2, channels=16)
+    told = levels_told(network, toys, seeds=[3, 5], **few)
+    assert tuple(told) == READS and {tuple(seeds) for one in told.values() for seeds in one.values()} == {(3, 5)}
+    assert levels_told(network, toys, ['each'], seeds=[5], **few)['each']['R@50'][5] == told['each']['R@50'][5]
+    for name, value in network.state_dict().items(): assert torch.equal(value, before[name]), name
+
+
+def test_nothing_finer(tmp_path):
+    toys = toy_database(tmp_path/'toys', 3)
+    network = STDG('vit_tiny_patch16_224', pretrained=False, n_objects=2, n_predicates=2)
+    with pytest.raises(ValueError, match='no level finer than its stride, 16'): levels_told(network, toys, ['finer'])
+    with pytest.raises(ValueError, match="cannot read 'sum'"): levels_told(network, toys, ['sum', 'map'])
