@@ -15,15 +15,15 @@ from ..pairs import PairFields, PairHead, pair_loss, training_pairs
 from ..reading import Reading
 
 # %% ../../nbs/evaluation/10_boxes_alone.ipynb #boxes-alone
-def learn_pairs(head, batches, epochs, rate):
+def learn_pairs(head, batches, epochs, rate, shift=None):
     """Train a `PairHead` for so many `epochs`; each of `batches` is what it reads, (B, C, h, w), and the targets of
-    these pictures, as `training_pairs` takes them."""
+    these pictures, as `training_pairs` takes them; `shift` is that of `pair_loss`."""
     optimiser = torch.optim.AdamW(head.train().parameters(), weight_decay=1e-2)
     plan = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, max(epochs * len(batches), 2))
     for _ in range(epochs):
         for maps, targets in batches:
             pairs, carries = training_pairs(targets, head.n_objects, head.n_predicates)
-            sum(pair_loss(head(maps, pairs).logits, carries).values()).backward()
+            sum(pair_loss(head(maps, pairs).logits, carries, shift=shift).values()).backward()
             optimiser.step()
             optimiser.zero_grad()
             plan.step()

@@ -1,9 +1,10 @@
-"""Heads that learn on the levels of a network that stays as it is."""
+"""Heads that learn on the levels of a network that stays as it is, and how."""
 import pytest
 import torch
 
 from stdg.backbone import Backbone
-from stdg.evaluation.levels import READS, level_maps, levels_told
+from stdg.evaluation.frozen import HEADS, heads_told, level_maps
+from stdg.graph import SceneGraph
 from stdg.model import STDG
 from stdg.testing import toy_database
 
@@ -39,14 +40,30 @@ def test_the_network_stays_as_it_is(tmp_path):
     network = STDG('small', pretrained=False, n_objects=2, n_predicates=2, fpn=16, channels=16).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     few = dict(epochs=2, batch_size=2, channels=16)
-    told = levels_told(network, toys, seeds=[3, 5], **few)
-    assert tuple(told) == READS and {tuple(seeds) for one in told.values() for seeds in one.values()} == {(3, 5)}
-    assert levels_told(network, toys, ['each'], seeds=[5], **few)['each']['R@50'][5] == told['each']['R@50'][5]
+    told = heads_told(network, toys, seeds=[3, 5], **few)
+    assert tuple(told) == tuple(HEADS) and {tuple(seeds) for one in told.values() for seeds in one.values()} == {(3, 5)}
+    again = heads_told(network, toys, dict(again=dict(reads='each')), seeds=[5], **few)
+    assert again['again'] == {figure: {5: seeds[5]} for figure, seeds in told['each level'].items()}
     for name, value in network.state_dict().items(): assert torch.equal(value, before[name]), name
 
 
-def test_nothing_finer(tmp_path):
+def test_balance_brings_rare_predicates_forward(tmp_path):
+    """Boxes that tell nothing, and a predicate that holds for one pair in four. A head says the common one of all. Its odds
+    are three, those of the rare one a third, and balance multiplies these by three to its power: from two on they win."""
+    def scene(i):
+        return SceneGraph([[4, 16, 20, 40], [34, 20, 50, 44]], [0, 1], [[0, 1, int(i % 4 == 0)]], (64, 64)), None
+
+    toys = toy_database(tmp_path/'toys', [scene(i) for i in range(24)])
+    network = STDG('small', pretrained=False, n_objects=2, n_predicates=2, fpn=16, channels=16)
+    heads = {'plain': dict(reads='nothing'), 'balanced': dict(reads='nothing', balance=3.)}
+    told = heads_told(network, toys, heads, epochs=40, batch_size=4, channels=16)
+    assert told['plain']['R@20'][0] == .75 and told['balanced']['R@20'][0] == .25
+
+
+def test_what_cannot_be_read(tmp_path):
     toys = toy_database(tmp_path/'toys', 3)
     network = STDG('vit_tiny_patch16_224', pretrained=False, n_objects=2, n_predicates=2)
-    with pytest.raises(ValueError, match='no level finer than its stride, 16'): levels_told(network, toys, ['finer'])
-    with pytest.raises(ValueError, match="cannot read 'sum'"): levels_told(network, toys, ['sum', 'map'])
+    with pytest.raises(ValueError, match='no level finer than its stride, 16'):
+        heads_told(network, toys, dict(near=dict(reads='finer')))
+    with pytest.raises(ValueError, match="reads is 'sum'; heads can read nothing, map"):
+        heads_told(network, toys, dict(map={}, other=dict(reads='sum')))
