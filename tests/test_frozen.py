@@ -48,8 +48,9 @@ def test_the_network_stays_as_it_is(tmp_path):
 
 
 def test_balance_brings_rare_predicates_forward(tmp_path):
-    """Boxes that tell nothing, and a predicate that holds for one pair in four. A head says the common one of all. Its odds
-    are three, those of the rare one a third, and balance multiplies these by three to its power: from two on they win."""
+    """Boxes that tell nothing, and a predicate that holds for one pair in four. A head says the common one of all: its
+    odds are three, those of the rare one a third. Balance multiplies these by its power of three: beyond two they
+    win."""
     def scene(i):
         return SceneGraph([[4, 16, 20, 40], [34, 20, 50, 44]], [0, 1], [[0, 1, int(i % 4 == 0)]], (64, 64)), None
 
