@@ -92,20 +92,17 @@ def _fitted(kept, reading):
     return found if all(map(all, found)) else []
 
 def _of_calibration(fitted, reading):
-    "[(change, the readings that judge it, one for each half)]: none, of objects, of predicates, too."
+    "[(change, the readings that judge it, one for each half)]: no calibration, or the one that was fitted."
     options = [(dict(calibration=None), [reading])]
     if not fitted: return options
-    for parts in (dict(predicates=None), {}) if fitted[0][0].predicates else ({},):
-        every, *others = (replace(one, **parts) for one in fitted[0])
-        options.append((dict(calibration=every), [replace(reading, calibration=other) for other in others]))
-    return options
+    every, *others = fitted[0]
+    return [*options, (dict(calibration=every), [replace(reading, calibration=other) for other in others])]
 
 def _of_overlaps(fitted, reading):
     "The same: suppressed as it is, or not, and second names as likely as was fitted."
     options = [(dict(suppress=reading.suppress, overlap=reading.overlap), [reading])]
     if reading.calibration is None: return options
-    parts = {} if reading.calibration.predicates else dict(predicates=None)
-    changes = [dict(suppress='none', calibration=replace(one, **parts)) for one in fitted[1]]
+    changes = [dict(suppress='none', calibration=one) for one in fitted[1]]
     return [*options, (changes[0], [replace(reading, **change) for change in changes[1:]])]
 
 # %% ../../nbs/evaluation/06_choices.ipynb #candidates
