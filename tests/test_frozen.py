@@ -47,6 +47,18 @@ def test_the_network_stays_as_it_is(tmp_path):
     for name, value in network.state_dict().items(): assert torch.equal(value, before[name]), name
 
 
+def test_fewer_pictures_than_a_batch_are_one(tmp_path):
+    "Heads learn from them: of two data sets that differ in the predicate alone, an untaught one is right in one."
+    def scene(predicate):
+        return SceneGraph([[4, 16, 20, 40], [34, 20, 50, 44]], [0, 1], [[0, 1, predicate]], (64, 64)), None
+
+    network = STDG('small', pretrained=False, n_objects=2, n_predicates=2, fpn=16, channels=16)
+    toys = [toy_database(tmp_path/str(predicate), [scene(predicate)] * 6) for predicate in (0, 1)]
+    for epochs, right in ((0, 1), (60, 2)):
+        told = [heads_told(network, one, dict(map={}), epochs=epochs, batch_size=64, channels=16) for one in toys]
+        assert sum(one['map']['R@20'][0] for one in told) == right
+
+
 def test_balance_brings_rare_predicates_forward(tmp_path):
     """Boxes that tell nothing, and a predicate that holds for one pair in four. A head says the common one of all: its
     odds are three, those of the rare one a third. Balance multiplies these by its power of three: beyond two they
