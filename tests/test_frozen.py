@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from stdg.backbone import Backbone
-from stdg.evaluation.frozen import HEADS, heads_told, level_maps
+from stdg.data import network_input
+from stdg.evaluation.frozen import HEADS, FrozenPictures, heads_told, level_maps, maps_read
 from stdg.graph import SceneGraph
 from stdg.model import STDG
 from stdg.testing import toy_database
@@ -31,6 +32,29 @@ def test_hooks_go_whatever_happens():
     for channels, stride, says in ((2, 4, 'pictures'), (3, 3, r'no level of stride 3, only of \[2, 4')):
         with pytest.raises(ValueError, match=says): level_maps(backbone, torch.zeros(1, channels, 64, 64), [stride])
     assert not any(module._forward_hooks for module in backbone.modules())
+
+
+def test_levels_lie_side_by_side():
+    "In the order of their strides after the map, each cell of a coarser one repeated."
+    torch.manual_seed(0)
+    network = STDG('small', pretrained=False, n_objects=2, n_predicates=2, fpn=16, channels=16).eval()
+    pictures = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    alone = level_maps(network.network.backbone, network_input(network, pictures), [8, 16, 32])
+    parts = maps_read(network, pictures, 'each').split([one.shape[1] for one in alone], 1)
+    for one, part, times in zip(alone, parts, (1, 1, 2, 4), strict=True):
+        assert torch.equal(part, one.repeat_interleave(times, 2).repeat_interleave(times, 3).half())
+
+
+@pytest.mark.parametrize('reads, cell', [('map', 8), ('each', 8), ('finer', 4)])
+def test_boxes_are_in_cells_of_what_is_read(tmp_path, reads, cell):
+    "In learning and in being judged: a head looks at the places that it has learnt to look at."
+    toys = toy_database(tmp_path/'toys', 9)
+    network = STDG('small', pretrained=False, n_objects=2, n_predicates=2, fpn=16, channels=16).eval()
+    kept = FrozenPictures(network, toys, reads)
+    graphs = [toys.graph(i) for i in range(9)]
+    for graph, boxes in zip(graphs, kept.learnt.targets['boxes']):
+        assert torch.equal(boxes[:len(graph)] * cell, graph.boxes)
+    assert kept.judged.stride == cell and kept.asked.shape[2:] == kept.learnt.maps.shape[2:] == (64 // cell, 64 // cell)
 
 
 def test_the_network_stays_as_it_is(tmp_path):

@@ -14,7 +14,7 @@ from .core import dense_truth
 from ..pairs import PairFields, PairHead, pair_loss, training_pairs
 from ..reading import Reading
 
-# %% ../../nbs/evaluation/10_boxes_alone.ipynb #boxes-alone
+# %% ../../nbs/evaluation/10_boxes_alone.ipynb #learn-pairs
 def learn_pairs(head, batches, epochs, rate, shift=None):
     """Train a `PairHead` for so many `epochs`; each of `batches` is what it reads, (B, C, h, w), and the targets of
     these pictures, as `training_pairs` takes them; `shift` is that of `pair_loss`."""
@@ -41,6 +41,7 @@ def pairs_told(head, dataset, maps, batch_size=16):
         for prediction, truths in zip(found, known): evaluator.update(prediction, *truths)
     return evaluator.compute()
 
+# %% ../../nbs/evaluation/10_boxes_alone.ipynb #boxes-alone
 def nothing_seen(n):
     "What there is to read of `n` pictures without looking: one grey cell each, (n, 1, 1, 1)."
     return torch.zeros(n, 1, 1, 1)
