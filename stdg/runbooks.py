@@ -30,6 +30,7 @@ from stdg.io.parameters import (
 from .matching import PROTOCOLS
 from .prepare import KINDS, STEPS
 from .training.depth_runs import CELLS
+from .training.pair_runs import HEADS
 from .training.settings import ALLOWED, Settings, check_together
 
 # %% ../nbs/commands/04_runbooks.ipynb #tables
@@ -84,7 +85,8 @@ RUNBOOKS = dict(
         seeds=Many(ALLOWED['seed'], 1, distinct=True), processes=Whole(1)),
     heads=dict(
         _of_a_run('name', 'data', 'n_train', 'n_val', 'n_test', 'size', 'backbone', 'split', 'epochs', 'decay'),
-        seeds=Many(ALLOWED['seed'], 1, distinct=True), processes=Whole(1)),
+        seeds=Many(ALLOWED['seed'], 1, distinct=True), processes=Whole(1),
+        heads=Many(Choice(tuple(HEADS)), 1, distinct=True), frozen_seeds=Many(Whole(), distinct=True)),
     benchmark=dict(
         repeats=Whole(1), side=_side, n_objects=Whole(1), n_predicates=Whole(1),
         loader_workers=_share, networks=_networks, exported=_networks,
@@ -111,13 +113,18 @@ def _study(v):
     names = ('n_train', 'n_test', 'batch_size', 'epochs')
     check_together(Settings(**{name: v[name] for name in names}))
 
+def _heads(v):
+    if v['frozen_seeds'] and 'pairs' not in v['heads']:
+        raise ValueError("frozen_seeds is for heads on the first network of 'pairs', which heads does not name: add "
+                         "it, or give frozen_seeds []")
+
 def _prepare(v):
     raw = Path(v['raw']).expanduser()
     if v['raw'] and not is_hub(v['raw']) and not raw.is_dir():
         raise ValueError(f"raw is {v['raw']!r}; a folder with the downloaded files (or hub:owner/name) is needed, and "
                          f"{raw} is {'no folder' if raw.exists() else 'missing'}")
 
-_TOGETHER = dict(evaluate=_evaluate, prepare=_prepare, study=_study)
+_TOGETHER = dict(evaluate=_evaluate, heads=_heads, prepare=_prepare, study=_study)
 
 def check_parameters(runbook, values):
     """Check and convert, in place, the parameters of a runbook: `values` are its `globals()`.
