@@ -165,13 +165,15 @@ class Network(nn.Module):
         "Whether the relation head is one of pairs."
         return isinstance(self.relation, PairHead)
 
-    def forward(self, image, pairs=None):
+    def forward(self, image, pairs=None, offsets_alone=False):
         """Pictures (B, 3, H, W), normalised, to detection (B, C+4, h, w), relation (B, P, 7, h, w)
         and the list of both heads' offsets (B, 36, h, w).
 
         A head of pairs gives in place of the last two a `stdg.pairs.PairOutput` and its `Sampling`
-        of these `stdg.pairs.Pairs`, or, without them, `PairFields` and no offsets."""
+        of these `stdg.pairs.Pairs`, or, without them, `PairFields` and no offsets. With `offsets_alone`,
+        what `offsets` gives."""
         features = self.backbone(image)
+        if offsets_alone: return self._offsets(features, pairs)
         detection, detection_offsets = self.detection(features)
         if self.asks_pairs:
             relation = self.relation(features, pairs)
@@ -181,7 +183,9 @@ class Network(nn.Module):
 
     def offsets(self, image, pairs=None):
         "The third of what `forward` gives alone: all that is needed of a teacher."
-        features = self.backbone(image)
+        return self(image, pairs, True)  # as a call, so that `compile` holds for it
+
+    def _offsets(self, features, pairs):
         own = self.detection.pre_head.offsets(features)
         if not self.asks_pairs: return [own, self.relation.pre_head.offsets(features)]
         return [own] if pairs is None else [own, self.relation(features, pairs).sampling]

@@ -244,8 +244,9 @@ class Asked(NamedTuple):
     carries: torch.Tensor  # (Q, P) float32: 1 for each predicate that a pair carries
 
     def to(self, device):
-        "The same on `device`."
-        here = lambda tensor: tensor.to(device, non_blocking=True)
+        "The same on `device`; a GPU fetches it while the processor goes on."
+        pinned = torch.device(device).type == 'cuda' and self.carries.device.type == 'cpu'
+        here = lambda tensor: (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
         return Asked(Pairs(*map(here, self.pairs)), here(self.carries))
 
 def training_pairs(targets, n_objects, n_predicates, negatives=NEGATIVES, jitter=JITTER):

@@ -2,6 +2,7 @@
 import json
 import math
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
@@ -14,6 +15,7 @@ from stdg import losses
 from stdg.data import SceneGraphs, loader
 from stdg.depth.precompute import prepare_hha
 from stdg.io.tensors import TensorFile
+from stdg.pairs import Asked, Pairs
 from stdg.testing import toy_database
 from stdg.training import loop, step
 from stdg.training.log import Stopwatch
@@ -82,28 +84,97 @@ def batch(database):
     return next(iter(loader(samples(database, model), 2, 0)))
 
 
-def test_no_step_on_a_gpu_waits(batch, monkeypatch):
+@pytest.mark.parametrize('relation', ['fields', 'pairs'])
+def test_no_step_on_a_gpu_waits(database, monkeypatch, relation):
     """On a GPU that PyTorch only pretends to have, whatever must know a number raises. (It has no backward pass
-    there; see the next test.)"""
+    there; see the next test. Pairs are made on the processor before.)"""
     monkeypatch.setattr(step, 'Stopwatch', lambda device: Stopwatch('cpu'))
+    here = network('combine', relation=relation)
+    batch = next(iter(loader(samples(database, here, relation=relation), 2, 0)))
+    asked = {parts: step.asked_of(here, batch['targets'], parts) for parts in (1, 2)}
     with warnings.catch_warnings(), FakeTensorMode() as mode:
         warnings.simplefilter('ignore')
-        with torch.device('cuda'): model = network('combine').train()
+        with torch.device('cuda'): model = network('combine', relation=relation).train()
         def backward(loss):
             for p in model.parameters():
                 if p.requires_grad: p.grad = torch.empty_like(p)
         monkeypatch.setattr(torch.Tensor, 'backward', backward)
         def moved(part):
+            if part is None: return None
             if isinstance(part, dict): return {name: moved(one) for name, one in part.items()}
+            if isinstance(part, tuple): return type(part)(*map(moved, part))
             return torch.empty_like(mode.from_tensor(part), device='cuda')
         given, ours = moved(batch), optimiser(model, 1e-3, 1e-3, 0.)
-        for options in (dict(clip=1.), dict(accumulate=2)):
+        on_gpu = {parts: [moved(part) for part in whole] for parts, whole in asked.items()}
+        monkeypatch.setattr(step, 'asked_of', lambda model, targets, parts=1: on_gpu[parts])
+        balance = dict(shift=torch.zeros(2)) if relation == 'pairs' else {}  # made on the processor
+        for options in (dict(clip=1.), dict(accumulate=2), dict(of_pairs=balance)):
             one = TrainStep(model, ours, **options)
             assert one.device.type == 'cuda' and waits_of(queue, one, given) == [], options
         assert waits_of(lambda: torch.tensor([.5], device='cuda')), 'a number that is sent is seen'
         with pytest.raises((DataDependentOutputException, RuntimeError)): one.gradient(given)
         monkeypatch.setattr(losses, 'gathers', lambda tensor: True)
         with pytest.raises(DynamicOutputShapeException): queue(one, given)
+
+
+def test_what_is_asked_goes_to_a_gpu_by_pinned_memory(monkeypatch):
+    "Only so does the copy not wait for what the GPU still has to do."
+    pinned, true_to = [], torch.Tensor.to
+    pairs = Pairs(torch.zeros(2, 4), torch.eye(2), torch.zeros(2).long(), torch.zeros(1).long(), torch.ones(1).long())
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: pinned.append(tensor) or tensor)
+    def to(tensor, place, non_blocking=False):
+        assert non_blocking
+        return true_to(tensor, 'meta' if torch.device(place).type == 'cuda' else place)
+    monkeypatch.setattr(torch.Tensor, 'to', to)
+    there = Asked(pairs, torch.ones(1, 2)).to('cuda')
+    assert len(pinned) == 6 and all(tensor.is_meta for tensor in (*there.pairs, there.carries))
+    Asked(pairs, torch.ones(1, 2)).to(torch.device('cpu'))
+    assert len(pinned) == 6, 'a processor needs none'
+
+
+class PretendedStream:
+    "Notes who waits for whom, and does nothing."
+    def __init__(self): self.waited = []
+
+    def wait_stream(self, other): self.waited.append(other)
+
+
+@pytest.mark.parametrize('relation', ['fields', 'pairs'])
+@pytest.mark.parametrize('parts', [1, 2])
+def test_the_teacher_beside_the_student(database, monkeypatch, relation, parts):
+    "Each stream waits for the other once, all that is taught is kept for the student's, and the numbers are the same."
+    model = network('combine', relation=relation).train()
+    batch = next(iter(loader(samples(database, model, relation=relation), 2, 0)))
+    student, teacher, kept, numbers = PretendedStream(), PretendedStream(), [], []
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: student)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, 'record_stream', lambda tensor, stream: kept.append(stream))
+    for stream in (None, teacher):
+        torch.manual_seed(0)
+        model.zero_grad()
+        one = TrainStep(model, optimiser(model, 1e-3, 1e-3, 0.), accumulate=parts)
+        one.stream = stream
+        numbers.append(one.launch(batch))
+    assert torch.equal(*numbers) and student.waited == [teacher] and teacher.waited == [student]
+    assert kept == [student] * parts * (3 if relation == 'pairs' else 2)  # offsets and attention of pairs
+
+
+def test_compiling_means_the_teacher_too(database, tmp_path, monkeypatch):
+    "Every pass of a compiled run goes through the compiled code, and only the student's may be a CUDA graph."
+    modes, passes = [], []
+    def compiled(module, mode=None):
+        modes.append((type(module).__name__, mode))
+        def call(*inputs, **options):
+            passes.append(type(module).__name__)
+            return module._call_impl(*inputs, **options)
+        module._compiled_call_impl = call
+    monkeypatch.setattr(torch.nn.Module, 'compile', compiled)
+    for way, mode in ((True, None), ('reduce-overhead', 'reduce-overhead')):
+        model = network('combine')
+        modes.clear(), passes.clear()
+        fit(model, samples(database, model), tmp_path/str(way), 'student', compile=way, **OPTIONS | dict(epochs=1))
+        assert modes == [('Network', mode), ('Teacher', None)]
+        assert passes == ['Teacher', 'Network'] * 3
 
 
 @pytest.mark.parametrize('relation', ['fields', 'pairs'])
@@ -218,7 +289,7 @@ def test_a_run_that_is_compiled_in_the_middle_agrees(database, tmp_path, monkeyp
     clock, found = iter(range(10**6)), []
     true_trial = loop.Trial
     class Trial(true_trial):
-        def _now(self): return next(clock) * (.1 if self.network._compiled_call_impl else 100.)
+        def _now(self): return next(clock) * (.1 if self.model.network._compiled_call_impl else 100.)
     monkeypatch.setattr(loop, 'Trial', Trial)
     def compiled(module, **_): module._compiled_call_impl = module._call_impl  # the code of no compiler
     monkeypatch.setattr(torch.nn.Module, 'compile', compiled)

@@ -48,7 +48,7 @@ from stdg.training.step import (
     schedule,
     seed_step,
 )
-from .trial import Trial
+from .trial import Trial, compile_step
 
 # %% ../../nbs/training/06_loop.ipynb #check-start
 STAGES = ('teacher', 'control', 'student')
@@ -109,12 +109,12 @@ class _Run:
         self.rank, self.world = rank_and_world()
         self.first = self.rank == 0
         self.per_epoch, self.total = _steps(dataset, options, stage)
-        if options.compile is True: model.network.compile()
-        elif options.compile == 'reduce-overhead': model.network.compile(mode='reduce-overhead')
+        if options.compile in (True, 'reduce-overhead'):
+            compile_step(model, options.compile if options.compile is not True else None)
         self.optimiser = optimiser(model, o.lr, o.lr_backbone, o.weight_decay, o.released)
         self.step = TrainStep(model, self.optimiser, o.accumulate, o.precision, o.clip, o.sync_bn,
                               o.loss_weights, lesson_of(model, dataset, o), pair_options(dataset, o), o.beside)
-        self.trial = Trial(model.network, self.step.device, self.say) if options.compile == 'auto' else None
+        self.trial = Trial(model, self.step.device, self.say) if options.compile == 'auto' else None
         self.look, self.waiting, self.seen, self.buffers = look_of(o, self.step.device), [], {}, None
         self.average = Average(model, options.ema)
         self.done = self.skipped = self.stale = 0
@@ -133,7 +133,8 @@ class _Run:
 
     def keep_buffers(self):
         "Note the running statistics, but for those that a step has seen that was not finite; without waiting."
-        now = torch.cat([b.flatten() for b in self.model.network.buffers()])
+        none = torch.zeros(0, device=self.step.device)
+        now = torch.cat([none, *(b.flatten() for b in self.model.network.buffers())])
         held = self.step.halted
         self.buffers = now if held is None or self.buffers is None else torch.where(held > 0, self.buffers, now)
 

@@ -230,6 +230,9 @@ def check_step(settings, processes=None, device=None):
         raise ValueError(f'compile={settings.compile} and recompute=True: torch.compile cannot see through blocks '
                          'that are computed twice. Choose one: compile for speed, recompute (or '
                          'accumulate) for memory')
+    if settings.compile == 'reduce-overhead' and parts > 1:
+        raise ValueError(f"compile='reduce-overhead' and accumulate={parts}: a CUDA graph writes the gradient of "
+                         'each part over that of the one before. Choose one: accumulate=1, or compile=True')
     if settings.sync_bn and processes > 1 and choose_device(device).type != 'cuda':
         raise ValueError(_SYNC_ON_CPU)
 
@@ -283,10 +286,11 @@ class TrainStep:
     def __init__(self, model, optimiser, accumulate=1, precision='float32', clip=0., sync_bn=False,
                  weights=None, lesson=None, of_pairs=None, beside=False):
         _check_precision(precision)
-        self.of_pairs = of_pairs or {}
+        device = next(model.parameters()).device
+        self.of_pairs = {name: value.to(device) if torch.is_tensor(value) else value
+                         for name, value in (of_pairs or {}).items()}
         self.weights, self.lesson = weights or {}, lesson or Lesson(model.teacher)
         self.model, self.optimiser, self.parts, self.clip = model, optimiser, accumulate, clip
-        device = next(model.parameters()).device
         self.device, self.dtype = device, PRECISIONS[precision]
         self.watch = Stopwatch(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == 'float16')
@@ -369,8 +373,8 @@ class TrainStep:
         "Wait on the device, not here, until the teacher's stream has `taught`."
         here = torch.cuda.current_stream(self.device)
         here.wait_stream(self.stream)
-        for part in taught:
-            for tensor in part or (): tensor.record_stream(here)
+        for head in [head for part in taught for head in part or ()]:
+            for tensor in head if isinstance(head, Sampling) else (head,): tensor.record_stream(here)
 
     def apply(self):
         "Take the optimiser's step, and clear the gradient."
