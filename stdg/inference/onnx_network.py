@@ -26,13 +26,14 @@ from ..pairs import PairFields, PairHead
 # %% ../../nbs/inference/11_onnx_network.ipynb #session
 def open_session(path, threads=None, providers=('CPUExecutionProvider',)):
     """onnxruntime's session of the file `path`, on `threads` of the CPU; None: as many as PyTorch
-    uses, 0: all.
+    uses, 0: all. Threads that have nothing to do sleep.
 
     Raises `FileNotFoundError` or `ValueError` naming the file, `ImportError` without onnxruntime."""
     runtime = needed('onnxruntime')
     if not Path(path).is_file(): raise FileNotFoundError(f"{path} is missing. stdg export writes it")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     try: return runtime.InferenceSession(path, options, providers=list(providers))
     except Exception as error:
         raise ValueError(f"{path} is not a whole ONNX file that onnxruntime "

@@ -203,6 +203,14 @@ class Predictor:
         other.reading, other.changed = other._asked(prior, suppress)
         return other
 
+    def on_threads(self, n):
+        """This network for a caller with `n` threads: of an ONNX file a copy with so many of its own; of PyTorch
+        itself, whose threads are those of the caller (`stdg.inference.ahead.own_threads`)."""
+        if not isinstance(self.model, OnnxNetwork): return self
+        other = copy.copy(self)
+        other.model = OnnxNetwork(self.path, n).eval()
+        return other
+
     @property
     def vocabulary(self): return names_of(self.facts, self.model.config)
 
