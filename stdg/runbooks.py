@@ -90,7 +90,7 @@ RUNBOOKS = dict(
     benchmark=dict(
         repeats=Whole(1), side=_side, n_objects=Whole(1), n_predicates=Whole(1),
         loader_workers=_share, networks=_networks, exported=_networks,
-        live=File(('.safetensors',)), peers=Flag(), judged=Whole(), compiled=Flag(), out=Text()),
+        live=File(('.safetensors',)), live_data=Text(), peers=Flag(), judged=Whole(), compiled=Flag(), out=Text()),
     benchmark_gpu=dict(
         batches=Many(Whole(1), 1), networks=_networks, precisions=Many(ALLOWED['precision'], 1),
         compiled=Flag(), side=_side, steps=Whole(1), minutes=Real(0, above=True), out=Text()))

@@ -66,7 +66,7 @@ def calibration_pictures(place,  # folder of a database, or folder or archive of
                         ):  # two lists of (3, size, size) uint8
     """Pictures to calibrate with, and those on which it is measured.
 
-    Raises `FileNotFoundError` or `ValueError` naming the place: it is not there, holds fewer than two
+    Raises `FileNotFoundError` or `ValueError` naming the place: it is not there, holds fewer than four
     pictures, or is a database of other classes than the network knows."""
     place, numbers = Path(place), (number, held_out)
     if not place.exists(): raise FileNotFoundError(f"{place} is missing. Is the path right?")
