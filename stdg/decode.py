@@ -221,6 +221,9 @@ def rank_pairs(image, subject, target, table, objects, reading):
 def _by_pairs(relations, objects, most, stride, reading):
     """As `relate` gives them: all ordered pairs of the `most` surest objects, asked about at once."""
     boxes, labels, scores = (pad_sequence(part, True).to(relations.device) for part in zip(*objects))
+    if labels.numel() and int(labels.max()) >= relations.head.n_objects:
+        raise ValueError(f"an object has label {int(labels.max())}, the head of pairs knows {relations.head.n_objects} "
+                         "classes")
     surest, (image, one, other) = _surest(scores, [len(s) for _, _, s in objects], most)
     one, other = surest[image, one], surest[image, other]
     image, subject, target = image.repeat(2), torch.cat([one, other]), torch.cat([other, one])
@@ -228,7 +231,9 @@ def _by_pairs(relations, objects, most, stride, reading):
     used, row = torch.cat([image * n + subject, image * n + target]).unique(return_inverse=True)
     classes = F.one_hot(labels.flatten()[used], relations.head.n_objects).float()
     pairs = Pairs(boxes.flatten(0, 1)[used].float() / stride, classes, used // n, *row.view(2, -1))
-    return rank_pairs(image, subject, target, relations.ask(pairs, reading.related)[0], objects, reading)
+    table = relations.ask(pairs, reading.related)[0]
+    _check_finite('relation', table)  # what it reads was, but a weight of the head may not be
+    return rank_pairs(image, subject, target, table, objects, reading)
 
 def _by_lines(relations, objects, most, stride, reading, known):
     """As `relate` gives them: all ordered pairs of the `most` surest objects, read along their

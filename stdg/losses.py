@@ -136,6 +136,9 @@ def teaching_loss(student_offsets:list,  # (B, 36, h, w) for each head
                          "heads: both lists need one entry for each head")
     terms, counts = [], counts or {}
     for head, (student, teacher) in enumerate(zip(student_offsets, teacher_offsets)):
+        if isinstance(teacher, Sampling) != isinstance(student, Sampling):
+            raise ValueError(f"head {head}: one of student and teacher is asked about pairs, the other is not. Take a "
+                             "teacher with the same relation head")
         if isinstance(teacher, Sampling):
             terms.append(sampling_loss(student, teacher, counts.get(f'taught_{head}')))
             continue

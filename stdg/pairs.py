@@ -50,10 +50,16 @@ def check_pairs(pairs, n_objects, images):
     if (subject == target).any(): raise ValueError('pairs: an object is paired with itself')
     if (image[subject] != image[target]).any():
         raise ValueError('pairs: an object is paired with one of another picture')
-    if not boxes.isfinite().all() or (boxes[:, 2:] < boxes[:, :2]).any():
-        raise ValueError('pairs: a box holds NaN or infinity, or its right or lower edge comes first')
-    if not ((classes >= 0).all() and (classes.sum(1) - 1).abs().le(1e-3).all()):
-        raise ValueError('pairs: the classes of a box are no distribution: from 0 on, with the sum 1')
+    bad = ~(boxes.isfinite().all(1) & (boxes[:, 2:] >= boxes[:, :2]).all(1))
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise ValueError(f"pairs: box {first} is {boxes[first].tolist()}: it holds NaN or infinity, or its right or "
+                         "lower edge comes first; x1, y1, x2, y2 are needed")
+    bad = ~((classes >= 0).all(1) & (classes.sum(1) - 1).abs().le(1e-3))
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise ValueError(f"pairs: the classes of box {first} are no distribution: from 0 on, with the sum 1, not "
+                         f"{classes[first].sum():.3g}. Divide them by their sum")
 
 # %% ../nbs/method/17_pairs.ipynb #geometry
 N_GEOMETRY = 14
@@ -61,6 +67,10 @@ N_GEOMETRY = 14
 def _size(boxes): return (boxes[:, 2:] - boxes[:, :2]).clamp(min=.1)
 
 def _centre(boxes): return (boxes[:, :2] + boxes[:, 2:]) / 2
+
+def _round_both(one, other):
+    "The smallest boxes (Q, 4) round `one` and `other` (Q, 4)."
+    return torch.cat([torch.minimum(one[:, :2], other[:, :2]), torch.maximum(one[:, 2:], other[:, 2:])], 1)
 
 def pair_geometry(subject, target):
     """How boxes `subject` and `target` (Q, 4) lie to each other, (Q, 14): the step between the centres
@@ -86,7 +96,7 @@ def read_points(values, image, places, weights):
     b, d, h, w = values.shape
     q, frames, k = weights.shape
     x, y = places[..., 0] - .5, places[..., 1] - .5
-    left, top = x.detach().floor(), y.detach().floor()
+    left, top = (places.detach() - .5).nan_to_num().floor().unbind(-1)  # NaN is read somewhere, and stays NaN
     column = torch.stack([left, left + 1, left, left + 1], -1)
     row = torch.stack([top, top, top + 1, top + 1], -1)
     share = (1 - (x[..., None] - column).abs()) * (1 - (y[..., None] - row).abs()) * weights[..., None]
@@ -158,10 +168,11 @@ class PairHead(nn.Module):
     - `points`: K, a square number
     - `width`: of the query
     - `zero_offsets`: the offsets begin at zero
+    - `union`: the query knows the mean of the box round both, too
 
     Raises `ValueError` for other channels and points."""
     def __init__(self, in_channels, n_objects, n_predicates, channels=96, points=4, width=128,
-                 zero_offsets=True):
+                 zero_offsets=True, union=False):
         super().__init__()
         if channels % 4 or round(points ** .5) ** 2 != points:
             raise ValueError(f"channels={channels}, points={points}: a multiple of four and a square number are "
@@ -172,6 +183,7 @@ class PairHead(nn.Module):
         self.embedding = nn.Linear(n_objects, 32, bias=False)
         self.subject, self.object = (nn.Linear(32 + channels, width) for _ in range(2))
         self.geometry = nn.Sequential(nn.Linear(N_GEOMETRY, width), nn.ReLU(), nn.Linear(width, width))
+        self.union = nn.Linear(channels, width, bias=False) if union else None
         self.offset, self.attention = nn.Linear(width, 8 * points), nn.Linear(width, 4 * points)
         if zero_offsets:
             nn.init.zeros_(self.offset.weight)
@@ -185,7 +197,7 @@ class PairHead(nn.Module):
     def places(self, pairs, offsets):
         "Where pairs look, x and y in cells (Q, 4, K, 2), with `offsets` of the same shape."
         one, other = pairs.boxes[pairs.subject], pairs.boxes[pairs.object]
-        union = torch.cat([torch.minimum(one[:, :2], other[:, :2]), torch.maximum(one[:, 2:], other[:, 2:])], 1)
+        union = _round_both(one, other)
         half = [_size(box).clamp(min=.5) / 2 for box in (one, other, union)]
         half = torch.stack([*half, (half[0] + half[1]) / 2], 1)[:, :, None]
         way = (torch.arange(self.points, device=one.device)[:, None] + .5) / self.points
@@ -193,20 +205,25 @@ class PairHead(nn.Module):
         centres = torch.stack([_centre(box) for box in (one, other, union)], 1)[:, :, None]
         return torch.cat([centres + self.pattern * half[:, :3], line[:, None]], 1) + offsets * half
 
-    def _objects(self, values, pairs):
-        "What is known of each box (N, 32 + D): its classes, and the mean of nine places in it."
-        boxes = pairs.boxes
+    def _mean(self, values, image, boxes):
+        "The mean of nine places in each box, (N, D)."
         places = _centre(boxes)[:, None] + self.inside * _size(boxes)[:, None] / 2
         weights = places.new_full((boxes.shape[0], 1, len(self.inside)), 1 / len(self.inside))
-        return torch.cat([self.embedding(pairs.classes), read_points(values, pairs.image, places[:, None], weights)], 1)
+        return read_points(values, image, places[:, None], weights)
+
+    def _query(self, values, pairs):
+        "What a pair knows before it looks, (Q, width)."
+        objects = torch.cat([self.embedding(pairs.classes), self._mean(values, pairs.image, pairs.boxes)], 1)
+        one, other = pairs.boxes[pairs.subject], pairs.boxes[pairs.object]
+        # index_select, whose gradient is summed in one order; that of [...] is not, with several threads
+        known = (self.subject(objects).index_select(0, pairs.subject)
+                 + self.object(objects).index_select(0, pairs.object) + self.geometry(pair_geometry(one, other)))
+        if self.union is None: return F.relu(known)
+        return F.relu(known + self.union(self._mean(values, pairs.image[pairs.subject], _round_both(one, other))))
 
     def answer(self, values, pairs):
         "Logits (Q, P + 1) and `Sampling` of `Pairs` that ask `values` (B, D, h, w)."
-        objects = self._objects(values, pairs)
-        geometry = pair_geometry(pairs.boxes[pairs.subject], pairs.boxes[pairs.object])
-        # index_select, whose gradient is summed in one order; that of [...] is not, with several threads
-        query = F.relu(self.subject(objects).index_select(0, pairs.subject)
-                       + self.object(objects).index_select(0, pairs.object) + self.geometry(geometry))
+        query = self._query(values, pairs)
         offsets = self.offset(query).view(-1, 4, self.points, 2)
         attention = self.attention(query).view(-1, 4, self.points).softmax(-1)
         seen = read_points(values, pairs.image[pairs.subject], self.places(pairs, offsets), attention)
@@ -231,6 +248,7 @@ def _jittered(boxes, jitter):
 
 def _chosen(annotated, possible, negatives):
     "Which of the `possible` (B, N, N) are asked: the `annotated` ones, and at most so many others of each picture."
+    if not negatives: return annotated
     lot = torch.rand(possible.shape, device=possible.device)
     lot = lot.masked_fill(annotated | ~possible, 2.).flatten(1)
     if lot.shape[1] > negatives:

@@ -20,13 +20,15 @@ from stdg.calibration import Calibration
 from stdg.data import SceneGraphs, loader, network_input
 from stdg.datasets.visual_genome import Database
 from stdg.depth.precompute import prepare_hha
+from stdg.graph import SceneGraph
 from stdg.inference.export import DeployedPairs, OnnxModel, export_onnx, export_program, finish_pairs
 from stdg.inference.hub import Model, card_text
 from stdg.inference.predictor import Predictor
-from stdg.pairs import PairHead, Pairs, ordered_pairs
+from stdg.pairs import PairHead, Pairs, frequency_shift, ordered_pairs
 from stdg.reading import PUBLISHED, PairPrior, Reading, suppress
 from stdg.testing import TOY_VOCABULARY, loud, toy_database, toy_scene
 from stdg.training import step as steps
+from stdg.training.options import pair_options
 from stdg.training.replay import keep_batch
 from stdg.training.resume import saved_states
 from stdg.training.step import Lesson, TrainStep, build_network, optimiser, seed_step
@@ -294,6 +296,32 @@ def test_options_of_a_stage(home, tmp_path):
         Lesson(student().teacher, 'features', ['relation 1', 'relation 2'])
 
 
+def test_balance_counts_what_is_learnt(tmp_path):
+    "A repeated annotation counts once, and with `overlap` only boxes that overlap."
+    boxes = [[4, 4, 20, 20], [10, 10, 30, 30], [40, 40, 60, 60]]
+    rows = [[0, 2, 0], [1, 2, 0], [2, 0, 0], [0, 1, 1], [0, 1, 1]]
+    scene = SceneGraph(boxes, [0, 1, 1], rows, (64, 64)), None
+    database = toy_database(tmp_path/'toy', [scene] * 6, [0] * 4 + [1, 2])
+    for overlap, counts in ((False, [12, 4]), (True, [0, 4])):
+        how = dict(stride=16, relation='pairs', overlap=overlap, augment=False)
+        dataset = SceneGraphs(database, 'train', train=True, **how)
+        batch = next(iter(loader(dataset, 4)))['targets']
+        learnt = batch['relations'][..., 2]
+        assert learnt[learnt >= 0].bincount(minlength=2).tolist() == counts
+        assert torch.equal(pair_options(dataset, train.Settings(balance=1.))['shift'], frequency_shift(counts, 1.))
+
+
+def test_a_student_like_its_teacher_has_nothing_to_learn(batch):
+    "The same weights, pictures and pairs: a lesson of exactly nothing in both heads, in evaluation mode."
+    model = network('combine', teacher_reads='rgb')
+    model.set_teacher(network('rgb'))
+    with torch.no_grad():
+        for one in (model.network, model.teacher): one.relation.offset.weight.normal_(0, .5)
+        model.network.load_state_dict(model.teacher.state_dict())
+    assert steps.loss_terms(model.eval(), batch)['teaching'] == 0
+    assert steps.loss_terms(model.train(), batch)['teaching'] > 0, "a student's batch norms see its batch"
+
+
 SETTINGS = dict(data='toy', size=64, backbone='test_resnet.r160_in1k', pretrained=False, relation='pairs', epochs=2,
                 teacher_share=1., batch_size=2, warm_up=.5, save_minutes=0., device='cpu', validate_every=0,
                 stages=['teacher', 'student'], prior=False, suppress='none')
@@ -404,6 +432,18 @@ def test_classes_that_are_no_distribution(seen):
     pairs = Pairs(boxes, torch.tensor([[.5, .4], [1, 0]]), image, *ordered_pairs(image))
     with pytest.raises(ValueError, match='are no distribution: from 0 on, with the sum 1'): fields.ask(pairs)
     assert fields.ask(pairs._replace(classes=torch.tensor([[.5, .5], [1, 0]])))[0].shape == (2, 2)
+
+
+def test_what_a_head_cannot_answer_is_said(seen):
+    "A class that it does not know, and a weight that is not a number."
+    model, pictures = copy.deepcopy(seen[0]), seen[1]
+    given = lambda label: [(torch.tensor([[5., 5, 25, 25], [15, 5, 40, 45]]), torch.tensor([0, label]), torch.ones(2))]
+    ask = lambda label: decode.decode_given(model(network_input(model, pictures[:1]))[1], given(label), model.stride,
+                                            Reading('pairs'))
+    assert len(ask(1)[0].pairs) == 2
+    with pytest.raises(ValueError, match='label 2, the head of pairs knows 2 classes'): ask(2)
+    with torch.no_grad(): model.network.relation.answer_layers[-1].bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match='relation fields hold NaN.*the network has diverged'): ask(1)
 
 
 def test_another_head_is_told_in_one_line(seen):

@@ -106,36 +106,39 @@ class FrozenPictures:
         self.learnt = _Kept(model, learnt.seen_by(model), reads, batch_size)
         self.asked = _Kept(model, self.judged, reads, batch_size).maps
 
-    def told(self, seed=0, epochs=8, rate=3e-3, channels=96, balance=0.):
-        "PredCls figures of a head of `channels` that has learnt with this `seed` and `balance`."
+    def told(self, seed=0, epochs=8, rate=3e-3, channels=96, balance=0., union=False):
+        "PredCls figures of a `PairHead` of `channels`, with `union` or not, that has learnt with `seed` and `balance`."
         torch.manual_seed(seed)
         names, relations = self.judged.database.vocabulary, self.learnt.targets['relations'][..., 2]
         counts = relations[relations >= 0].bincount(minlength=len(names.predicates))
-        head = PairHead(self.learnt.maps.shape[1], len(names.objects), len(names.predicates), channels)
+        head = PairHead(self.learnt.maps.shape[1], len(names.objects), len(names.predicates), channels,
+                        union=union)
         learn_pairs(head, self.learnt, epochs, rate, frequency_shift(counts, balance) if balance else None)
         return pairs_told(head, self.judged, self.asked)
 
 # %% ../../nbs/evaluation/15_frozen.ipynb #heads-told
 FIGURES = 'R@20', 'R@50', 'mR@50'
 HEADS = {'map': {}, 'nothing': dict(reads='nothing'), 'each level': dict(reads='each'), 'finer': dict(reads='finer'),
-         'balance 0.5': dict(balance=.5), 'balance 1': dict(balance=1.)}
+         'union': dict(union=True), 'balance 0.5': dict(balance=.5), 'balance 1': dict(balance=1.)}
 
 def heads_told(model, database, heads=None, split='test', seeds=(0,), limit=None, n_val=0, batch_size=16, **learning):
     """What heads of pairs tell of given boxes on `split`, one of each of `seeds`, that have learnt on what the
     `STDG` `model` makes of the training pictures of `database`: {title: {figure: {seed: value}}}, as
     `stdg.training.experiments.summary` takes it. The model stays as it is, but for being in evaluation mode.
 
-    `heads` is {title: dict(reads, balance)}, None for `HEADS`; the first `limit` training pictures count, or all;
-    `n_val` of them are the validation split, as in training; `learning` goes to `FrozenPictures.told`.
+    `heads` is {title: dict(reads, balance, union)}, or None for `HEADS`; the first `limit` training pictures count,
+    or all; `n_val` of them are the validation split, as in training; `learning` goes to `FrozenPictures.told`.
 
     Raises `ValueError` as `FrozenPictures`."""
-    heads = {title: dict(reads='map', balance=0.) | head for title, head in (HEADS if heads is None else heads).items()}
+    usual = dict(reads='map', balance=0., union=False)
+    heads = {title: usual | head for title, head in (HEADS if heads is None else heads).items()}
     model.eval()
     found = {}
     for reads in dict.fromkeys(head['reads'] for head in heads.values()):  # the maps of one kind at a time
         pictures = FrozenPictures(model, database, reads, split, limit, n_val, batch_size)
         for title, head in heads.items():
             if head['reads'] != reads: continue
-            told = {seed: pictures.told(seed, balance=head['balance'], **learning) for seed in seeds}
+            of_head = dict(balance=head['balance'], union=head['union'])
+            told = {seed: pictures.told(seed, **of_head, **learning) for seed in seeds}
             found[title] = {figure: {seed: one[figure] for seed, one in told.items()} for figure in FIGURES}
     return {title: found[title] for title in heads}

@@ -11,9 +11,8 @@ import json
 from dataclasses import asdict
 from difflib import get_close_matches
 
-import numpy as np
-
 from ..data import loader
+from ..datasets.statistics import predicate_counts, select_relations
 from ..pairs import frequency_shift
 from .settings import PARTS, Settings
 from .step import Lesson, asked_of, network_inputs
@@ -67,10 +66,10 @@ def lesson_of(model, dataset, options):
 
 # %% ../../nbs/training/10_options.ipynb #pair-options
 def pair_options(dataset, options):
-    "The options of `stdg.pairs.pair_loss` for a training set, a dictionary."
+    """The options of `stdg.pairs.pair_loss` for a training set, a dictionary. Predicates are counted as they are
+    learnt: a repeated annotation once, and, with `overlap`, those of boxes that overlap."""
     shift = None
     if options.balance:
-        predicates = dataset.database.flat(dataset.rows).relations[:, 2]
-        counts = np.bincount(predicates, minlength=len(dataset.database.vocabulary.predicates))
-        shift = frequency_shift(counts, options.balance)
+        learnt = select_relations(dataset.database.flat(dataset.rows), dataset.overlap)
+        shift = frequency_shift(predicate_counts(learnt), options.balance)
     return dict(unlabelled=dataset.unlabelled, shift=shift)
