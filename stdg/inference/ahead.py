@@ -8,19 +8,22 @@ __all__ = ['own_threads', 'made_ahead', 'worked_ahead']
 # %% ../../nbs/inference/17_ahead.ipynb #imports
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from threading import Thread
+from threading import Lock, Thread
 
 import torch
 
 # %% ../../nbs/inference/17_ahead.ipynb #own-threads
+_one_at_a_time = Lock()
+
 def own_threads(n):
     """From now on PyTorch spreads what the calling thread computes over `n` threads. Other threads, and those
     that begin later, keep their number."""
-    others = torch.get_num_threads()
-    torch.set_num_threads(n)
-    restore = Thread(target=torch.set_num_threads, args=(others,))
-    restore.start()
-    restore.join()
+    with _one_at_a_time:  # or one would take another's number for that of all
+        others = torch.get_num_threads()
+        torch.set_num_threads(n)
+        restore = Thread(target=torch.set_num_threads, args=(others,))
+        restore.start()
+        restore.join()
 
 # %% ../../nbs/inference/17_ahead.ipynb #made-ahead
 def made_ahead(items):
