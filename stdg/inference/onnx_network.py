@@ -88,7 +88,7 @@ class OnnxNetwork(nn.Module):
 
     def __init__(self, path, threads=None):
         super().__init__()
-        self.path, self.session = Path(path), open_session(path, threads)
+        self.path, self.session, self._others = Path(path), open_session(path, threads), {}
         self.written = facts_of(self.session, path)  # all that is in the file
         self.facts = {name: fact for name, fact in self.written.items() if name != 'head'}
         if [one.name for one in self.session.get_outputs()] != list(FIELDS):
@@ -129,6 +129,12 @@ class OnnxNetwork(nn.Module):
         if 'vocabulary' in self.facts: return Vocabulary.from_json(self.facts['vocabulary'])
 
     def student(self): return self
+
+    def on_threads(self, n):
+        "This network with a session of `n` threads, which is opened once."
+        if n == self.session.get_session_options().intra_op_num_threads: return self
+        if n not in self._others: self._others[n] = OnnxNetwork(self.path, n).eval()
+        return self._others[n]
 
     def forward(self, image):
         if tuple(image.shape[1:]) != (3, self.size, self.size):

@@ -204,11 +204,11 @@ class Predictor:
         return other
 
     def on_threads(self, n):
-        """This network for a caller with `n` threads: of an ONNX file a copy with so many of its own; of PyTorch
+        """This network for a caller with `n` threads: of an ONNX file one with so many of its own; of PyTorch
         itself, whose threads are those of the caller (`stdg.inference.ahead.own_threads`)."""
         if not isinstance(self.model, OnnxNetwork): return self
         other = copy.copy(self)
-        other.model = OnnxNetwork(self.path, n).eval()
+        other.model = self.model.on_threads(n)
         return other
 
     @property
