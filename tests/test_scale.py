@@ -1,5 +1,6 @@
 """The evaluator on test sets of any size: shared by processes with equal figures, in memory that does not
 grow; and AP counted image by image, against pycocotools."""
+import json
 import tracemalloc
 
 import numpy as np
@@ -23,6 +24,19 @@ def test_two_processes_give_the_figures_of_one():
     assert 0 < alone['AP50'] < 1 and 0 < alone['sgdet']['R@50'] < 1
     assert said['images'] == 9 and said['shards'] == 2 and said['seconds'] > said['counting_s'] > 0
     assert said['mb'] > 100, 'Python and PyTorch alone are more'
+
+
+@pytest.mark.parametrize('shards, most', [(1, 300.), (2, 900.)])
+def test_memory_is_of_the_process_that_held_most(monkeypatch, capsys, shards, most):
+    "Those that make records count, too; alone a process has none to wait for."
+    class Made:
+        def __init__(self, command): pass
+        def wait(self): return 0
+    monkeypatch.setattr(scale.subprocess, 'Popen', Made)
+    monkeypatch.setattr(scale, '_counted', lambda *given: dict(mb=300.))
+    monkeypatch.setattr(scale, 'peak_of_children', lambda: 900.)
+    scale.main(['9', '--shards', str(shards)])
+    assert json.loads(capsys.readouterr().out)['mb'] == most
 
 
 def test_memory_does_not_grow_with_images():

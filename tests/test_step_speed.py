@@ -4,6 +4,7 @@ import math
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -269,6 +270,20 @@ def test_statistics_are_those_before_the_bad_step(database, tmp_path, monkeypatc
     with pytest.raises(FloatingPointError, match='step 1: detection_size'):
         fit(model, samples(database, model), tmp_path, 'control', look=3, **OPTIONS)
     assert same(list(model.network.buffers()), first) and not same(seen['after'], first)
+
+
+@pytest.mark.parametrize('network', [torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)])
+def test_statistics_of_any_network_are_kept(network):
+    "With and without running statistics; those that a bad step has seen are not noted."
+    run = SimpleNamespace(model=SimpleNamespace(network=network), buffers=None,
+                          step=SimpleNamespace(device=torch.device('cpu'), halted=None))
+    loop._Run.keep_buffers(run)
+    before = [b.clone() for b in network.buffers()]
+    for b in network.buffers(): b.add_(1)
+    run.step.halted = torch.ones(())
+    loop._Run.keep_buffers(run)
+    loop._Run.restore_buffers(run)
+    assert same(list(network.buffers()), before)
 
 
 def test_a_short_run_is_not_compiled(database, tmp_path, capsys):
